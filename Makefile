@@ -1,0 +1,48 @@
+# The commands of this project. Each sets up what it needs in .venv; a second run reuses it.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build of torch. On a GPU machine: make TORCH="torch" demo, or install torch into .venv beforehand.
+TORCH ?= torch==2.13.0
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+
+.PHONY: demo test check bench setup clean help
+
+help:
+	@echo "make demo    the whole pipeline on two cores: corpus, tokenizer, training, Hugging Face export, text"
+	@echo "make test    the tests"
+	@echo "make check   ruff, mypy and the test of the layers"
+	@echo "make bench   the benchmarks"
+	@echo "make clean   removes what was built (.venv and runs/ too)"
+
+demo: setup
+	$(BIN)/python examples/quickstart/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+bench: setup
+	@set -e; for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python "$$benchmark"; done
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: $(SOURCES)
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not here. Install Python 3.11 with its headers (Debian: apt-get install python3.11 python3.11-venv python3.11-dev), or name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11. Name a newer one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments. Debian: apt-get install python3.11-venv"; exit 2; }
+	@command -v $${CXX:-g++} >/dev/null || { echo "error: there is no C++ compiler ($${CXX:-g++}). Debian: apt-get install g++. Or do without the compiled kernels: STEEL_NO_EXT=1 make $(MAKECMDGOALS)"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" setuptools wheel ninja
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find steel_megatron -name '*.so' -delete

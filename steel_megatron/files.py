@@ -1,0 +1,125 @@
+"""Files that are there whole or not at all, and locks that end with their process.
+
+Every function that writes takes the kind of error to raise, so that a full disk says whether it hit a corpus or a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from steel_megatron.errors import SteelError
+from steel_megatron.log import get_logger
+
+logger = get_logger(__name__)
+
+
+@contextmanager
+def disk_errors(action: str, path: Path, error_type: type[SteelError]) -> Iterator[None]:
+    """Turn what the operating system refuses (disk full, no permission, no folder) into an error of the library."""
+    try:
+        yield
+    except OSError as error:
+        raise error_type(f"cannot {action} {path}: {error.strerror or error}") from error
+
+
+def with_suffix(prefix: str | Path, suffix: str) -> Path:
+    """A path with something appended to its name."""
+    return Path(os.fspath(prefix) + suffix)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file of a write that failed or is over; that it cannot be removed is not worth a second error."""
+    with suppress(OSError):
+        path.unlink()
+
+
+def write_atomically(path: str | Path, content: bytes, error_type: type[SteelError]) -> None:
+    """Write a file that is there complete or not at all, also after a crash.
+
+    Raises:
+        SteelError: of the given type; the disk is full, or the folder cannot be made or written to.
+    """
+    path = Path(path)
+    temporary = with_suffix(path, f".{os.getpid()}.partial")
+    with disk_errors("write", path, error_type), ExitStack() as cleanup:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cleanup.callback(remove, temporary)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Give a complete folder its final name, in place of an earlier one; its files are synced to disk first."""
+    for path in partial.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(partial)
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+        os.replace(partial, final)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, final)
+    sync_folder(final.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def exclusive_lock(prefix: str | Path, error_type: type[SteelError]) -> Iterator[None]:
+    """Hold ``<prefix>.lock``, so that no second job writes under the same prefix.
+
+    The lock ends with the process, however that ends; the file is removed when the block is left.
+
+    Raises:
+        SteelError: of the given type; another job holds it, or the folder cannot be made or written to.
+    """
+    path = with_suffix(prefix, ".lock")
+    with disk_errors("write", path, error_type):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder may have removed this very file between our opening and locking it.
+            ours = os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path))
+        except OSError as error:
+            ours = error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+            if ours:  # some cluster file systems know no locks
+                logger.warning(f"{path} cannot be locked ({error.strerror}); make sure that no other job writes there")
+        if not ours:
+            raise error_type(f"another job is writing to {prefix} (it holds {path}); wait or choose another name")
+        try:
+            yield
+        finally:
+            remove(path)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,95 @@
+"""Settings of a Steel model for transformers. Travels with exported weights; imports nothing of the library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class SteelConfig(PretrainedConfig):
+    """A Llama-like model whose feed-forward layers are Soft-MoE (Steel-LLM, arXiv 2502.06635) or dense.
+
+    Keys as published, and below them those that the published models do not have; their defaults are what the
+    published models do.
+
+    Args:
+        FFN_type: ``softmoe_v3`` for a Soft-MoE in every layer, ``raw`` for one dense network.
+        mlp_type: ``senet`` for Steel's double SwiGLU, ``raw`` for SwiGLU.
+        intermediate_size: with ``mlp_div_ratio``, the inner width of one expert or of the dense network is
+            ``intermediate_size // mlp_div_ratio``.
+        n_experts: experts of a layer.
+        slots_per_expert: slots of each.
+        routing_mode: ``sequence`` (not causal), ``block_causal``, ``token`` or ``merged``.
+        routing_mix: what is mixed into slots: ``normalized`` tokens, or ``raw`` ones.
+        routing_block_length: tokens between two refreshes of the slots, or of one segment.
+        shared_expert_intermediate_size: inner width of an expert that every token passes through; 0 for none.
+    """
+
+    model_type = "steel"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads it from the class)
+
+    def __init__(
+        self,
+        vocab_size: int = 151936,
+        hidden_size: int = 1792,
+        intermediate_size: int = 1792,
+        mlp_div_ratio: int = 4,
+        num_hidden_layers: int = 18,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = None,
+        max_position_embeddings: int = 2048,
+        rope_theta: float = 1_000_000.0,
+        rms_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        hidden_act: str = "silu",
+        FFN_type: str = "softmoe_v3",
+        mlp_type: str = "senet",
+        n_experts: int = 6,
+        slots_per_expert: int = 1,
+        routing_mode: str = "sequence",
+        routing_mix: str = "normalized",
+        routing_block_length: int = 64,
+        shared_expert_intermediate_size: int = 0,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        for name, value, allowed in (
+            ("FFN_type", FFN_type, ("softmoe_v3", "raw")),
+            ("mlp_type", mlp_type, ("senet", "raw")),
+            ("hidden_act", hidden_act, ("silu",)),
+            ("routing_mode", routing_mode, ("sequence", "block_causal", "token", "merged")),
+            ("routing_mix", routing_mix, ("normalized", "raw")),
+            ("tie_word_embeddings", tie_word_embeddings, (False,)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"SteelConfig.{name} is {value!r}; it must be one of {allowed}")
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.mlp_div_ratio = mlp_div_ratio
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        # transformers 5 writes the base as one of the rope_parameters.
+        self.rope_theta = float((kwargs.get("rope_parameters") or {}).get("rope_theta", rope_theta))
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.hidden_act = hidden_act
+        self.FFN_type = FFN_type
+        self.mlp_type = mlp_type
+        self.n_experts = n_experts
+        self.slots_per_expert = slots_per_expert
+        self.routing_mode = routing_mode
+        self.routing_mix = routing_mix
+        self.routing_block_length = routing_block_length
+        self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.use_cache = use_cache
+        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no token's output depends on a later token."""
+        return self.FFN_type == "raw" or self.routing_mode != "sequence"

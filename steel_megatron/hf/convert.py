@@ -1,0 +1,229 @@
+"""Checkpoints to Hugging Face folders and back, in one process, without building the model.
+
+Both directions check everything before they write, write under a temporary name, and are exact: a folder that is
+imported and exported again has the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from steel_megatron.config import ParallelConfig, TokenizerKind
+from steel_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from steel_megatron.errors import CheckpointError
+from steel_megatron.files import replace_folder
+from steel_megatron.hf import mapping
+from steel_megatron.log import get_logger, progress
+from steel_megatron.parallel.topology import initialize
+from steel_megatron.platform import prepare
+
+logger = get_logger(__name__)
+
+CODE = ("configuration_steel.py", "modeling_steel.py")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_SHARD_BYTES = 5 * 10**9
+INDEX = "model.safetensors.index.json"
+
+
+def export_hf(
+    checkpoint_path: Path,
+    output: Path,
+    tokenizer: tuple[TokenizerKind, str] | None = None,
+    dtype: str | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Turn a checkpoint into a folder that transformers loads.
+
+    Args:
+        checkpoint_path: the checkpoint's folder.
+        output: the folder to make; it appears only when it is complete.
+        tokenizer: kind and path of the tokenizer to export with it.
+        dtype: ``float32`` or ``bfloat16``; None keeps the type it was trained in.
+        overwrite: whether an earlier folder of that name may be replaced.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole, or the folder cannot be made.
+        DataError: the tokenizer cannot be loaded, or has more ids than the model.
+    """
+    prepare()  # before megatron-core is imported
+    from steel_megatron.train import checkpoint
+
+    info = checkpoint.read_info(checkpoint_path)
+    checkpoint.verify(checkpoint_path)
+    _check_output(output, overwrite, inside=checkpoint_path)
+    loaded = load_tokenizer(*tokenizer) if tokenizer else None
+    if loaded is not None and loaded.vocab_size > info.model.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer {tokenizer} has {loaded.vocab_size:,} ids; the model {checkpoint_path} was trained with "
+            f"{info.model.vocab_size:,}"
+        )
+    initialize(ParallelConfig())
+    own = checkpoint.read_tensors(info, [rule.key for rule in mapping.rules(info.model)])
+    tensors = mapping.to_hf(own, info.model)
+    kept = DTYPES[dtype] if dtype else tensors["lm_head.weight"].dtype
+    tensors = {name: tensor.to(kept) for name, tensor in tensors.items()}
+
+    config: dict[str, Any] = {
+        "architectures": ["SteelForCausalLM"],
+        "model_type": "steel",
+        "auto_map": {
+            "AutoConfig": "configuration_steel.SteelConfig",
+            "AutoModelForCausalLM": "modeling_steel.SteelForCausalLM",
+        },
+        "dtype": str(kept).removeprefix("torch."),
+    } | mapping.config_to_hf(info.model)
+    if loaded is not None:
+        config |= {"bos_token_id": None, "eos_token_id": loaded.eod_id}
+    _write_folder(output, tensors, config, loaded)
+    logger.info(f"exported step {info.step} as {len(tensors)} tensors to {output}")
+    return output
+
+
+def _check_output(output: Path, overwrite: bool, inside: Path) -> None:
+    if output.resolve() == inside.resolve() or inside.resolve() in output.resolve().parents:
+        raise CheckpointError(f"the output {output} lies inside {inside}, which it would change; choose another")
+    if output.exists() and not overwrite:
+        raise CheckpointError(f"{output} is already there; choose another name, or give --overwrite true")
+
+
+def _write_folder(
+    output: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], tokenizer: Tokenizer | None
+) -> None:
+    """The whole folder under a temporary name, synced, then its own."""
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_weights(partial, tensors)
+        for name in CODE:
+            shutil.copyfile(Path(__file__).with_name(name), partial / name)
+        _write_json(partial / "config.json", config)
+        generation: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+        _write_json(partial / "generation_config.json", {"do_sample": False} | generation)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        replace_folder(partial, output)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"could not write {output}: {error}; nothing is left of it") from error
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """One safetensors file, or several with an index when they would be over 5 GB."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > MAX_SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def import_hf(folder: Path, output: Path, *, overwrite: bool = False) -> Path:
+    """Turn a published or exported folder into a checkpoint with weights only, to start a run from.
+
+    Args:
+        folder: with config.json and safetensors files.
+        output: the checkpoint to make; it appears only when it is complete.
+        overwrite: whether an earlier one of that name may be replaced.
+
+    Raises:
+        CheckpointError: the folder's settings or tensors are not those of a Steel model, a weight is not finite, or
+            the checkpoint cannot be written.
+    """
+    config = _read_config(folder)
+    model = mapping.config_from_hf(config, str(folder / "config.json"))
+    _check_output(output, overwrite, inside=folder)
+    published = _read_weights(folder)
+    for name, tensor in published.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{folder}: {name} holds values that are not finite")
+    tensors = mapping.from_hf(published, model, str(folder))
+
+    prepare()  # before megatron-core is imported
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from steel_megatron.train import checkpoint
+
+    topology = initialize(ParallelConfig())
+    state = {key: ShardedTensor.from_rank_offsets(key, tensor, replica_id=0) for key, tensor in tensors.items()}
+    checkpoint.write_checkpoint(
+        {"model": state}, output, model=model, step=0, consumed_samples=0, layout=topology.describe()
+    )
+    logger.info(f"imported {len(published)} tensors, {sum(map(_count, published.values())):,} numbers, to {output}")
+    return output
+
+
+def _count(tensor: torch.Tensor) -> int:
+    return math.prod(tensor.shape)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{folder} is not a model's folder: {path.name}: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold an object; it holds a {type(config).__name__}")
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors files: those that its index names, or the only one."""
+    index = folder / INDEX
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else []
+    except (ValueError, KeyError, AttributeError):
+        raise CheckpointError(f"{index} is not an index of safetensors files") from None
+    files = [folder / name for name in sorted(set(named) or {"model.safetensors"})]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing and index.is_file():
+        raise CheckpointError(f"{index} names {missing[0]}, which is not there")
+    if missing:
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        hint = "; {} is a pickle, which can execute anything and is not read: convert it with transformers"
+        raise CheckpointError(f"{folder} has no {missing[0]}{hint.format(pickled[0]) if pickled else ''}")
+    return files
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model's folder, by published name."""
+    files = _weight_files(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    with progress("reading weights", sum(os.path.getsize(path) for path in files), "bytes") as bar:
+        for path in files:
+            try:
+                with safe_open(path, framework="pt") as weights:
+                    tensors.update({name: weights.get_tensor(name) for name in weights.keys()})  # noqa: SIM118
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} is damaged: {error}") from None
+            bar.advance(os.path.getsize(path))
+    return tensors

@@ -1,0 +1,256 @@
+"""One table between the library's tensors and the published names, read in both directions.
+
+The library's checkpoints hold each kind of weight once, with the layers as its first axis; a Hugging Face folder
+holds a tensor per layer, expert and matrix. Legend of shapes: L layers, d hidden size, H heads of size h in G groups,
+E experts with P slots each, I inner width of an expert, V rows of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from steel_megatron.config import ModelConfig
+from steel_megatron.errors import CheckpointError, ConfigError
+
+Tensors = dict[str, torch.Tensor]
+FFN_TYPES = {"softmoe_v3": "soft_moe", "raw": "dense"}
+MLP_TYPES = {"senet": "double_swiglu", "raw": "swiglu"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one tensor of the library becomes tensors under published names.
+
+    Attributes:
+        key: its name in checkpoints; with ``layers``, one slice along the first axis is meant below.
+        shape: its shape (of one slice).
+        names: the published names, with ``{layer}`` for the layer's number.
+        split: cuts it into the published tensors, in the order of ``names``.
+        join: puts them together again.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    split: Callable[[torch.Tensor], list[torch.Tensor]]
+    join: Callable[[list[torch.Tensor]], torch.Tensor]
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether the tensor has the layers as its first axis."""
+        return "{layer}" in self.names[0]
+
+
+def _same(key: str, shape: tuple[int, ...], name: str) -> Rule:
+    return Rule(key, shape, (name,), lambda tensor: [tensor], lambda parts: parts[0])
+
+
+def _padded(key: str, model: ModelConfig, name: str) -> Rule:
+    """[padded V, d]: the rows over the vocabulary's size are zero and are not published."""
+    rows, padding = model.vocab_size, model.padded_vocab_size - model.vocab_size
+    return Rule(
+        key,
+        (model.padded_vocab_size, model.hidden_size),
+        (name,),
+        lambda tensor: [tensor[:rows]],
+        lambda parts: torch.nn.functional.pad(parts[0], (0, 0, 0, padding)),
+    )
+
+
+def _attention_inputs(kind: str, model: ModelConfig) -> Rule:
+    """megatron-core's rows go by group: the queries of its H / G heads, its key, its value."""
+    groups, size = model.query_groups, model.head_dim
+    queries = model.num_attention_heads // groups
+    tail = (model.hidden_size,) if kind == "weight" else ()
+
+    def split(tensor: torch.Tensor) -> list[torch.Tensor]:
+        by_group = tensor.view(groups, queries + 2, size, *tail)
+        return [part.reshape(-1, *tail) for part in by_group.split([queries, 1, 1], dim=1)]
+
+    def join(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([part.view(groups, -1, size, *tail) for part in parts], dim=1).reshape(-1, *tail)
+
+    names = tuple(f"model.layers.{{layer}}.self_attn.{part}_proj.{kind}" for part in "qkv")
+    return Rule(
+        f"decoder.layers.self_attention.linear_qkv.{kind}", (groups * (queries + 2) * size, *tail), names, split, join
+    )
+
+
+def _networks(key: str, prefixes: list[str], matrices: tuple[str, ...], shape: tuple[int, int]) -> Rule:
+    """[E, matrices, ...]: the matrices on one way through the networks called ``prefixes``."""
+    experts, count = len(prefixes), len(matrices)
+    return Rule(
+        key,
+        (experts, count, *shape),
+        tuple(f"{prefix}.{matrix}.weight" for prefix in prefixes for matrix in matrices),
+        lambda tensor: list(tensor.flatten(0, 1)),
+        lambda parts: torch.stack(parts).view(experts, count, *shape),
+    )
+
+
+def _feed_forward(key: str, prefixes: list[str], inner: int, model: ModelConfig) -> list[Rule]:
+    double = model.ffn_activation == "double_swiglu"
+    up = ("gate_up_proj", "up_proj") if double else ("gate_proj", "up_proj")
+    down = ("gate_down_proj", "down_proj") if double else ("down_proj",)
+    return [
+        _networks(f"{key}.up", prefixes, up, (inner, model.hidden_size)),
+        _networks(f"{key}.down", prefixes, down, (model.hidden_size, inner)),
+    ]
+
+
+def rules(model: ModelConfig) -> list[Rule]:
+    """The table for a model."""
+    hidden, layers, layer = model.hidden_size, "decoder.layers", "model.layers.{layer}"
+    table = [
+        _padded("embedding.word_embeddings.weight", model, "model.embed_tokens.weight"),
+        _padded("output_layer.weight", model, "lm_head.weight"),
+        _same("decoder.final_layernorm.weight", (hidden,), "model.norm.weight"),
+        _same(f"{layers}.input_layernorm.weight", (hidden,), f"{layer}.input_layernorm.weight"),
+        _same(f"{layers}.pre_mlp_layernorm.weight", (hidden,), f"{layer}.post_attention_layernorm.weight"),
+        _attention_inputs("weight", model),
+        _attention_inputs("bias", model),
+        _same(f"{layers}.self_attention.linear_proj.weight", (hidden, hidden), f"{layer}.self_attn.o_proj.weight"),
+    ]
+    if model.ffn == "dense":
+        return table + _feed_forward(f"{layers}.mlp.network", [f"{layer}.mlp"], model.ffn_hidden_size, model)
+    experts = [f"{layer}.mlp.experts.{expert}" for expert in range(model.num_experts)]
+    table += [
+        _same(f"{layers}.mlp.phi", (hidden, model.num_experts, model.slots_per_expert), f"{layer}.mlp.phi"),
+        _same(f"{layers}.mlp.scale", (1,), f"{layer}.mlp.scale"),
+        *_feed_forward(f"{layers}.mlp.experts", experts, model.ffn_hidden_size, model),
+    ]
+    if model.shared_expert_intermediate_size:
+        shared = [f"{layer}.mlp.shared_expert"]
+        inner = model.shared_expert_intermediate_size
+        table += _feed_forward(f"{layers}.mlp.shared_expert.network", shared, inner, model)
+    return table
+
+
+def to_hf(tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> Tensors:
+    """Tensors of a checkpoint under the published names."""
+    published: Tensors = {}
+    for rule in rules(model):
+        whole = tensors[rule.key]
+        slices = whole.unbind(0) if rule.per_layer else (whole,)
+        for layer, one in enumerate(slices):
+            assert one.shape == rule.shape, (rule.key, one.shape, rule.shape)
+            for name, part in zip(rule.names, rule.split(one), strict=True):
+                published[name.format(layer=layer)] = part.contiguous()
+    return published
+
+
+def published_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every published tensor's name and shape."""
+    stacked = {
+        rule.key: torch.empty((model.num_layers, *rule.shape) if rule.per_layer else rule.shape, device="meta")
+        for rule in rules(model)
+    }
+    return {name: tuple(tensor.shape) for name, tensor in to_hf(stacked, model).items()}
+
+
+def from_hf(tensors: Mapping[str, torch.Tensor], model: ModelConfig, origin: str) -> Tensors:
+    """Published tensors as the library keeps them.
+
+    Args:
+        tensors: by published name.
+        model: the settings they belong to.
+        origin: where they came from, for the message.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or belongs to no model of these settings.
+    """
+    shapes = published_shapes(model)
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise CheckpointError(f"{origin} has no tensor {name}; these settings need it with shape {list(shape)}")
+        if tuple(tensors[name].shape) != shape:
+            raise CheckpointError(
+                f"{origin}: {name} has shape {list(tensors[name].shape)}; its settings say {list(shape)}"
+            )
+    unexpected = sorted(set(tensors) - set(shapes))
+    if unexpected:
+        raise CheckpointError(f"{origin} has a tensor {unexpected[0]}, which no model with its settings has")
+    own: Tensors = {}
+    for rule in rules(model):
+        layers = range(model.num_layers) if rule.per_layer else (0,)
+        slices = [rule.join([tensors[name.format(layer=layer)] for name in rule.names]) for layer in layers]
+        own[rule.key] = torch.stack(slices) if rule.per_layer else slices[0]
+    return own
+
+
+def config_to_hf(model: ModelConfig) -> dict[str, Any]:
+    """The settings under the published keys, and the routing's under ours."""
+    ffn_type = {ours: theirs for theirs, ours in FFN_TYPES.items()}[model.ffn]
+    mlp_type = {ours: theirs for theirs, ours in MLP_TYPES.items()}[model.ffn_activation]
+    return {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "mlp_div_ratio": 1,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.sequence_length,
+        "rope_theta": float(model.rotary_base),
+        "rms_norm_eps": model.norm_epsilon,
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "FFN_type": ffn_type,
+        "mlp_type": mlp_type,
+        "n_experts": model.num_experts,
+        "slots_per_expert": model.slots_per_expert,
+        "routing_mode": model.routing_mode or "sequence",
+        "routing_mix": model.routing_mix,
+        "routing_block_length": model.block_length,
+        "shared_expert_intermediate_size": model.shared_expert_intermediate_size,
+    }
+
+
+def config_from_hf(config: Mapping[str, Any], origin: str) -> ModelConfig:
+    """Settings of a published or exported model.
+
+    Args:
+        config: what its config.json holds.
+        origin: where that came from, for the message.
+
+    Raises:
+        CheckpointError: a key is missing or has a value that this library has no model for.
+    """
+    for key, known in (("FFN_type", FFN_TYPES), ("mlp_type", MLP_TYPES)):
+        if config.get(key) not in known:
+            raise CheckpointError(f"{origin}: {key} is {config.get(key)!r}; this library has {', '.join(known)}")
+    if config.get("tie_word_embeddings", False):
+        raise CheckpointError(f"{origin}: tie_word_embeddings is true; Steel models have two embedding matrices")
+    rope = config.get("rope_parameters") or config
+    try:
+        dense = config["FFN_type"] == "raw"
+        return ModelConfig(
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            num_attention_heads=config["num_attention_heads"],
+            num_query_groups=config["num_key_value_heads"],
+            ffn="dense" if dense else "soft_moe",
+            ffn_activation="double_swiglu" if config["mlp_type"] == "senet" else "swiglu",
+            ffn_hidden_size=config["intermediate_size"] // config["mlp_div_ratio"],
+            num_experts=config["n_experts"],
+            slots_per_expert=config["slots_per_expert"],
+            # What the published weights were trained with, where a folder does not say.
+            routing_mode=None if dense else config.get("routing_mode", "sequence"),
+            routing_mix=config.get("routing_mix", "normalized"),
+            block_length=config.get("routing_block_length", 64),
+            shared_expert_intermediate_size=config.get("shared_expert_intermediate_size", 0),
+            vocab_size=config["vocab_size"],
+            sequence_length=config["max_position_embeddings"],
+            rotary_base=int(rope["rope_theta"]),
+            norm_epsilon=config["rms_norm_eps"],
+            init_method_std=config.get("initializer_range", 0.02),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{origin} has no {error.args[0]}") from None
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{origin}: {error}") from None

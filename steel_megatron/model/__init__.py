@@ -1,0 +1,1 @@
+"""The Soft-MoE language model, as modules for megatron-core's slots."""

@@ -1,0 +1,128 @@
+"""Feed-forward networks: E of them side by side, computed as two batched matrix products.
+
+Steel-LLM's expert ("double SwiGLU", section 3.2) gates the way down as well as the way up:
+
+    h = silu(W_gate_up x) * (W_up x)        y = silu(W_gate_down h) * (W_down h)
+
+SwiGLU has the plain way down, y = W_down h. A dense feed-forward layer is the same with E = 1. Legend: E local
+experts, N vectors per expert, I inner width of one expert, d hidden size; no biases.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+
+from steel_megatron.config import Activation
+from steel_megatron.parallel.collectives import gather_experts
+
+
+class Experts(MegatronModule):
+    """E feed-forward networks, each split over tensor-parallel processes, together over expert-parallel ones.
+
+    Args:
+        config: megatron-core's configuration; gives type and device of the weights.
+        num_experts: experts over all processes.
+        inner_size: I, over all tensor-parallel processes.
+        activation: what each computes.
+        groups: the process groups; experts are shared over ``groups.ep`` if ``expert_parallel``.
+        expert_parallel: whether the experts are split over the expert-parallel group, or copied on each process.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        num_experts: int,
+        inner_size: int,
+        activation: Activation,
+        groups: ProcessGroupCollection,
+        expert_parallel: bool,
+    ) -> None:
+        super().__init__(config=config)
+        self.tp_group = groups.tp
+        self.ep_group = groups.ep if expert_parallel and dist.get_world_size(groups.ep) > 1 else None
+        # The processes that hold copies of these weights.
+        self.copies_group = groups.expt_dp if self.ep_group is not None else groups.dp_cp
+        self.gated_down = activation == "double_swiglu"
+        self.local_experts = num_experts // (1 if self.ep_group is None else self.ep_group.size())
+        hidden, local_inner = config.hidden_size, inner_size // self.tp_group.size()
+        # The middle dimension counts matrices: (gate, up) on the way up; (gate, down) or (down) on the way down.
+        self.up = self._weight(self.local_experts, 2, local_inner, hidden, split_dim=2)
+        self.down = self._weight(self.local_experts, 2 if self.gated_down else 1, hidden, local_inner, split_dim=3)
+
+    def _weight(self, *shape: int, split_dim: int) -> torch.nn.Parameter:
+        device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
+        weight = torch.nn.Parameter(torch.empty(*shape, dtype=self.config.params_dtype, device=device))
+        set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=split_dim, stride=1)
+        # megatron-core reduces the gradients of such parameters over the processes that hold copies of the expert.
+        setattr(weight, "allreduce", self.ep_group is None)  # noqa: B010
+        return weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[E, N, d] to [E, N, d]: expert e on its own N vectors."""
+        return self._compute(x, self.up, self.down)
+
+    def forward_merged(self, x: torch.Tensor, merge_weights: torch.Tensor) -> torch.Tensor:
+        """Merge all experts by given weights and compute the merged expert.
+
+        Args:
+            x: [M, N, d], M groups of N vectors.
+            merge_weights: [M, experts over all processes], the share of each expert in each group's expert.
+
+        Returns:
+            [M, N, d]
+        """
+        # Each tensor-parallel process sees its own part of the matrices: the gradients of the shares add up.
+        shares = copy_to_tensor_model_parallel_region(merge_weights.to(x.dtype), self.tp_group)
+        merged = [
+            (shares @ gather_experts(weight, self.ep_group).flatten(1)).view(-1, *weight.shape[1:])
+            for weight in (self.up, self.down)
+        ]
+        return self._compute(x, *merged)
+
+    def _compute(self, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        x = copy_to_tensor_model_parallel_region(x, self.tp_group)
+        gate, value = torch.bmm(x, up.flatten(1, 2).mT).chunk(2, dim=-1)
+        inner = F.silu(gate) * value
+        # The gate of the way down is not linear, so both products are summed over processes before it.
+        out = reduce_from_tensor_model_parallel_region(torch.bmm(inner, down.flatten(1, 2).mT), self.tp_group)
+        if not self.gated_down:
+            return out
+        gate, value = out.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, ShardedTensor]:
+        """The weights for megatron-core's checkpoints: cut by expert and by inner width."""
+        axis = len(sharded_offsets)
+        tensor_parallel = (self.tp_group.rank(), self.tp_group.size())
+        sharded = {}
+        for name, split_dim in (("up", 2), ("down", 3)):
+            offsets = [*sharded_offsets, (axis + split_dim, *tensor_parallel)]
+            if self.ep_group is not None:
+                offsets.append((axis, self.ep_group.rank(), self.ep_group.size()))
+            sharded[prefix + name] = ShardedTensor.from_rank_offsets(
+                prefix + name,
+                getattr(self, name),
+                *offsets,
+                replica_id=(0, 0, dist.get_rank(self.copies_group)),
+                prepend_axis_num=axis,
+            )
+        return sharded

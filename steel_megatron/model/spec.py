@@ -1,0 +1,158 @@
+"""Builds one pipeline stage of the model out of megatron-core's GPTModel and the parts of this package."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from steel_megatron.config import ModelConfig, ParallelConfig, Precision
+from steel_megatron.model.attention import Float32, RMSNorm, ScaledDotProductAttention
+from steel_megatron.model.soft_moe import DenseFeedForward, SoftMoE
+from steel_megatron.model.weights import initialize_weights
+from steel_megatron.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: Precision, device: torch.device
+) -> TransformerConfig:
+    """The settings as megatron-core wants them."""
+    dtype = DTYPES[precision]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size,
+        # megatron-core asks for its own MoE's number of experts before it allows expert parallelism.
+        num_moe_experts=model.num_experts if parallel.expert_model_parallel_size > 1 else None,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        init_method_std=model.init_method_std,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+        # The weights are set by initialize_weights, whose result does not depend on the layout.
+        perform_initialization=False,
+        use_cpu_initialization=device.type != "cuda",
+        # Fusions of transformer-engine and apex that torch does not have.
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def layer_spec(model: ModelConfig, groups: ProcessGroupCollection) -> ModuleSpec:
+    """One transformer layer: pre-norm attention with biases on q, k and v only, and the feed-forward layer."""
+    if model.ffn == "soft_moe":
+        mlp = ModuleSpec(module=SoftMoE, params={"model": model, "groups": groups})
+    else:
+        params = {"inner_size": model.ffn_hidden_size, "model": model, "groups": groups}
+        mlp = ModuleSpec(module=DenseFeedForward, params=params)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=ScaledDotProductAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=Float32,
+                    k_layernorm=Float32,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def build_model(
+    model: ModelConfig,
+    topology: Topology,
+    precision: Precision = "float32",
+    *,
+    seed: int | None = None,
+) -> GPTModel:
+    """This process's part of the model.
+
+    Args:
+        model: the settings.
+        topology: the process groups.
+        precision: type of the weights.
+        seed: of the initial weights; None leaves the matrices uninitialised, to be loaded.
+    """
+    config = transformer_config(model, topology.parallel, precision, topology.device)
+    groups = topology.groups
+    spec = layer_spec(model, groups)
+    # It warns of every feed-forward module that is not its own.
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    block = TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config, pp_rank=groups.pp.rank()), layer_norm=RMSNorm
+    )
+    stage = GPTModel(
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=model.sequence_length,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        pg_collection=groups,
+    )
+    _mark_split_weights(stage)
+    if seed is not None:
+        initialize_weights(stage, model, seed)
+    return stage
+
+
+def _mark_split_weights(stage: GPTModel) -> None:
+    """Say which weights are parts of larger ones.
+
+    megatron-core marks them while it initialises them, which it does not do here; without the mark, the gradient
+    norm would count only the first process's part.
+    """
+    split_dims = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in stage.modules():
+        if type(module) in split_dims:
+            set_tensor_model_parallel_attributes(module.weight, True, split_dims[type(module)], 1)

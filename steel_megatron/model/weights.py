@@ -1,0 +1,57 @@
+"""A stage's weights by global name, and initial values that do not depend on how the model is cut.
+
+Every parameter is drawn whole from a generator seeded by the run's seed and the parameter's global name, and each
+process keeps its own part. So one process, TP2 and PP2 start from the very same numbers, and a comparison of
+layouts compares layouts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.models.gpt import GPTModel
+
+from steel_megatron.config import ModelConfig
+
+
+def sharded_weights(stage: GPTModel) -> dict[str, ShardedTensor]:
+    """A stage's weights and their place in the whole model, by name.
+
+    megatron-core also lists empty pickled objects (the state of transformer-engine's modules); they are left out, so
+    that checkpoints hold tensors only.
+    """
+    return {name: one for name, one in stage.sharded_state_dict().items() if isinstance(one, ShardedTensor)}
+
+
+def initialize_weights(stage: GPTModel, model: ModelConfig, seed: int) -> None:
+    """Set the weights of this process's part of the model.
+
+    Matrices are normal with standard deviation ``init_method_std`` (the published model's way: no scaling by
+    depth), norms and the routing scale are 1, biases 0. ``phi`` is only used by its direction. Rows of the
+    padded vocabulary are 0.
+    """
+    with torch.no_grad():
+        for name, sharded in sharded_weights(stage).items():
+            _fill(sharded, name, model, seed)
+
+
+def _fill(sharded: ShardedTensor, name: str, model: ModelConfig, seed: int) -> None:
+    weight = sharded.data
+    if name.endswith("norm.weight") or name.endswith("layernorm.weight") or name.endswith("mlp.scale"):
+        weight.fill_(1.0)
+        return
+    if name.endswith(".bias"):
+        weight.zero_()
+        return
+    prepended = sharded.prepend_axis_num
+    label = f"{seed}/{sharded.key}/{','.join(map(str, sharded.global_offset[:prepended]))}"
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "little") >> 1
+    )
+    whole = torch.empty(sharded.global_shape[prepended:]).normal_(0.0, model.init_method_std, generator=generator)
+    if whole.size(0) == model.padded_vocab_size:
+        whole[model.vocab_size :] = 0.0
+    own = zip(sharded.global_offset[prepended:], sharded.local_shape, strict=True)
+    weight.copy_(whole[tuple(slice(start, start + size) for start, size in own)])

@@ -1,0 +1,1 @@
+"""Process groups and the collectives that Soft-MoE needs on them."""

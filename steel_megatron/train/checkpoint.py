@@ -1,0 +1,353 @@
+"""Checkpoints that are either whole or not there.
+
+A checkpoint is a folder ``step_00001234`` written by megatron-core's dist_checkpointing under a temporary name,
+synced to disk, listed with sizes and checksums in ``steel.json`` and only then given its final name. It holds
+weights, optimizer state, random states, the step and the samples consumed, and loads under any TP, PP, EP and DP.
+Loading executes nothing: settings are JSON, and the one pickled index of torch's format is checked first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
+
+from steel_megatron.config import ModelConfig, RunConfig, dump_yaml, from_dict, to_dict
+from steel_megatron.errors import CheckpointError
+from steel_megatron.files import replace_folder, sha256_of, write_atomically
+from steel_megatron.log import get_logger
+from steel_megatron.model.weights import sharded_weights
+from steel_megatron.train.engine import Engine
+from steel_megatron.train.optimizer_state import sharded_state
+
+logger = get_logger(__name__)
+
+FORMAT = 1
+MANIFEST = "steel.json"
+TRACKER = "latest.json"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What ``steel.json`` says.
+
+    Attributes:
+        path: the checkpoint's folder.
+        step: optimizer steps done.
+        consumed_samples: training sequences read so far.
+        model: the model's settings.
+        layout: the layout that saved it, such as ``TP2 PP1 EP1 DP1``.
+        world_size: number of processes that saved it.
+        has_optimizer: whether it can be resumed, or holds weights only.
+        data_fingerprint: of the data whose samples were counted; empty if there was none.
+    """
+
+    path: Path
+    step: int
+    consumed_samples: int
+    model: ModelConfig
+    layout: str
+    world_size: int
+    has_optimizer: bool
+    data_fingerprint: str
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """This process's generators as byte tensors."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    states.update({f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()})
+    return states
+
+
+def _sharded_random_state() -> dict[str, ShardedTensor]:
+    """One row per process."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return {
+        name: ShardedTensor.from_rank_offsets(
+            f"random.{name}", state.unsqueeze(0).clone(), (0, rank, world_size), replica_id=0
+        )
+        for name, state in _random_state().items()
+    }
+
+
+def _restore_random_state(sharded: Mapping[str, torch.Tensor]) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    rows = {name: tensor[0] for name, tensor in sharded.items()}
+    torch.set_rng_state(rows.pop("torch"))
+    if "cuda" in rows:
+        torch.cuda.set_rng_state(rows.pop("cuda"))
+    get_cuda_rng_tracker().set_states({name.removeprefix("tracker."): state for name, state in rows.items()})
+
+
+def _state(engine: Engine, *, is_loading: bool, with_random_state: bool) -> dict[str, Any]:
+    model = sharded_weights(engine.stage)
+    state = {
+        "model": model,
+        "optimizer": sharded_state(engine.optimizer, model, is_loading=is_loading),
+    }
+    if with_random_state:
+        state["random"] = _sharded_random_state()
+    return state
+
+
+def path_of(run: RunConfig, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return run.checkpoints_dir / f"step_{step:08d}"
+
+
+def save(engine: Engine, consumed_samples: int, data_fingerprint: str = "") -> Path:
+    """Save a run's state as ``checkpoints/step_...``; every process calls it.
+
+    Raises:
+        CheckpointError: it cannot be written (disk full, folder read-only). What was there before stays.
+    """
+    run = engine.run
+    state = _state(engine, is_loading=False, with_random_state=True)
+    final = write_checkpoint(
+        state,
+        path_of(run, engine.step_number),
+        model=run.model,
+        step=engine.step_number,
+        consumed_samples=consumed_samples,
+        layout=engine.topology.describe(),
+        data_fingerprint=data_fingerprint,
+        run=run,
+    )
+    if engine.topology.is_first_process:  # for people and scripts; resuming looks at the folders themselves
+        latest = {"checkpoint": final.name, "step": engine.step_number}
+        write_atomically(run.checkpoints_dir / TRACKER, json.dumps(latest).encode(), CheckpointError)
+    return final
+
+
+def write_checkpoint(
+    state: dict[str, Any],
+    final: Path,
+    *,
+    model: ModelConfig,
+    step: int,
+    consumed_samples: int,
+    layout: str,
+    data_fingerprint: str = "",
+    run: RunConfig | None = None,
+) -> Path:
+    """Write a sharded state as the folder ``final``, which appears only when it is whole; every process calls it."""
+    partial = final.with_name(f".{final.name}.partial")
+    main = dist.get_rank() == 0
+    with _disk_errors(final, partial):
+        if main:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        dist.barrier()
+        dist_checkpointing.save(state, str(partial))
+        if main:
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "consumed_samples": consumed_samples,
+                "layout": layout,
+                "world_size": dist.get_world_size(),
+                "has_optimizer": "optimizer" in state,
+                "data_fingerprint": data_fingerprint,
+                "model": to_dict(model),
+            }
+            _finish(partial, final, manifest, run)
+        dist.barrier()
+    return final
+
+
+@contextmanager
+def _disk_errors(final: Path, partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"could not write the checkpoint {final}: {reason}; earlier ones are untouched"
+        ) from error
+
+
+def _finish(partial: Path, final: Path, manifest: dict[str, Any], run: RunConfig | None) -> None:
+    """Checksums, sync, final name, tracker."""
+    if run is not None:
+        (partial / "run.yaml").write_text(dump_yaml(run), encoding="utf-8")
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    manifest["files"] = {
+        str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
+    }
+    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1).encode(), CheckpointError)
+    replace_folder(partial, final)
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """Read and check a checkpoint's manifest and the sizes of its files.
+
+    Raises:
+        CheckpointError: the folder is not a whole checkpoint.
+    """
+    manifest = _read_manifest(path)
+    for name, facts in manifest["files"].items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != facts["bytes"]:
+            there = "is missing" if size is None else f"has {size:,} bytes"
+            raise CheckpointError(f"{file} {there}; the checkpoint was saved with {facts['bytes']:,} bytes of it")
+    return CheckpointInfo(
+        path=path,
+        step=manifest["step"],
+        consumed_samples=manifest["consumed_samples"],
+        model=from_dict(ModelConfig, manifest["model"], str(path / MANIFEST)),
+        layout=manifest["layout"],
+        world_size=manifest["world_size"],
+        has_optimizer=manifest["has_optimizer"],
+        data_fingerprint=manifest["data_fingerprint"],
+    )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint: its {MANIFEST} cannot be read ({error.strerror}); name a folder step_..."
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path / MANIFEST} is not JSON: {error}") from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
+    return manifest
+
+
+def verify(path: Path) -> None:
+    """Compare every file of a checkpoint with its checksum, and make sure that loading it executes nothing.
+
+    Raises:
+        CheckpointError: a file differs, or its index names something that does not belong there.
+    """
+    for name, facts in _read_manifest(path)["files"].items():
+        if sha256_of(path / name) != facts["sha256"]:
+            raise CheckpointError(f"{path / name} is damaged: its checksum is not the one it was saved with")
+    _IndexChecker(io.BytesIO((path / ".metadata").read_bytes()), path / ".metadata").load()
+
+
+class _IndexChecker(pickle.Unpickler):
+    """Reads torch's pickled index of a checkpoint, allowing the names that such an index is made of."""
+
+    MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+    NAMES = frozenset({"torch.Size", "torch.serialization._get_layout", "collections.OrderedDict", "pathlib.PosixPath"})
+
+    def __init__(self, stream: io.BytesIO, path: Path) -> None:
+        super().__init__(stream)
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The named class, if it may stand in an index."""
+        full = f"{module}.{name}"
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not (dtype or full in self.NAMES or (module.startswith(self.MODULES) and isinstance(name, str))):
+            raise CheckpointError(f"{self.path} asks for {full}, which no checkpoint of this library does; not loaded")
+        return super().find_class(module, name)
+
+
+def newest(checkpoints: Path) -> CheckpointInfo | None:
+    """The newest whole checkpoint of a run; damaged ones are named in the log and passed over."""
+    for path in sorted(checkpoints.glob("step_*"), reverse=True):
+        try:
+            info = read_info(path)
+            verify(path)
+        except CheckpointError as error:
+            logger.warning(f"passing over {path.name}: {error}")
+            continue
+        return info
+    return None
+
+
+def check_model(info: CheckpointInfo, model: ModelConfig) -> None:
+    """Raise a CheckpointError that names the first setting in which a checkpoint's weights differ from ``model``.
+
+    Settings that weights do not depend on (routing mode, block length, sequence length) may differ.
+    """
+    free = {"routing_mode", "routing_mix", "block_length", "sequence_length", "init_method_std", "norm_epsilon"}
+    for field in dataclasses.fields(ModelConfig):
+        if field.name in free or field.name == "num_query_groups":
+            continue
+        saved, wanted = getattr(info.model, field.name), getattr(model, field.name)
+        if saved != wanted:
+            raise CheckpointError(
+                f"{info.path} was saved with model.{field.name} = {saved}, this run has {wanted}; "
+                "use the checkpoint's settings or another checkpoint.directory"
+            )
+    if info.model.query_groups != model.query_groups:
+        raise CheckpointError(
+            f"{info.path} was saved with {info.model.query_groups} query groups, this run has {model.query_groups}"
+        )
+
+
+def load(engine: Engine, info: CheckpointInfo) -> None:
+    """Bring an engine to where a checkpoint left off, under whatever layout; every process calls it.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model, or holds weights only.
+    """
+    check_model(info, engine.run.model)
+    if not info.has_optimizer:
+        raise CheckpointError(f"{info.path} holds weights only and cannot be resumed; use checkpoint.init_from")
+    # Random states belong to processes; with another number of them there is nothing to give them back to.
+    same_world = info.world_size == dist.get_world_size()
+    state = dist_checkpointing.load(
+        _state(engine, is_loading=True, with_random_state=same_world), str(info.path), validate_access_integrity=False
+    )
+    _set_weights(engine.stage, state["model"])
+    if same_world:
+        _restore_random_state(state["random"])
+    engine.resume_at(info.step, state["optimizer"])
+
+
+def load_weights(stage: GPTModel, info: CheckpointInfo, model: ModelConfig) -> None:
+    """Load a checkpoint's weights into one pipeline stage; every process calls it."""
+    check_model(info, model)
+    state = dist_checkpointing.load({"model": sharded_weights(stage)}, str(info.path), validate_access_integrity=False)
+    _set_weights(stage, state["model"])
+
+
+def _set_weights(stage: GPTModel, tensors: dict[str, torch.Tensor]) -> None:
+    outcome = stage.load_state_dict(tensors, strict=False)
+    missing = [name for name in outcome.missing_keys if not name.endswith("_extra_state")]
+    assert not missing and not outcome.unexpected_keys, (missing, outcome.unexpected_keys)
+
+
+def read_tensors(info: CheckpointInfo, keys: list[str]) -> dict[str, torch.Tensor]:
+    """Whole tensors of a checkpoint by name, on the CPU, without building the model.
+
+    Raises:
+        CheckpointError: the checkpoint has no tensor of that name.
+    """
+    available = dist_checkpointing.load_tensors_metadata(str(info.path))
+    missing = [key for key in keys if key not in available]
+    if missing:
+        raise CheckpointError(f"{info.path} has no tensor {missing[0]!r}")
+    wanted = {key: available[key] for key in keys}
+    return dist_checkpointing.load(wanted, str(info.path), validate_access_integrity=False)

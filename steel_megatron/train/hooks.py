@@ -1,0 +1,128 @@
+"""What happens beside training: metrics for people and TensorBoard, and the wish to stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType, TracebackType
+
+import psutil
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from steel_megatron.config import RunConfig
+from steel_megatron.log import get_logger
+from steel_megatron.model.flops import training_flops_per_token
+from steel_megatron.parallel.topology import Topology
+from steel_megatron.platform import probe
+from steel_megatron.train.engine import Engine, StepResult
+
+logger = get_logger(__name__)
+GIB = 2**30
+
+
+class Metrics:
+    """Writes every step to TensorBoard and some of them to the log, on the first process.
+
+    Args:
+        run: the run's settings.
+        topology: the process groups.
+        engine: the run's engine, at the step from which training goes on.
+    """
+
+    def __init__(self, run: RunConfig, topology: Topology, engine: Engine) -> None:
+        self._run, self._device = run, topology.device
+        peak = probe().peak_flops
+        self._peak_flops = peak * topology.launch.world_size if peak else None
+        self._flops_per_token = training_flops_per_token(run.model)
+        self._loss_name = run.model.loss_name
+        self._last_time = time.monotonic()
+        self._writer = None
+        if topology.is_first_process:
+            # Scalars of steps that a killed run did after its last checkpoint are dropped: they come again.
+            purge = engine.step_number + 1 if engine.step_number else None
+            self._writer = SummaryWriter(str(run.tensorboard_dir), purge_step=purge)
+            logger.info(
+                f"training {topology.describe()}, {run.training.precision}, {run.training.global_batch_size} sequences "
+                f"of {run.model.sequence_length} tokens a step, {run.training.train_steps} steps"
+            )
+            if not run.model.causal:
+                logger.warning(
+                    "routing_mode sequence is not causal: tokens see later ones through the slots, so this loss is not "
+                    "a language model's loss and is reported as 'loss (non-causal)'"
+                )
+
+    def record(self, result: StepResult) -> None:
+        """Take note of a step that has just been done."""
+        if self._writer is None:
+            return
+        now = time.monotonic()
+        tokens_per_second = result.tokens / (now - self._last_time)
+        self._last_time = now
+        scalars = {
+            f"train/{self._loss_name}": result.loss,
+            "train/lr": result.lr,
+            "train/grad_norm": result.grad_norm,
+            "speed/tokens_per_second": tokens_per_second,
+            "memory/gib": self._memory(),
+        }
+        if self._peak_flops:
+            scalars["speed/mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, result.step)
+        if result.step % self._run.training.log_interval == 0 or result.step == self._run.training.train_steps:
+            mfu = f"  MFU {scalars['speed/mfu']:.1%}" if "speed/mfu" in scalars else ""
+            logger.info(
+                f"step {result.step:>6} of {self._run.training.train_steps}  {self._loss_name} {result.loss:.4f}  "
+                f"lr {result.lr:.2e}  grad norm {result.grad_norm:.3f}  {tokens_per_second:,.0f} tokens/s{mfu}"
+            )
+
+    def record_validation(self, step: int, loss: float) -> None:
+        """Take note of a validation; its time does not count as training's."""
+        if self._writer is not None:
+            self._writer.add_scalar(f"validation/{self._loss_name}", loss, step)
+            logger.info(f"step {step:>6} validation {self._loss_name} {loss:.4f}")
+        self._last_time = time.monotonic()
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _memory(self) -> float:
+        """GiB: the device's peak, or this process's resident set where the device is the CPU."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / GIB
+        return psutil.Process().memory_info().rss / GIB
+
+
+class StopSignal:
+    """Notices SIGTERM and SIGUSR1, with which schedulers announce that they will end a job.
+
+    Attributes:
+        received: whether one has come. A second one acts as it would without this.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}

@@ -1,0 +1,134 @@
+"""The training loop: from settings to the last checkpoint."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from steel_megatron.config import RunConfig, dump_yaml
+from steel_megatron.errors import CheckpointError
+from steel_megatron.files import exclusive_lock, write_atomically
+from steel_megatron.log import get_logger, progress
+from steel_megatron.parallel.agreement import any_process, first_process_says, together
+from steel_megatron.parallel.topology import Topology, initialize, shutdown
+from steel_megatron.train import checkpoint
+from steel_megatron.train.batches import Batches
+from steel_megatron.train.engine import Engine
+from steel_megatron.train.hooks import Metrics, StopSignal
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """Where a run stands when it leaves.
+
+    Attributes:
+        step: optimizer steps done.
+        loss: of the last step, in nats per token; None when there was no step left to do.
+        validation_loss: of the last validation; None without validation data.
+        checkpoint: the newest checkpoint's folder.
+        finished: whether all of the run's steps are done.
+    """
+
+    step: int
+    loss: float | None
+    validation_loss: float | None
+    checkpoint: Path
+    finished: bool
+
+
+def pretrain(run: RunConfig) -> TrainingSummary:
+    """Train a model from where its folder stands; every process of the launch calls it.
+
+    Raises:
+        SteelError: settings, data, checkpoints or the loss do not allow to go on.
+    """
+    topology = initialize(run.parallel)
+    with ExitStack() as stack:
+        if topology.is_first_process:
+            lock = exclusive_lock(Path(run.checkpoint.directory) / "run", CheckpointError)
+            together(topology, lambda: stack.enter_context(lock))
+        else:
+            together(topology, lambda: None)
+        summary = _train(run, topology)
+    shutdown()
+    return summary
+
+
+def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
+    training = run.training
+    batches = together(topology, lambda: Batches(run, topology))
+    engine = Engine(run, topology)
+    consumed, saved = _start(run, topology, engine, batches.fingerprint)
+    metrics = Metrics(run, topology, engine)
+    validation_loss = result = None
+    last_step = min(training.train_steps, training.stop_after_step or training.train_steps)
+    remaining = max(0, last_step - engine.step_number)
+    with StopSignal() as signal, progress("training", remaining, "steps", plain=False) as bar:
+        while engine.step_number < last_step:
+            result = engine.step(batches.training(consumed))
+            consumed += training.global_batch_size
+            metrics.record(result)
+            bar.advance(note=f"{run.model.loss_name} {result.loss:.4f}")
+            stopping = any_process(topology, signal.received)
+            if batches.has_validation and (result.step % training.eval_interval == 0 or result.step == last_step):
+                validation_loss = engine.evaluate(batches.validation())[0]
+                metrics.record_validation(result.step, validation_loss)
+            if result.step % run.checkpoint.save_interval == 0 or result.step == last_step or stopping:
+                saved = checkpoint.save(engine, consumed, batches.fingerprint)
+                logger.info(f"saved {saved}")
+            if stopping:
+                logger.warning(f"asked to stop: step {result.step} is saved; the same command goes on from there")
+                break
+    metrics.close()
+    assert saved is not None, "a run has at least one step, done now or before"
+    return TrainingSummary(
+        step=engine.step_number,
+        loss=result.loss if result else None,
+        validation_loss=validation_loss,
+        checkpoint=saved,
+        finished=engine.step_number >= training.train_steps,
+    )
+
+
+def _start(run: RunConfig, topology: Topology, engine: Engine, data_fingerprint: str) -> tuple[int, Path | None]:
+    """Resume, or take initial weights from elsewhere, or begin; returns the samples consumed and the checkpoint."""
+    # One process reads and compares all checksums; the others follow.
+    found = together(topology, lambda: _find(run) if topology.is_first_process else None)
+    step = first_process_says(topology, found.step if found else -1)
+    if step >= 0:
+        path = checkpoint.path_of(run, step)
+        info = together(topology, lambda: checkpoint.read_info(path))
+        if info.data_fingerprint != data_fingerprint:
+            raise CheckpointError(
+                f"{path} was trained on other data, or with another training.seed or model.sequence_length, so its "
+                f"{info.consumed_samples:,} consumed samples mean nothing here; for new data use its weights in "
+                "another folder (checkpoint.init_from)"
+            )
+        checkpoint.load(engine, info)
+        logger.info(f"resuming after step {info.step} ({info.layout} before, {topology.describe()} now)")
+        return info.consumed_samples, path
+    if run.checkpoint.init_from:
+        origin = Path(run.checkpoint.init_from)
+        info = together(topology, lambda: checkpoint.read_info(origin))
+        together(topology, lambda: checkpoint.verify(origin) if topology.is_first_process else None)
+        checkpoint.load_weights(engine.stage, info, run.model)
+        engine.optimizer.reload_model_params()
+        logger.info(f"starting from the weights of {origin}")
+    if topology.is_first_process:
+        path = Path(run.checkpoint.directory) / "run.yaml"
+        write_atomically(path, dump_yaml(run).encode(), CheckpointError)
+    return 0, None
+
+
+def _find(run: RunConfig) -> checkpoint.CheckpointInfo | None:
+    """The newest whole checkpoint of the run's folder."""
+    info = checkpoint.newest(run.checkpoints_dir)
+    if info is not None and not run.checkpoint.resume:
+        raise CheckpointError(
+            f"{run.checkpoints_dir} holds checkpoints up to step {info.step}, but checkpoint.resume is false; resume, "
+            "or choose another checkpoint.directory"
+        )
+    return info

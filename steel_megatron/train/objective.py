@@ -1,0 +1,75 @@
+"""What training minimises, as the function that megatron-core's schedules call for every micro batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro batch of B sequences of T tokens.
+
+    Attributes:
+        tokens: int64 [B, T].
+        labels: int64 [B, T]; labels[:, t] is the token to be predicted at position t (already shifted).
+        loss_mask: float32 [B, T]; 0 where a label does not count.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device))
+
+
+class NextToken:
+    """Next-token cross entropy in float32, summed over the labels that count.
+
+    Args:
+        vocab_size: ids from here on are padding of the embedding matrix and get no probability.
+        groups: the process groups.
+    """
+
+    def __init__(self, vocab_size: int, groups: ProcessGroupCollection) -> None:
+        self.vocab_size = vocab_size
+        self.tp_group = groups.tp
+
+    def forward_step(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+        """One forward of one pipeline stage; signature and result as megatron-core's schedules want them."""
+        batch = next(batches)
+        batch_size, length = batch.tokens.shape
+        positions = torch.arange(length, device=batch.tokens.device).expand(batch_size, length)
+        output = model(batch.tokens, positions, None)
+        return output, partial(self.loss, batch)
+
+    def token_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of every position in nats, float32 [B, T], from this process's logits [B, T, V / TP]."""
+        local = logits.size(-1)
+        own_vocabulary = self.vocab_size - local * self.tp_group.rank()
+        logits = logits.float()
+        if own_vocabulary < local:
+            padding = torch.arange(local, device=logits.device) >= own_vocabulary
+            logits = logits.masked_fill(padding, torch.finfo(torch.float32).min)
+        return vocab_parallel_cross_entropy(logits, labels)
+
+    def loss(self, batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sum of losses, number of labels that count, and both in one tensor for the report."""
+        total = (self.token_losses(logits, batch.labels) * batch.loss_mask).sum()
+        count = batch.loss_mask.sum()
+        return total, count.int(), torch.stack((total.detach(), count)).double()
+
+
+def infer_shape(batch: Batch) -> dict[str, Any]:
+    """The sizes that megatron-core's schedules ask for."""
+    return {"seq_length": batch.tokens.size(1), "micro_batch_size": batch.tokens.size(0)}

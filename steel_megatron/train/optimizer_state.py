@@ -1,0 +1,65 @@
+"""The optimizer's state as tensors that fit any layout.
+
+megatron-core's distributed optimizer can give its state in the shape of the model's parameters, which loads under
+other parallel sizes. Only those tensors are kept: everything else in its state dictionary (learning rate, decay,
+step) follows from the run's settings and the step number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+OptimizerState = dict[str, Any]
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The distributed optimizers inside: one, or two when experts have data-parallel groups of their own."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Make the optimizer's state before its first step, so that a checkpoint can be loaded into it."""
+    for part in _parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
+                part.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        else:  # the fused optimizers of apex and transformer-engine
+            part.load_state_dict(part.state_dict())
+
+
+def sharded_state(optimizer: MegatronOptimizer, model_state: ShardedStateDict, *, is_loading: bool) -> OptimizerState:
+    """Running means and float32 weights as sharded tensors, named after the model's parameters.
+
+    Args:
+        optimizer: the run's optimizer.
+        model_state: the model's sharded state.
+        is_loading: whether the result is to be filled from a checkpoint.
+    """
+    return {
+        str(index): part.sharded_param_state_fully_reshardable(model_state, is_loading, {})
+        for index, part in enumerate(_parts(optimizer))
+    }
+
+
+def load_state(optimizer: MegatronOptimizer, state: OptimizerState, step: int) -> None:
+    """Put tensors that :func:`sharded_state` described, now filled, into the optimizer."""
+    for index, part in enumerate(_parts(optimizer)):
+        own = [part.optimizer.state[p] for group in part.optimizer.param_groups for p in group["params"]]
+        for values in own:
+            values.pop("step", None)  # megatron-core's loader does not expect torch's count
+        part.load_parameter_state_from_fully_reshardable(state[str(index)])
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for values in own:
+                values["step"] = torch.tensor(float(step), dtype=torch.float32)
+        else:
+            for group in part.optimizer.param_groups:
+                group["step"] = step

@@ -1,0 +1,24 @@
+"""Reading the golden fixtures of the published model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+NAMES = ("steel_tiny", "steel_slots2", "steel_swiglu", "dense_senet")
+
+
+def read(shared_dir: Path, name: str) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+    """The configuration, and the tensors of ``model``, ``io`` and ``grads``."""
+    folder = shared_dir / "golden" / name
+    config = json.loads((folder / "config.json").read_text())
+    return config, {kind: load_file(folder / f"{kind}.safetensors") for kind in ("model", "io", "grads")}
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """|ours - theirs| / |theirs|."""
+    return float((ours - theirs).norm() / theirs.norm())

@@ -1,0 +1,72 @@
+"""Who and where a process is, from the launcher's variables."""
+
+from __future__ import annotations
+
+import pytest
+
+from steel_megatron.errors import ConfigError, SteelError
+from steel_megatron.parallel.topology import Launch, first_host, read_launch
+from tests.distributed import run_distributed
+
+
+def test_torchrun_and_slurm_and_alone() -> None:
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "2", "SLURM_STEP_ID": "0"}
+    assert read_launch(torchrun) == Launch(3, 8, 1, "torchrun")
+    assert read_launch(slurm) == Launch(5, 16, 2, "slurm")
+    assert read_launch({**slurm, **torchrun}).origin == "torchrun"
+    assert read_launch({}) == Launch(0, 1, 0, "alone")
+
+
+def test_a_batch_script_outside_srun_is_alone() -> None:
+    assert read_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "7"}).origin == "alone"
+
+
+def test_nonsense_is_named() -> None:
+    with pytest.raises(ConfigError, match="must be numbers"):
+        read_launch({"RANK": "first", "WORLD_SIZE": "2"})
+    with pytest.raises(ConfigError, match="RANK=2 of the environment is not below WORLD_SIZE=2"):
+        read_launch({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[03-07,9],login1", "gpu03"),
+        ("gpu[3,5]", "gpu3"),
+        ("a1,gpu[03-07]", "a1"),
+        ("rack[1-2]-ib", "rack1-ib"),
+    ],
+)
+def test_first_host_of_a_node_list(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+def one_fails(failing: int) -> str:
+    from steel_megatron.config import ParallelConfig
+    from steel_megatron.parallel.agreement import any_process, first_process_says, together
+    from steel_megatron.parallel.topology import initialize
+
+    topology = initialize(ParallelConfig())
+    assert together(topology, lambda: 5) == 5
+    assert any_process(topology, topology.launch.rank == 1)
+    assert not any_process(topology, False)
+    assert first_process_says(topology, 10 + topology.launch.rank) == 10
+
+    def action() -> None:
+        if topology.launch.rank == failing:
+            raise ConfigError("this file is not here")
+
+    try:
+        together(topology, action)
+    except SteelError as error:
+        return str(error)
+    return "no error"
+
+
+def test_what_fails_on_one_process_is_raised_on_all() -> None:
+    messages = run_distributed(one_fails, 2, 1)
+    assert messages[1] == "this file is not here"
+    assert messages[0].startswith("process 1 could not go on")

@@ -1,0 +1,121 @@
+"""The command line: help that a person can read, and one line and exit code 2 for what is wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from steel_megatron.cli import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "examples/quickstart/pretrain.yaml"
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Runs a command that must fail; returns its one line on stderr."""
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert captured.out == "" and len(lines) == 1, captured
+    assert lines[0].startswith("error: ")
+    assert list(Path.cwd().iterdir()) == [], "something was written"
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main([name, "--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: steel-megatron {name} [--config FILE]")
+    if name == "pretrain":
+        assert "Key and value heads (grouped-query attention)" in text
+
+
+def test_overrides_win_over_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--config", str(RECIPE), "--model.hidden_size", "384", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    assert printed["model"]["hidden_size"] == 384
+    assert printed["optimizer"]["lr"] == recipe["optimizer"]["lr"]
+    assert printed["optimizer"]["clip_grad"] == 1.0  # the default, spelled out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.hiden_size", "3"], "--model.hiden_size"),
+        (["--model.hidden_size", "many"], "many"),
+        (["--model.num_attention_heads", "5"], "hidden_size = 192 is not divisible by num_attention_heads = 5"),
+        (["--parallel.pipeline_model_parallel_size", "3"], "num_layers = 4 is not divisible by"),
+        (["--parallel.expert_model_parallel_size", "4"], "num_experts = 6 is not divisible by"),
+        (["--training.precision", "float8"], "float8"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_wrong_settings(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(capsys, "pretrain", "--config", str(RECIPE), *words)
+
+
+def test_wrong_keys_in_a_file(capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    broken = tmp_path_factory.mktemp("config") / "broken.yaml"
+    broken.write_text("model: {hidden: 3}\n")
+    assert "hidden" in refused(capsys, "pretrain", "--config", str(broken))
+    broken.write_text("model: [unclosed\n")
+    assert "broken.yaml" in refused(capsys, "pretrain", "--config", str(broken))
+
+
+def test_a_mode_must_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "routing_mode is not set" in refused(capsys, "pretrain")
+
+
+def test_commands_and_required_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "preprocess" in refused(capsys, "preproces")
+    assert "prompts" in refused(capsys, "generate", "--model", "nowhere")
+    assert refused(capsys)
+
+
+def test_folders_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere" in refused(capsys, "import-hf", "--folder", "nowhere", "--output", "out")
+    assert "nowhere" in refused(capsys, "export-hf", "--checkpoint", "nowhere", "--output", "out")
+    assert "nowhere" in refused(capsys, "generate", "--model", "nowhere", "--prompts", "a")
+    preprocess = ("preprocess", "--inputs", "nowhere", "--output_prefix", "out", "--tokenizer_path", "none")
+    assert "nowhere" in refused(capsys, *preprocess)
+
+
+def run_pretrain(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "steel_megatron", "pretrain", "--config", str(RECIPE), *words]
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_a_launch_that_does_not_fit_is_refused_before_anything_starts() -> None:
+    done = run_pretrain()  # the recipe wants two processes
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: a launch of 1 processes does not fit tensor x pipeline parallel = 2 x 1")
+    assert not list(Path.cwd().iterdir())
+
+
+def test_missing_data_is_named() -> None:
+    done = run_pretrain("--parallel.tensor_model_parallel_size", "1")
+    assert done.returncode == 2
+    assert "runs/quickstart/data/corpus_train_text_document" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from steel_megatron.cli import build_parser; build_parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False, cwd=ROOT).returncode == 0

@@ -1,0 +1,109 @@
+"""Settings are checked when they are built, and messages carry the numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from steel_megatron.config import (
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+    dump_yaml,
+    from_dict,
+)
+from steel_megatron.errors import ConfigError
+
+MODEL = ModelConfig(routing_mode="block_causal", num_attention_heads=4, num_layers=4, num_experts=6)
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*/pretrain.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"routing_mode": None}, "must say which mode"),
+        ({"routing_mode": "blocks"}, "'blocks'; it must be one of sequence, token, block_causal, merged"),
+        ({"hidden_size": 255}, "hidden_size = 255 is not divisible by num_attention_heads = 4"),
+        ({"hidden_size": 12}, "head_dim|even head size"),
+        ({"num_query_groups": 3}, "num_attention_heads = 4 is not divisible by num_query_groups = 3"),
+        ({"num_layers": 0}, "num_layers is 0; it must be at least 1"),
+        ({"block_length": 0}, "block_length is 0"),
+        ({"norm_epsilon": float("nan")}, "norm_epsilon is nan"),
+        ({"ffn": "sparse"}, "ffn is 'sparse'; it must be one of soft_moe, dense"),
+    ],
+)
+def test_bad_models_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**{"routing_mode": "block_causal", **change})
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (
+            {"tensor_model_parallel_size": 3},
+            "num_attention_heads = 4 is not divisible by tensor_model_parallel_size = 3",
+        ),
+        ({"pipeline_model_parallel_size": 3}, "num_layers = 4 is not divisible by pipeline_model_parallel_size = 3"),
+        ({"expert_model_parallel_size": 4}, "num_experts = 6 is not divisible by expert_model_parallel_size = 4"),
+        ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size is 0"),
+    ],
+)
+def test_models_that_cannot_be_cut_so_are_refused(parallel: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig(model=MODEL, parallel=ParallelConfig(**parallel))
+
+
+def test_a_dense_model_has_no_experts_to_share() -> None:
+    with pytest.raises(ConfigError, match="has no experts"):
+        RunConfig(model=ModelConfig(ffn="dense"), parallel=ParallelConfig(expert_model_parallel_size=2))
+
+
+def test_the_launch_must_fit_the_degrees() -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    assert parallel.data_parallel_size(8) == 2
+    with pytest.raises(ConfigError, match=r"launch of 6 processes .* 2 x 2 = 4"):
+        parallel.data_parallel_size(6)
+    with pytest.raises(ConfigError, match="expert_model_parallel_size = 2 does not divide the data-parallel size 3"):
+        ParallelConfig(expert_model_parallel_size=2).data_parallel_size(3)
+
+
+def test_the_global_batch_must_fit_the_launch() -> None:
+    run = RunConfig(model=MODEL, training=TrainingConfig(global_batch_size=12, micro_batch_size=2))
+    assert run.num_micro_batches(2) == 3
+    with pytest.raises(ConfigError, match=r"global_batch_size = 12 is not divisible by .* 2 x 4 = 8"):
+        run.num_micro_batches(4)
+
+
+def test_optimizer_settings() -> None:
+    with pytest.raises(ConfigError, match=r"beta1 is 1.0; it must be in \[0, 1\)"):
+        OptimizerConfig(beta1=1.0)
+    with pytest.raises(ConfigError, match=r"min_lr = 0.1 is over lr = 0.01"):
+        OptimizerConfig(lr=0.01, min_lr=0.1)
+
+
+def test_unknown_keys_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"here: unknown key 'hiden_size' in ModelConfig"):
+        from_dict(RunConfig, {"model": {"hiden_size": 3}}, "here")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
+def test_recipes_are_valid_and_survive_a_round_trip(recipe: Path) -> None:
+    run = from_dict(RunConfig, yaml.safe_load(recipe.read_text(encoding="utf-8")), str(recipe))
+    assert from_dict(RunConfig, yaml.safe_load(dump_yaml(run)), "the dump") == run
+
+
+def test_the_vocabulary_is_padded_for_every_layout() -> None:
+    assert ModelConfig(routing_mode="merged", vocab_size=8001).padded_vocab_size == 8064
+    assert ModelConfig(routing_mode="merged", vocab_size=151936).padded_vocab_size == 151936
+
+
+def test_only_sequence_mode_is_not_causal() -> None:
+    assert MODEL.causal and MODEL.loss_name == "loss"
+    assert ModelConfig(routing_mode="sequence").loss_name == "loss (non-causal)"
+    assert ModelConfig(ffn="dense").causal
