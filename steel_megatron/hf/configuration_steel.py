@@ -18,6 +18,7 @@ class SteelConfig(PretrainedConfig):
         mlp_type: ``senet`` for Steel's double SwiGLU, ``raw`` for SwiGLU.
         intermediate_size: with ``mlp_div_ratio``, the inner width of one expert or of the dense network is
             ``intermediate_size // mlp_div_ratio``.
+        expert_intermediate_size: that width itself, where it is not such a quotient.
         n_experts: experts of a layer.
         slots_per_expert: slots of each.
         routing_mode: ``sequence`` (not causal), ``block_causal``, ``token`` or ``merged``.
@@ -51,6 +52,7 @@ class SteelConfig(PretrainedConfig):
         routing_mix: str = "normalized",
         routing_block_length: int = 64,
         shared_expert_intermediate_size: int = 0,
+        expert_intermediate_size: int | None = None,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
         **kwargs: Any,
@@ -65,16 +67,29 @@ class SteelConfig(PretrainedConfig):
         ):
             if value not in allowed:
                 raise ValueError(f"SteelConfig.{name} is {value!r}; it must be one of {allowed}")
+        num_key_value_heads = num_key_value_heads or num_attention_heads
+        for size, divisor, what in (
+            (hidden_size, num_attention_heads, "hidden_size by num_attention_heads"),
+            (num_attention_heads, num_key_value_heads, "num_attention_heads by num_key_value_heads"),
+        ):
+            if size % divisor:
+                raise ValueError(f"SteelConfig: {size} is not divisible by {divisor} ({what})")
+        if routing_block_length < 1:
+            raise ValueError(f"SteelConfig.routing_block_length is {routing_block_length}; it must be at least 1")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.mlp_div_ratio = mlp_div_ratio
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
         self.max_position_embeddings = max_position_embeddings
-        # transformers 5 writes the base as one of the rope_parameters.
-        self.rope_theta = float((kwargs.get("rope_parameters") or {}).get("rope_theta", rope_theta))
+        # transformers 5 writes the base as one of the rope_parameters, older ones a scaling beside it.
+        rope = kwargs.get("rope_parameters") or kwargs.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise ValueError(f"SteelConfig: the rotary embedding is of type {rope_type!r}; it must be 'default'")
+        self.rope_theta = float(rope.get("rope_theta", rope_theta))
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.hidden_act = hidden_act
@@ -86,8 +101,14 @@ class SteelConfig(PretrainedConfig):
         self.routing_mix = routing_mix
         self.routing_block_length = routing_block_length
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.expert_intermediate_size = expert_intermediate_size
         self.use_cache = use_cache
         super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
+
+    @property
+    def inner_size(self) -> int:
+        """Inner width of one expert, or of the dense network."""
+        return self.expert_intermediate_size or self.intermediate_size // self.mlp_div_ratio
 
     @property
     def is_causal(self) -> bool:

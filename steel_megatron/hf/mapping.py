@@ -131,13 +131,22 @@ def rules(model: ModelConfig) -> list[Rule]:
 
 
 def to_hf(tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> Tensors:
-    """Tensors of a checkpoint under the published names."""
+    """Tensors of a checkpoint under the published names.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape than these settings say.
+    """
     published: Tensors = {}
     for rule in rules(model):
+        shape = (model.num_layers, *rule.shape) if rule.per_layer else rule.shape
+        if rule.key not in tensors:
+            raise CheckpointError(f"the checkpoint has no tensor {rule.key}; its settings need it")
         whole = tensors[rule.key]
-        slices = whole.unbind(0) if rule.per_layer else (whole,)
-        for layer, one in enumerate(slices):
-            assert one.shape == rule.shape, (rule.key, one.shape, rule.shape)
+        if tuple(whole.shape) != shape:
+            raise CheckpointError(
+                f"the checkpoint's {rule.key} has shape {list(whole.shape)}; its settings say {list(shape)}"
+            )
+        for layer, one in enumerate(whole.unbind(0) if rule.per_layer else (whole,)):
             for name, part in zip(rule.names, rule.split(one), strict=True):
                 published[name.format(layer=layer)] = part.contiguous()
     return published
@@ -161,7 +170,8 @@ def from_hf(tensors: Mapping[str, torch.Tensor], model: ModelConfig, origin: str
         origin: where they came from, for the message.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape, or belongs to no model of these settings.
+        CheckpointError: a tensor is missing, has another shape, belongs to no model of these settings, or has another
+            type than those it is put together with.
     """
     shapes = published_shapes(model)
     for name, shape in shapes.items():
@@ -177,9 +187,26 @@ def from_hf(tensors: Mapping[str, torch.Tensor], model: ModelConfig, origin: str
     own: Tensors = {}
     for rule in rules(model):
         layers = range(model.num_layers) if rule.per_layer else (0,)
-        slices = [rule.join([tensors[name.format(layer=layer)] for name in rule.names]) for layer in layers]
+        names = [[name.format(layer=layer) for name in rule.names] for layer in layers]
+        _check_one_type(tensors, [name for of_layer in names for name in of_layer], origin)
+        slices = [rule.join([tensors[name] for name in of_layer]) for of_layer in names]
         own[rule.key] = torch.stack(slices) if rule.per_layer else slices[0]
     return own
+
+
+def _check_one_type(tensors: Mapping[str, torch.Tensor], names: list[str], origin: str) -> None:
+    """Tensors that become one must have one type: torch would widen some of them."""
+    first, *others = names
+    for name in others:
+        if tensors[name].dtype != tensors[first].dtype:
+            raise CheckpointError(
+                f"{origin}: {name} is {_type_name(tensors[name])}, {first} is {_type_name(tensors[first])}; "
+                "weights of one kind must have one type over all layers and experts"
+            )
+
+
+def _type_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def config_to_hf(model: ModelConfig) -> dict[str, Any]:
@@ -221,36 +248,82 @@ def config_from_hf(config: Mapping[str, Any], origin: str) -> ModelConfig:
     Raises:
         CheckpointError: a key is missing or has a value that this library has no model for.
     """
-    for key, known in (("FFN_type", FFN_TYPES), ("mlp_type", MLP_TYPES)):
-        if config.get(key) not in known:
-            raise CheckpointError(f"{origin}: {key} is {config.get(key)!r}; this library has {', '.join(known)}")
-    if config.get("tie_word_embeddings", False):
-        raise CheckpointError(f"{origin}: tie_word_embeddings is true; Steel models have two embedding matrices")
-    rope = config.get("rope_parameters") or config
+    ffn = FFN_TYPES[_known(config, "FFN_type", tuple(FFN_TYPES), origin)]
+    activation = MLP_TYPES[_known(config, "mlp_type", tuple(MLP_TYPES), origin)]
+    _known(config, "hidden_act", ("silu",), origin, default="silu")
+    for key, why in (
+        ("tie_word_embeddings", "Steel models have two embedding matrices"),
+        ("use_sliding_window", "here every token sees all tokens before it"),
+    ):
+        if config.get(key, False):
+            raise CheckpointError(f"{origin}: {key} is {config[key]!r}; {why}")
     try:
-        dense = config["FFN_type"] == "raw"
         return ModelConfig(
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            num_attention_heads=config["num_attention_heads"],
-            num_query_groups=config["num_key_value_heads"],
-            ffn="dense" if dense else "soft_moe",
-            ffn_activation="double_swiglu" if config["mlp_type"] == "senet" else "swiglu",
-            ffn_hidden_size=config["intermediate_size"] // config["mlp_div_ratio"],
-            num_experts=config["n_experts"],
-            slots_per_expert=config["slots_per_expert"],
+            num_layers=_number(config, "num_hidden_layers", origin),
+            hidden_size=_number(config, "hidden_size", origin),
+            num_attention_heads=_number(config, "num_attention_heads", origin),
+            num_query_groups=None
+            if config.get("num_key_value_heads") is None
+            else _number(config, "num_key_value_heads", origin),
+            ffn=ffn,  # type: ignore[arg-type]
+            ffn_activation=activation,  # type: ignore[arg-type]
+            ffn_hidden_size=_inner_size(config, origin),
+            num_experts=_number(config, "n_experts", origin),
+            slots_per_expert=_number(config, "slots_per_expert", origin),
             # What the published weights were trained with, where a folder does not say.
-            routing_mode=None if dense else config.get("routing_mode", "sequence"),
+            routing_mode=None if ffn == "dense" else config.get("routing_mode", "sequence"),
             routing_mix=config.get("routing_mix", "normalized"),
-            block_length=config.get("routing_block_length", 64),
-            shared_expert_intermediate_size=config.get("shared_expert_intermediate_size", 0),
-            vocab_size=config["vocab_size"],
-            sequence_length=config["max_position_embeddings"],
-            rotary_base=int(rope["rope_theta"]),
-            norm_epsilon=config["rms_norm_eps"],
-            init_method_std=config.get("initializer_range", 0.02),
+            block_length=_number(config, "routing_block_length", origin, default=64),
+            # A dense network has no such expert beside it.
+            shared_expert_intermediate_size=0
+            if ffn == "dense"
+            else _number(config, "shared_expert_intermediate_size", origin, default=0),
+            vocab_size=_number(config, "vocab_size", origin),
+            sequence_length=_number(config, "max_position_embeddings", origin),
+            rotary_base=_rotary_base(config, origin),
+            norm_epsilon=_number(config, "rms_norm_eps", origin, whole=False),
+            init_method_std=_number(config, "initializer_range", origin, default=0.02, whole=False),
         )
-    except KeyError as error:
-        raise CheckpointError(f"{origin} has no {error.args[0]}") from None
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{origin}: {error}") from None
+
+
+def _known(config: Mapping[str, Any], key: str, known: tuple[str, ...], origin: str, default: str | None = None) -> str:
+    value = config.get(key, default)
+    if value not in known:
+        raise CheckpointError(f"{origin}: {key} is {value!r}; this library has {', '.join(known)}")
+    return value
+
+
+def _number(
+    config: Mapping[str, Any], key: str, origin: str, *, default: float | None = None, whole: bool = True
+) -> Any:
+    """The number under a key; JSON may write a whole one as 2.0."""
+    if key not in config and default is None:
+        raise CheckpointError(f"{origin} has no {key}")
+    value = config.get(key, default)
+    kind = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value != value // 1):
+        raise CheckpointError(f"{origin}: {key} is {value!r}; it must be {kind}")
+    return int(value) if whole else float(value)
+
+
+def _inner_size(config: Mapping[str, Any], origin: str) -> int:
+    """Inner width of an expert or of the dense network."""
+    if config.get("expert_intermediate_size"):
+        return _number(config, "expert_intermediate_size", origin)
+    ratio = _number(config, "mlp_div_ratio", origin)
+    if ratio < 1:
+        raise CheckpointError(f"{origin}: mlp_div_ratio is {ratio}; it must be at least 1")
+    return _number(config, "intermediate_size", origin) // ratio
+
+
+def _rotary_base(config: Mapping[str, Any], origin: str) -> int:
+    """Its key is rope_theta, which transformers 5 moves into rope_parameters."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"{origin}: rope_parameters is {rope!r}; it must be an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise CheckpointError(f"{origin}: the rotary embedding is of type {kind!r}; this library has 'default'")
+    return _number(rope if "rope_theta" in rope else config, "rope_theta", origin)

@@ -1,9 +1,10 @@
 """Steel models for transformers. Travels with exported weights; imports nothing of the library.
 
 Notation: B sequences of T columns, some of them padding; d hidden size; E experts with P slots each, S = E * P.
-Routing is computed in float32. In the causal modes a model decodes with a cache: beside attention's keys and values,
-each layer keeps a state whose size does not grow with the text. ``sequence`` is not causal: a new token changes what
-earlier ones got, so there is nothing to cache, and every step computes the whole text again.
+Norms, rotations and routing are computed in float32, or in float64 if the weights are. In the causal modes a model
+decodes with a cache: beside attention's keys and values, each layer keeps a state whose size does not grow with the
+text. ``sequence`` is not causal: a new token changes what earlier ones got, so there is nothing to cache, and every
+step computes the whole text again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .configuration_steel import SteelConfig
 
@@ -59,6 +61,17 @@ class SteelCache(DynamicCache):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config=config)
         self.routing: list[RoutingState | None] = [None] * config.num_hidden_layers
+        self.has_running_sums = config.FFN_type != "raw" and config.routing_mode in ("block_causal", "merged")
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.routing = [None] * len(self.routing)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the last tokens can be taken back, as speculative decoding does."""
+        return not self.has_running_sums
 
     def _take(self, rows: torch.Tensor) -> None:
         for state in self.routing:
@@ -82,9 +95,16 @@ class SteelCache(DynamicCache):
         super().batch_select_indices(indices)
         self._take(indices)
 
-    def crop(self, max_length: int) -> None:
-        """Refused: tokens cannot be taken out of a running sum again."""
-        raise NotImplementedError("a SteelCache cannot be cropped: routing states are running sums")
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens; refused where they are part of running sums."""
+        if self.has_running_sums:
+            raise NotImplementedError("this SteelCache cannot be cropped: its routing states are running sums")
+        super().crop(tokens_to_remove)
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """The same in float32, or in float64 if it is that."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class SteelRMSNorm(nn.Module):
@@ -96,7 +116,7 @@ class SteelRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(wide(x), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
 
 
 def rotary_angles(positions: torch.Tensor, size: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,9 +129,10 @@ def rotary_angles(positions: torch.Tensor, size: int, base: float) -> tuple[torc
 
 def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """The rotary embedding in float32: [B, heads, T, size] to the same, in the type of ``x``."""
-    first, second = x.float().chunk(2, dim=-1)
+    tokens = wide(x)
+    first, second = tokens.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return (x.float() * angles[0] + turned * angles[1]).to(x.dtype)
+    return (tokens * angles[0] + turned * angles[1]).to(x.dtype)
 
 
 class SteelAttention(nn.Module):
@@ -196,7 +217,7 @@ class SteelSoftMoE(nn.Module):
     def __init__(self, config: SteelConfig) -> None:
         super().__init__()
         self.mode, self.mix, self.block = config.routing_mode, config.routing_mix, config.routing_block_length
-        inner = config.intermediate_size // config.mlp_div_ratio
+        inner = config.inner_size
         self.phi = nn.Parameter(torch.empty(config.hidden_size, config.n_experts, config.slots_per_expert))
         self.scale = nn.Parameter(torch.ones(1))
         self.experts = nn.ModuleList(SteelMLP(config, inner) for _ in range(config.n_experts))
@@ -230,9 +251,10 @@ class SteelSoftMoE(nn.Module):
 
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [..., S] and what is mixed into slots [..., d], in float32."""
-        normalized = unit(x.float())
-        keys = self.scale.float() * unit(self.phi.float().flatten(1), dim=0)
-        return normalized @ keys, normalized if self.mix == "normalized" else x.float()
+        tokens = wide(x)
+        normalized = unit(tokens)
+        keys = wide(self.scale) * unit(wide(self.phi).flatten(1), dim=0)
+        return normalized @ keys, normalized if self.mix == "normalized" else tokens
 
     def _run(self, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """[..., S, d] to the same: every expert on its own slots, in the weights' type."""
@@ -244,7 +266,7 @@ class SteelSoftMoE(nn.Module):
         logits, mixed = self._route(x)
         dispatch = logits.masked_fill(~real.unsqueeze(-1), -1e30).softmax(1)
         outputs = self._run(dispatch.transpose(1, 2) @ mixed, x.dtype)
-        return (logits.softmax(-1) @ outputs.float()).to(x.dtype)
+        return (logits.softmax(-1) @ wide(outputs)).to(x.dtype)
 
     def _token(self, x: torch.Tensor) -> torch.Tensor:
         logits, mixed = self._route(x)
@@ -259,16 +281,15 @@ class SteelSoftMoE(nn.Module):
         logits, mixed = self._route(x)
         position = real.long().cumsum(1) - 1  # of a real token among those of its row
         count = position[:, -1] + 1
-        longest = int(count.max())
-        points = [point for point in range(1, longest) if is_refresh(torch.tensor(point), self.block)] or [1]
-        refresh = torch.tensor(points, device=x.device)
+        tokens = torch.arange(1, max(2, int(count.max())), device=x.device)
+        refresh = tokens[is_refresh(tokens, self.block)]  # token 1 is always among them
         seen = real.unsqueeze(1) & (position.unsqueeze(1) < refresh[None, :, None])  # [B, R, T]
         dispatch = logits.unsqueeze(1).masked_fill(~seen.unsqueeze(-1), -1e30).softmax(2)
         outputs = self._run(torch.einsum("brts,btd->brsd", dispatch, mixed), x.dtype)
         # The last refresh not after the token; the first token reads slots made of itself.
         block = (torch.searchsorted(refresh, position.clamp_min(1), right=True) - 1).clamp_min(0)
         rows = torch.arange(len(x), device=x.device)
-        by_token = outputs[rows[:, None], block].float()  # [B, T, S, d]
+        by_token = wide(outputs[rows[:, None], block])  # [B, T, S, d]
         y = torch.einsum("bts,btsd->btd", logits.softmax(-1), by_token).to(x.dtype)
         if not keep:
             return y, None
@@ -303,7 +324,7 @@ class SteelSoftMoE(nn.Module):
         if first.any():  # slots made of the first token itself
             made = self._run(mixed.unsqueeze(1).expand_as(state.weighted), x.dtype)
             state.outputs = torch.where(first[:, None, None], made, state.outputs)
-        return torch.einsum("bs,bsd->bd", logits.softmax(-1), state.outputs.float()).to(x.dtype)
+        return torch.einsum("bs,bsd->bd", logits.softmax(-1), wide(state.outputs)).to(x.dtype)
 
     def _merge(self, means: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """[N, d] to the merged matrices of N experts, by the routing of the means."""
@@ -359,7 +380,7 @@ class SteelDecoderLayer(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.self_attn = SteelAttention(config, layer_idx)
-        inner = config.intermediate_size // config.mlp_div_ratio
+        inner = config.inner_size
         self.mlp = SteelMLP(config, inner) if config.FFN_type == "raw" else SteelSoftMoE(config)
         self.input_layernorm = SteelRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = SteelRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -414,6 +435,7 @@ class SteelModel(SteelPreTrainedModel):
         self.norm = SteelRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -422,17 +444,25 @@ class SteelModel(SteelPreTrainedModel):
         past_key_values: DynamicCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Token ids [B, T], or their embeddings [B, T, d], to hidden states [B, T, d].
 
         ``attention_mask`` is [B, past + T] with 0 for padding. Positions, where they are not given, count real
-        tokens.
+        tokens. ``use_cache`` has no effect where the model is not causal.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if output_attentions:
+            raise ValueError("output_attentions: attention weights are never stored here")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values, self.config.use_cache if use_cache is None else use_cache)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        cache = self._cache(past_key_values, use_cache)
         past = cache.get_seq_length() if cache is not None else 0
         batch, length = x.shape[:2]
         if attention_mask is None:
@@ -445,9 +475,17 @@ class SteelModel(SteelPreTrainedModel):
         mask = self._mask(real, past)
         size = self.config.hidden_size // self.config.num_attention_heads
         angles = rotary_angles(position_ids.expand(batch, -1), size, self.config.rope_theta)
+        states = [x]
         for layer in self.layers:
             x = layer(x, angles, mask, real[:, past:], cache)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
+            if output_hidden_states:
+                states.append(x)
+        x = states[-1] = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
 
     def _cache(self, given: DynamicCache | None, use_cache: bool) -> DynamicCache | None:
         if not self.config.is_causal:
@@ -483,6 +521,7 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -493,6 +532,8 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As :class:`SteelModel`, to logits [B, T, V]; ``labels`` are shifted here, -100 does not count."""
@@ -503,13 +544,18 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

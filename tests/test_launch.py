@@ -1,0 +1,94 @@
+"""The command line under torchrun and under Slurm's variables, as users start it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steel_megatron.config import dump_yaml
+from tests.distributed import free_port
+from tests.train.small_run import LAYOUTS, small_run
+from tests.train.test_loop import write_corpus
+
+COMMAND = ["-m", "steel_megatron", "pretrain", "--config", "run.yaml"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a corpus and the settings of a run with tensor parallel 2."""
+    write_corpus(tmp_path / "corpus", 30, 0)
+    (tmp_path / "run.yaml").write_text(dump_yaml(small_run(LAYOUTS["tp2"], "run", steps=2)))
+    return tmp_path
+
+
+def environment(**variables: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "RANK", "WORLD"))}
+    return {**kept, "OMP_NUM_THREADS": "1", **variables}
+
+
+def test_torchrun(folder: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, *COMMAND, "--data.train", "[corpus]"],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step      2 of 2") == 1  # one process speaks
+    assert "Warning" not in done.stderr.replace("UserWarning: failed to load", "")
+    assert (folder / "run/checkpoints/step_00000002/steel.json").is_file()
+
+
+def test_slurm_variables(folder: Path) -> None:
+    job = {
+        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+    }
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, *COMMAND, "--data.train", "[corpus]"],
+            cwd=folder,
+            env=environment(**job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [task.communicate(timeout=120)[1] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert "training TP2 PP1 EP1 DP1" in outputs[0] and "training TP2" not in outputs[1]
+
+
+def test_a_second_job_on_the_same_folder_is_refused(folder: Path) -> None:
+    from steel_megatron.errors import CheckpointError
+    from steel_megatron.files import exclusive_lock
+
+    (folder / "run.yaml").write_text(dump_yaml(small_run(LAYOUTS["dp2"], "run", steps=2)))
+    with exclusive_lock(folder / "run" / "run", CheckpointError):
+        done = subprocess.run(
+            [sys.executable, *COMMAND, "--data.train", "[corpus]"],
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: another job is writing to run/run")
+    assert [path.name for path in (folder / "run").iterdir()] == []

@@ -1,0 +1,236 @@
+"""A whole run on a small corpus: training, validation, stops, resumes, and what makes it refuse or stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from steel_megatron.config import DataConfig, ParallelConfig, RunConfig
+from steel_megatron.data.indexed_writer import IndexedWriter
+from steel_megatron.errors import SteelError, TrainingError
+from steel_megatron.report import plot_loss, read_scalars
+from steel_megatron.train.loop import TrainingSummary, pretrain
+from tests.distributed import run_distributed
+from tests.train.small_run import LAYOUTS, small_run
+
+ALONE = ParallelConfig()
+
+
+def write_corpus(prefix: Path, documents: int, seed: int) -> str:
+    """Documents that count up, so that there is something to learn."""
+    random = np.random.default_rng(seed)
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for _ in range(documents):
+            start, length = random.integers(0, 90), random.integers(5, 60)
+            writer.add_document((start + np.arange(length)) % 90)
+        writer.finalize({})
+    return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    folder = tmp_path_factory.mktemp("corpora")
+    train, validation = write_corpus(folder / "train", 60, 0), write_corpus(folder / "valid", 12, 1)
+    return DataConfig(train=[train], validation=[validation])
+
+
+def make_run(data: DataConfig, directory: Path, parallel: ParallelConfig = ALONE, **training: Any) -> RunConfig:
+    base = small_run(parallel, str(directory), num_layers=2)
+    settings = {"train_steps": 6, "eval_interval": 3, "eval_steps": 2, "stop_after_step": None}
+    return dataclasses.replace(base, data=data, training=dataclasses.replace(base.training, **{**settings, **training}))
+
+
+def outcome(run: RunConfig) -> TrainingSummary | str:
+    """The run's summary, or the message with which it was refused."""
+    try:
+        return pretrain(run)
+    except SteelError as error:
+        return str(error)
+
+
+def one(run: RunConfig) -> Any:
+    return run_distributed(outcome, 1, run)[0]
+
+
+@pytest.fixture(scope="module")
+def finished(corpora: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, TrainingSummary]:
+    """Six steps in one go."""
+    run = make_run(corpora, tmp_path_factory.mktemp("finished"))
+    return run, one(run)
+
+
+def losses(run: RunConfig) -> list[tuple[int, float]]:
+    return read_scalars(run.tensorboard_dir)["train/loss"]
+
+
+def test_a_run_leaves_what_it_promises(finished: tuple[RunConfig, TrainingSummary], tmp_path: Path) -> None:
+    run, summary = finished
+    assert summary.finished and summary.step == 6 and summary.checkpoint.name == "step_00000006"
+    scalars = read_scalars(run.tensorboard_dir)
+    assert set(scalars) == {
+        *("train/loss", "train/lr", "train/grad_norm", "speed/tokens_per_second", "memory/gib", "validation/loss")
+    }
+    assert [step for step, _ in scalars["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in scalars["validation/loss"]] == [3, 6]
+    assert scalars["train/loss"][-1][1] == pytest.approx(summary.loss, rel=1e-6)
+    assert scalars["validation/loss"][-1][1] == pytest.approx(summary.validation_loss, rel=1e-6)
+    assert scalars["train/lr"][1][1] == pytest.approx(run.optimizer.lr)  # two steps of warmup
+    assert (Path(run.checkpoint.directory) / "run.yaml").is_file()
+    plot_loss(scalars, tmp_path / "loss.png", unigram_entropy=4.0)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("after", ["dp2", "tp2", "pp2"])
+def test_stopped_and_resumed_under_another_layout(
+    finished: tuple[RunConfig, TrainingSummary], tmp_path: Path, after: str
+) -> None:
+    reference, summary = finished
+    half = make_run(reference.data, tmp_path, stop_after_step=3)
+    first = one(half)
+    assert not first.finished and first.step == 3
+    rest = run_distributed(outcome, 2, make_run(reference.data, tmp_path, LAYOUTS[after]))[0]
+    assert rest.finished and rest.validation_loss == pytest.approx(summary.validation_loss, rel=1e-5)
+    together = losses(half)
+    assert [step for step, _ in together] == [1, 2, 3, 4, 5, 6]
+    for (step, ours), (_, theirs) in zip(together, losses(reference), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5), f"step {step}"
+
+
+def test_a_finished_run_has_nothing_to_do(finished: tuple[RunConfig, TrainingSummary]) -> None:
+    again = one(finished[0])
+    assert again.finished and again.loss is None and again.checkpoint == finished[1].checkpoint
+
+
+def test_other_data_cannot_be_resumed_on(finished: tuple[RunConfig, TrainingSummary], tmp_path: Path) -> None:
+    other = DataConfig(train=[write_corpus(tmp_path / "other", 60, 5)])
+    message = one(dataclasses.replace(finished[0], data=other))
+    assert "trained on other data" in message and "init_from" in message
+
+
+def test_a_folder_with_checkpoints_is_not_begun_anew(finished: tuple[RunConfig, TrainingSummary]) -> None:
+    run = finished[0]
+    fresh = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, resume=False))
+    assert "checkpoint.resume is false" in one(fresh)
+
+
+def test_weights_of_another_run_can_be_the_start(finished: tuple[RunConfig, TrainingSummary], tmp_path: Path) -> None:
+    run, summary = finished
+    begun = make_run(run.data, tmp_path, train_steps=1, stop_after_step=1)
+    begun = dataclasses.replace(
+        begun, checkpoint=dataclasses.replace(begun.checkpoint, init_from=str(summary.checkpoint))
+    )
+    warm = one(begun)
+    assert warm.loss < losses(run)[0][1] - 0.3  # far below a fresh model's first loss
+
+
+def interrupted(run: RunConfig, at_step: int, on_rank: int) -> TrainingSummary:
+    """A run whose process gets SIGTERM during a step."""
+    from steel_megatron.train.engine import Engine
+
+    plain_step = Engine.step
+
+    def step(engine: Engine, batches: Any) -> Any:
+        if engine.step_number + 1 == at_step and int(os.environ["RANK"]) == on_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain_step(engine, batches)
+
+    Engine.step = step  # type: ignore[method-assign]
+    try:
+        return pretrain(run)
+    finally:
+        Engine.step = plain_step  # type: ignore[method-assign]
+
+
+def test_a_preempted_job_saves_and_goes_on(finished: tuple[RunConfig, TrainingSummary], tmp_path: Path) -> None:
+    run = make_run(finished[0].data, tmp_path, LAYOUTS["dp2"])
+    summaries = run_distributed(interrupted, 2, run, 2, 1)
+    assert [summary.step for summary in summaries] == [2, 2]
+    assert summaries[0].checkpoint.name == "step_00000002"
+    assert run_distributed(outcome, 2, run)[0].finished
+    for (step, ours), (_, theirs) in zip(losses(run), losses(finished[0]), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5), f"step {step}"
+
+
+def poisoned(run: RunConfig, gradient_only: bool) -> tuple[str, bool]:
+    """One step of an engine with a NaN in its weights, or only in a gradient; the message, and whether weights kept."""
+    import torch
+
+    from steel_megatron.parallel.topology import initialize
+
+    topology = initialize(run.parallel)
+    from steel_megatron.train.engine import Engine
+    from tests.train.small_run import own_batches
+
+    engine = Engine(run, topology)
+    weight = dict(engine.stage.named_parameters())["decoder.layers.0.mlp.experts.up"]
+    if gradient_only:
+        weight.register_hook(lambda gradient: gradient * float("nan"))
+    else:
+        with torch.no_grad():
+            weight[0, 0, 0, 0] = float("nan")
+    before = {name: parameter.detach().clone() for name, parameter in engine.stage.named_parameters()}
+    try:
+        engine.step(own_batches(run, 0, topology))
+    except TrainingError as error:
+        after = dict(engine.stage.named_parameters())
+        same = all(torch.equal(after[name], old) for name, old in before.items() if old.isfinite().all())
+        return str(error), same and engine.step_number == 0
+    return "no error", False
+
+
+@pytest.mark.parametrize("gradient_only", [False, True])
+@pytest.mark.parametrize("layout", ["alone", "pp2"])
+def test_what_is_not_finite_stops_before_the_update(layout: str, gradient_only: bool) -> None:
+    parallel, processes = (ALONE, 1) if layout == "alone" else (LAYOUTS[layout], 2)
+    results = run_distributed(poisoned, processes, small_run(parallel), gradient_only)
+    for message, unchanged in results[:1] if layout == "pp2" else results:
+        assert unchanged
+        assert message.startswith("step 1: the gradient's norm is nan" if gradient_only else "step 1: the loss is nan")
+
+
+def test_the_non_causal_loss_is_called_so(corpora: DataConfig, tmp_path: Path) -> None:
+    run = make_run(corpora, tmp_path, train_steps=2)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, routing_mode="sequence"))
+    one(run)
+    scalars = read_scalars(run.tensorboard_dir)
+    assert "train/loss (non-causal)" in scalars and "validation/loss (non-causal)" in scalars
+    assert not {"train/loss", "validation/loss"} & set(scalars)
+
+
+def test_bfloat16_follows_float32(finished: tuple[RunConfig, TrainingSummary], tmp_path: Path) -> None:
+    run = make_run(finished[0].data, tmp_path, LAYOUTS["tp2"], precision="bfloat16")
+    summary = run_distributed(outcome, 2, run)[0]
+    assert summary.validation_loss == pytest.approx(finished[1].validation_loss, rel=0.03)
+
+
+def test_a_validation_smaller_than_a_batch_counts_every_sample(corpora: DataConfig, tmp_path: Path) -> None:
+    short = DataConfig(train=corpora.train, validation=[write_corpus(tmp_path / "short", 3, 2)])
+    results = []
+    for name, parallel, processes in (("alone", ALONE, 1), ("dp2", LAYOUTS["dp2"], 2)):
+        run = make_run(short, tmp_path / name, parallel, train_steps=1, stop_after_step=1)
+        results.append(run_distributed(outcome, processes, run)[0].validation_loss)
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_runs_that_cannot_begin(corpora: DataConfig, tmp_path: Path) -> None:
+    assert "data.train is empty" in one(make_run(DataConfig(), tmp_path))
+    assert "nowhere" in one(make_run(DataConfig(train=["nowhere"]), tmp_path))
+    long = make_run(corpora, tmp_path)
+    long = dataclasses.replace(long, model=dataclasses.replace(long.model, sequence_length=5000))
+    assert "5001" in one(long) or "5,001" in one(long)
+    small = make_run(corpora, tmp_path)
+    small = dataclasses.replace(small, model=dataclasses.replace(small.model, vocab_size=50))
+    assert "holds token id" in one(small)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_initial_checkpoint_that_is_not_there(corpora: DataConfig, tmp_path: Path) -> None:
+    run = make_run(corpora, tmp_path)
+    run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, init_from="nowhere"))
+    assert one(run) == "there is no checkpoint nowhere"
