@@ -268,13 +268,15 @@ class CheckpointConfig:
     """The run's folder: checkpoints/, tensorboard/, run.yaml."""
     save_interval: int = 1000
     """Steps between two checkpoints; the last step is always saved."""
+    keep_last: int | None = None
+    """Checkpoints to keep; older ones are removed once a newer one is whole. None keeps all."""
     resume: bool = True
     """Go on from the newest complete checkpoint in the folder, if there is one."""
     init_from: str | None = None
     """A checkpoint to take the weights from (only the weights) when the run starts anew."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "save_interval")
+        _at_least(1, self, "save_interval", "keep_last")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ ROOT_LOGGER = "steel_megatron"
 
 def launched_rank() -> int:
     """The rank this process was launched with (torchrun's or Slurm's variable), 0 when launched alone."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return int(rank) if rank.isdecimal() else 0  # what is wrong with it is said when the launch is read
 
 
 def setup_logging(level: int = logging.INFO) -> None:

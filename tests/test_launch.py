@@ -92,3 +92,18 @@ def test_a_second_job_on_the_same_folder_is_refused(folder: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: another job is writing to run/run")
     assert [path.name for path in (folder / "run").iterdir()] == []
+
+
+def test_the_batch_script_starts_one_task_per_gpu(tmp_path: Path) -> None:
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "OMP_NUM_THREADS=$OMP_NUM_THREADS $*"\n')
+    srun.chmod(0o755)
+    script = Path(__file__).resolve().parents[1] / "examples/slurm/pretrain.sbatch"
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "8"}
+    words = ["bash", str(script), "recipe.yaml", "--training.micro_batch_size", "4"]
+    done = subprocess.run(words, env=environment(**variables) | variables, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [
+        *("OMP_NUM_THREADS=8", "--kill-on-bad-exit=1", "--cpus-per-task=8", "python", "-m", "steel_megatron"),
+        *("pretrain", "--config", "recipe.yaml", "--training.micro_batch_size", "4"),
+    ]
+    assert subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False).returncode != 0

@@ -26,7 +26,7 @@ RUN = Path("runs/quickstart")
 CORPUS = Path("examples/quickstart/corpus")
 CONFIG = "examples/quickstart/pretrain.yaml"
 STEPS = 250
-PROMPTS = {"zh": "月球是", "python": "import os\n\ndef "}
+PROMPTS = {"zh": "问：为什么", "python": "import os\n\ndef "}
 NEW_TOKENS = 48
 # The whole standard library would drown the Chinese text: small modules of its top level are enough.
 LARGEST_MODULE = 16 * 1024

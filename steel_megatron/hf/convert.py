@@ -10,6 +10,8 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from steel_megatron.config import ParallelConfig, TokenizerKind
+from steel_megatron.config import ModelConfig, ParallelConfig, TokenizerKind
 from steel_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from steel_megatron.errors import CheckpointError
-from steel_megatron.files import replace_folder
+from steel_megatron.errors import CheckpointError, ConfigError
+from steel_megatron.files import exclusive_lock, replace_folder
 from steel_megatron.hf import mapping
 from steel_megatron.log import get_logger, progress
-from steel_megatron.parallel.topology import initialize
+from steel_megatron.parallel.topology import Topology, initialize
 from steel_megatron.platform import prepare
 
 logger = get_logger(__name__)
@@ -32,6 +34,8 @@ CODE = ("configuration_steel.py", "modeling_steel.py")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
+# What shows that a folder is an earlier output, which may be replaced.
+EXPORT_MARK, CHECKPOINT_MARK = "modeling_steel.py", "steel.json"
 
 
 def export_hf(
@@ -52,27 +56,39 @@ def export_hf(
         overwrite: whether an earlier folder of that name may be replaced.
 
     Raises:
-        CheckpointError: the checkpoint is not whole, or the folder cannot be made.
-        DataError: the tokenizer cannot be loaded, or has more ids than the model.
+        CheckpointError: the checkpoint is not whole, the tokenizer has more ids than the model, or the folder cannot
+            be made.
+        ConfigError: the launch has more than one process.
+        DataError: the tokenizer cannot be loaded or exported.
     """
     prepare()  # before megatron-core is imported
     from steel_megatron.train import checkpoint
 
+    checkpoint_path, output = checkpoint_path.resolve(), output.resolve()
     info = checkpoint.read_info(checkpoint_path)
+    _check_output(output, overwrite, checkpoint_path, EXPORT_MARK)
     checkpoint.verify(checkpoint_path)
-    _check_output(output, overwrite, inside=checkpoint_path)
     loaded = load_tokenizer(*tokenizer) if tokenizer else None
     if loaded is not None and loaded.vocab_size > info.model.vocab_size:
         raise CheckpointError(
             f"the tokenizer {tokenizer} has {loaded.vocab_size:,} ids; the model {checkpoint_path} was trained with "
             f"{info.model.vocab_size:,}"
         )
-    initialize(ParallelConfig())
+    _one_process()
     own = checkpoint.read_tensors(info, [rule.key for rule in mapping.rules(info.model)])
     tensors = mapping.to_hf(own, info.model)
-    kept = DTYPES[dtype] if dtype else tensors["lm_head.weight"].dtype
-    tensors = {name: tensor.to(kept) for name, tensor in tensors.items()}
+    if dtype:
+        tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+    main_type = str(tensors["lm_head.weight"].dtype).removeprefix("torch.")
+    config = _exported_config(info.model, main_type, loaded)
+    with exclusive_lock(output, CheckpointError):
+        _check_output(output, overwrite, checkpoint_path, EXPORT_MARK)  # another job may have been faster
+        _write_folder(output, tensors, config, loaded)
+    logger.info(f"exported step {info.step} as {len(tensors)} tensors to {output}")
+    return output
 
+
+def _exported_config(model: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": ["SteelForCausalLM"],
         "model_type": "steel",
@@ -80,42 +96,75 @@ def export_hf(
             "AutoConfig": "configuration_steel.SteelConfig",
             "AutoModelForCausalLM": "modeling_steel.SteelForCausalLM",
         },
-        "dtype": str(kept).removeprefix("torch."),
-    } | mapping.config_to_hf(info.model)
-    if loaded is not None:
-        config |= {"bos_token_id": None, "eos_token_id": loaded.eod_id}
-    _write_folder(output, tensors, config, loaded)
-    logger.info(f"exported step {info.step} as {len(tensors)} tensors to {output}")
-    return output
+        "dtype": dtype,
+    }
+    config |= mapping.config_to_hf(model)
+    if tokenizer is not None:
+        config |= {"bos_token_id": None, "eos_token_id": tokenizer.eod_id}
+    return config
 
 
-def _check_output(output: Path, overwrite: bool, inside: Path) -> None:
-    if output.resolve() == inside.resolve() or inside.resolve() in output.resolve().parents:
-        raise CheckpointError(f"the output {output} lies inside {inside}, which it would change; choose another")
-    if output.exists() and not overwrite:
+def _one_process() -> Topology:
+    topology = initialize(ParallelConfig())
+    if topology.launch.world_size != 1:
+        raise ConfigError(f"a conversion runs in one process; this launch has {topology.launch.world_size}")
+    return topology
+
+
+def _check_output(output: Path, overwrite: bool, source: Path, mark: str) -> None:
+    """Refuse an output that would change or replace what it must not.
+
+    Args:
+        output: the folder to make; a path without links, as is ``source``.
+        overwrite: whether an earlier output may be replaced.
+        source: the folder that is converted.
+        mark: a file that every earlier output of this kind holds.
+
+    Raises:
+        CheckpointError: the output lies in the source or around it, is there already, or is something else.
+    """
+    if source == output or source in output.parents:
+        raise CheckpointError(f"the output {output} lies inside {source}, which it would change; choose another")
+    if output in source.parents:
+        raise CheckpointError(f"the output {output} holds {source}, which it would replace; choose another")
+    if not output.exists():
+        return
+    if not overwrite:
         raise CheckpointError(f"{output} is already there; choose another name, or give --overwrite true")
+    if not output.is_dir() or not ((output / mark).is_file() or not any(output.iterdir())):
+        raise CheckpointError(
+            f"{output} is already there and is not an earlier output (it has no {mark}), so it is not replaced; "
+            "choose another name, or remove it yourself"
+        )
+
+
+@contextmanager
+def _partial_folder(output: Path) -> Iterator[Path]:
+    """A folder under a temporary name, which gets its own, synced, when the block ends well and vanishes otherwise."""
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+        partial.mkdir(parents=True)
+        yield partial
+        replace_folder(partial, output)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"could not write {output}: {error}; nothing is left of it") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_folder(
     output: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], tokenizer: Tokenizer | None
 ) -> None:
-    """The whole folder under a temporary name, synced, then its own."""
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with _partial_folder(output) as partial:
+        if tokenizer is not None:  # first, because it may not be exportable
+            tokenizer.save_pretrained(partial)
         _write_weights(partial, tensors)
         for name in CODE:
             shutil.copyfile(Path(__file__).with_name(name), partial / name)
         _write_json(partial / "config.json", config)
         generation: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
         _write_json(partial / "generation_config.json", {"do_sample": False} | generation)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        replace_folder(partial, output)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"could not write {output}: {error}; nothing is left of it") from error
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -155,14 +204,14 @@ def import_hf(folder: Path, output: Path, *, overwrite: bool = False) -> Path:
     Raises:
         CheckpointError: the folder's settings or tensors are not those of a Steel model, a weight is not finite, or
             the checkpoint cannot be written.
+        ConfigError: the launch has more than one process.
     """
+    folder, output = folder.resolve(), output.resolve()
     config = _read_config(folder)
     model = mapping.config_from_hf(config, str(folder / "config.json"))
-    _check_output(output, overwrite, inside=folder)
+    _check_output(output, overwrite, folder, CHECKPOINT_MARK)
     published = _read_weights(folder)
-    for name, tensor in published.items():
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"{folder}: {name} holds values that are not finite")
+    _check_values(published, folder)
     tensors = mapping.from_hf(published, model, str(folder))
 
     prepare()  # before megatron-core is imported
@@ -170,13 +219,25 @@ def import_hf(folder: Path, output: Path, *, overwrite: bool = False) -> Path:
 
     from steel_megatron.train import checkpoint
 
-    topology = initialize(ParallelConfig())
+    topology = _one_process()
     state = {key: ShardedTensor.from_rank_offsets(key, tensor, replica_id=0) for key, tensor in tensors.items()}
-    checkpoint.write_checkpoint(
-        {"model": state}, output, model=model, step=0, consumed_samples=0, layout=topology.describe()
-    )
+    with exclusive_lock(output, CheckpointError):
+        _check_output(output, overwrite, folder, CHECKPOINT_MARK)  # another job may have been faster
+        checkpoint.write_checkpoint(
+            {"model": state}, output, model=model, step=0, consumed_samples=0, layout=topology.describe()
+        )
     logger.info(f"imported {len(published)} tensors, {sum(map(_count, published.values())):,} numbers, to {output}")
     return output
+
+
+def _check_values(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    known = (torch.float32, torch.bfloat16, torch.float16)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in known:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{folder}: {name} is {kind}; weights must be float32, bfloat16 or float16")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{folder}: {name} holds values that are not finite")
 
 
 def _count(tensor: torch.Tensor) -> int:
@@ -200,17 +261,25 @@ def _weight_files(folder: Path) -> list[Path]:
     """The model's safetensors files: those that its index names, or the only one."""
     index = folder / INDEX
     try:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else []
-    except (ValueError, KeyError, AttributeError):
+        named = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is not an index of safetensors files") from None
+    for name in named:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}; it must name files of its own folder")
     files = [folder / name for name in sorted(set(named) or {"model.safetensors"})]
     missing = [path.name for path in files if not path.is_file()]
     if missing and index.is_file():
         raise CheckpointError(f"{index} names {missing[0]}, which is not there")
     if missing:
         pickled = sorted(path.name for path in folder.glob("*.bin"))
-        hint = "; {} is a pickle, which can execute anything and is not read: convert it with transformers"
-        raise CheckpointError(f"{folder} has no {missing[0]}{hint.format(pickled[0]) if pickled else ''}")
+        hint = (
+            "; {} is a pickle, which can execute anything and is not read: if you trust it, load the folder once with "
+            "transformers' from_pretrained and write it anew with save_pretrained, which makes safetensors"
+        )
+        raise CheckpointError(
+            f"{folder} has neither {missing[0]} nor {INDEX}{hint.format(pickled[0]) if pickled else ''}"
+        )
     return files
 
 
@@ -222,8 +291,14 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         for path in files:
             try:
                 with safe_open(path, framework="pt") as weights:
-                    tensors.update({name: weights.get_tensor(name) for name in weights.keys()})  # noqa: SIM118
+                    found = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
             except SafetensorError as error:
                 raise CheckpointError(f"{path} is damaged: {error}") from None
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+            twice = sorted(found.keys() & tensors.keys())
+            if twice:
+                raise CheckpointError(f"{path} holds {twice[0]} a second time; another file of its folder has it too")
+            tensors.update(found)
             bar.advance(os.path.getsize(path))
     return tensors

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from steel_megatron.config import ModelConfig
+from steel_megatron.config import Activation, FeedForward, ModelConfig
 from steel_megatron.errors import CheckpointError, ConfigError
 
 Tensors = dict[str, torch.Tensor]
-FFN_TYPES = {"softmoe_v3": "soft_moe", "raw": "dense"}
-MLP_TYPES = {"senet": "double_swiglu", "raw": "swiglu"}
+FFN_TYPES: dict[str, FeedForward] = {"softmoe_v3": "soft_moe", "raw": "dense"}
+MLP_TYPES: dict[str, Activation] = {"senet": "double_swiglu", "raw": "swiglu"}
 
 
 @dataclass(frozen=True)
@@ -265,8 +265,8 @@ def config_from_hf(config: Mapping[str, Any], origin: str) -> ModelConfig:
             num_query_groups=None
             if config.get("num_key_value_heads") is None
             else _number(config, "num_key_value_heads", origin),
-            ffn=ffn,  # type: ignore[arg-type]
-            ffn_activation=activation,  # type: ignore[arg-type]
+            ffn=ffn,
+            ffn_activation=activation,
             ffn_hidden_size=_inner_size(config, origin),
             num_experts=_number(config, "n_experts", origin),
             slots_per_expert=_number(config, "slots_per_expert", origin),

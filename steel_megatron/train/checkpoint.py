@@ -133,9 +133,13 @@ def save(engine: Engine, consumed_samples: int, data_fingerprint: str = "") -> P
         data_fingerprint=data_fingerprint,
         run=run,
     )
-    if engine.topology.is_first_process:  # for people and scripts; resuming looks at the folders themselves
+    if engine.topology.is_first_process:
+        # For people and scripts; resuming looks at the folders themselves.
         latest = {"checkpoint": final.name, "step": engine.step_number}
         write_atomically(run.checkpoints_dir / TRACKER, json.dumps(latest).encode(), CheckpointError)
+        if run.checkpoint.keep_last is not None:
+            for path in sorted(run.checkpoints_dir.glob("step_*"))[: -run.checkpoint.keep_last]:
+                shutil.rmtree(path, ignore_errors=True)  # one that cannot be removed is no reason to stop training
     return final
 
 

@@ -124,8 +124,13 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, data_fingerprint:
 
 
 def _find(run: RunConfig) -> checkpoint.CheckpointInfo | None:
-    """The newest whole checkpoint of the run's folder."""
+    """The newest whole checkpoint of the run's folder; None in a folder without any."""
     info = checkpoint.newest(run.checkpoints_dir)
+    if info is None and any(run.checkpoints_dir.glob("step_*")):
+        raise CheckpointError(
+            f"no checkpoint in {run.checkpoints_dir} is whole, so there is nothing to resume from and nothing is begun "
+            "anew over them; mend or remove them, or choose another checkpoint.directory"
+        )
     if info is not None and not run.checkpoint.resume:
         raise CheckpointError(
             f"{run.checkpoints_dir} holds checkpoints up to step {info.step}, but checkpoint.resume is false; resume, "

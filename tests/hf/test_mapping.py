@@ -93,7 +93,7 @@ def test_tensors_that_do_not_fit_are_named() -> None:
     [
         ({"FFN_type": "softmoe_v9"}, "FFN_type is 'softmoe_v9'"),
         ({"mlp_type": None}, "mlp_type is None"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is true"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ({"hidden_size": 33}, "hidden_size = 33 is not divisible"),
     ],
 )

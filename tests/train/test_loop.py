@@ -119,6 +119,21 @@ def test_a_folder_with_checkpoints_is_not_begun_anew(finished: tuple[RunConfig, 
     assert "checkpoint.resume is false" in one(fresh)
 
 
+def test_damaged_checkpoints_are_not_trained_over(corpora: DataConfig, tmp_path: Path) -> None:
+    run = make_run(corpora, tmp_path, train_steps=1)
+    saved = one(run).checkpoint
+    (saved / ".metadata").unlink()
+    assert "is whole, so there is nothing to resume from" in one(run)
+    assert saved.is_dir()
+
+
+def test_old_checkpoints_are_removed_when_asked(corpora: DataConfig, tmp_path: Path) -> None:
+    run = make_run(corpora, tmp_path)
+    kept = dataclasses.replace(run.checkpoint, save_interval=1, keep_last=2)
+    one(dataclasses.replace(run, checkpoint=kept))
+    assert sorted(path.name for path in run.checkpoints_dir.glob("step_*")) == ["step_00000005", "step_00000006"]
+
+
 def test_weights_of_another_run_can_be_the_start(finished: tuple[RunConfig, TrainingSummary], tmp_path: Path) -> None:
     run, summary = finished
     begun = make_run(run.data, tmp_path, train_steps=1, stop_after_step=1)

@@ -1,0 +1,91 @@
+"""The same tokens from a checkpoint, from its exported folder, and from transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steel_megatron.config import DataConfig, ParallelConfig
+from steel_megatron.data.preprocess import preprocess
+from steel_megatron.data.sentencepiece_training import train_sentencepiece
+from steel_megatron.data.tokenizer import SentencePieceTokenizer
+from steel_megatron.errors import CheckpointError, ConfigError
+from steel_megatron.generate import Generation, Sampling, generate
+from steel_megatron.hf.convert import export_hf
+from steel_megatron.train.loop import pretrain
+from tests.distributed import run_distributed
+from tests.train.small_run import small_run
+
+TEXTS = ["月球是地球的卫星，潮汐是月球的引力引起的。", "def f(x):\n    return x + 1\n", "The moon has tides."]
+PROMPTS = ["月球", "def f", "T"]
+
+
+@pytest.fixture(scope="module", params=["block_causal", "merged", "sequence"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of four steps in a routing mode, and its exported model."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text").mkdir()
+    for number, text in enumerate(TEXTS * 10):
+        (folder / "text" / f"{number}.txt").write_text(text * 3, encoding="utf-8")
+    tokenizer = train_sentencepiece(TEXTS * 10, folder / "tokenizer", vocab_size=330)
+    preprocess([str(folder / "text")], folder / "corpus", "sentencepiece", tokenizer)
+    run = small_run(ParallelConfig(), str(folder / "run"), steps=4, routing_mode=request.param, vocab_size=330)
+    data = DataConfig(
+        train=[str(folder / "corpus_text_document")], tokenizer_kind="sentencepiece", tokenizer_path=str(tokenizer)
+    )
+    run_distributed(pretrain, 1, dataclasses.replace(run, data=data))
+    run_distributed(export_hf, 1, newest(folder), folder / "hf", ("sentencepiece", str(tokenizer)))
+    return folder
+
+
+def newest(folder: Path) -> Path:
+    return folder / "run/checkpoints/step_00000004"
+
+
+def by_library(path: Path, sampling: Sampling) -> list[Generation]:
+    return run_distributed(generate, 1, path, PROMPTS, sampling)[0]
+
+
+def test_all_ways_give_the_same_tokens(trained: Path) -> None:
+    sampling = Sampling(max_new_tokens=9)
+    from_checkpoint = by_library(newest(trained), sampling)
+    # Token by token: the two tokenizers write bytes that are no UTF-8 differently.
+    from_folder = by_library(trained / "hf", sampling)
+    assert [one.new_tokens for one in from_folder] == [one.new_tokens for one in from_checkpoint]
+    model = AutoModelForCausalLM.from_pretrained(trained / "hf", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(trained / "hf", trust_remote_code=True)
+    own = SentencePieceTokenizer(trained / "tokenizer.model")
+    for prompt, ours in zip(PROMPTS, from_checkpoint, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+        assert ids[0].tolist() == own.encode(prompt)
+        theirs = model.generate(ids, max_new_tokens=9, do_sample=False)[0, ids.size(1) :].tolist()
+        assert ours.new_tokens == [token for token in theirs if token != own.eod_id]
+        assert ours.text == own.decode(own.encode(prompt) + ours.new_tokens)
+        assert ours.text.startswith(prompt) and ours.prompt == prompt
+
+
+def test_draws_follow_the_seed(trained: Path) -> None:
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "top_k": 50}
+    first, again, other = (by_library(trained / "hf", Sampling(**settings, seed=seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert [one.new_tokens for one in first] != [one.new_tokens for one in other]
+
+
+def test_texts_that_do_not_fit(trained: Path) -> None:
+    for prompt, new_tokens in (("", 2), ("月球", 1000)):
+        with pytest.raises(ConfigError, match="at most sequence_length = 24"):
+            generate(trained / "hf", [prompt], Sampling(max_new_tokens=new_tokens))
+
+
+def test_bad_settings() -> None:
+    for settings in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}):
+        with pytest.raises(ConfigError, match=next(iter(settings))):
+            Sampling(**settings)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"steel\.json"):
+        generate(tmp_path, ["a"], Sampling())

@@ -1,0 +1,54 @@
+"""One rank speaks; progress is plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from steel_megatron.log import get_logger, launched_rank, progress, setup_logging
+
+
+@pytest.fixture(params=["torchrun", "slurm"])
+def rank_variable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    return "RANK" if request.param == "torchrun" else "SLURM_PROCID"
+
+
+def test_other_ranks_only_warn(
+    rank_variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = get_logger("steel_megatron.somewhere")
+    for rank, expected in (("0", "news\nbad\n"), ("3", "[rank 3] bad\n")):
+        monkeypatch.setenv(rank_variable, rank)
+        assert launched_rank() == int(rank)
+        setup_logging()
+        logger.info("news")
+        logger.warning("bad")
+        assert capsys.readouterr().err == expected
+
+
+def test_progress_without_a_terminal(
+    rank_variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging()
+    with progress("reading", 10, "rows") as bar:
+        bar.advance(4)
+        bar.advance(6, note="file b")
+    line = capsys.readouterr().err
+    assert line.startswith("reading: 10 of 10 rows (") and line.endswith("rows/s)  file b\n")
+    with progress("training", 10, "steps", plain=False) as bar:
+        bar.advance(10)
+    monkeypatch.setenv(rank_variable, "1")
+    with progress("reading", 10, "rows") as bar:
+        bar.advance(10)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with progress("reading", 10, "rows") as bar:
+        bar.advance(10, note="done")
+    drawn = capsys.readouterr().err
+    assert "reading" in drawn and "10/10" in drawn and "done" in drawn

@@ -1,0 +1,60 @@
+"""Convert between checkpoints and Hugging Face folders.
+
+Examples:
+    python tools/convert_checkpoint.py --direction to-hf --load run/checkpoints/step_00001000 --save exported \\
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --dtype bfloat16
+    python tools/convert_checkpoint.py --direction from-hf --load downloaded --save imported
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from steel_megatron.config import TokenizerKind
+from steel_megatron.errors import SteelError
+from steel_megatron.hf.convert import DTYPES, export_hf, import_hf
+from steel_megatron.log import setup_logging
+
+KINDS: dict[str, TokenizerKind] = {
+    "HuggingFaceTokenizer": "huggingface",
+    "SentencePieceTokenizer": "sentencepiece",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--direction", choices=("to-hf", "from-hf"), required=True)
+    parser.add_argument("--load", type=Path, required=True, help="checkpoint (step_...) or Hugging Face folder to read")
+    parser.add_argument("--save", type=Path, required=True, help="folder to make; it appears only when it is complete")
+    parser.add_argument("--tokenizer-type", choices=sorted(KINDS), help="to-hf: the tokenizer to export with the model")
+    parser.add_argument("--tokenizer-model", help="its folder or .model file")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="to-hf: type of the weights; as saved if not given")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of that name")
+    arguments = parser.parse_args()
+    if (arguments.tokenizer_type is None) != (arguments.tokenizer_model is None):
+        parser.error("--tokenizer-type and --tokenizer-model go together")
+    if arguments.direction == "from-hf" and (arguments.tokenizer_type or arguments.dtype):
+        parser.error("--tokenizer-type, --tokenizer-model and --dtype are for --direction to-hf")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    setup_logging()
+    kind = arguments.tokenizer_type
+    tokenizer = (KINDS[kind], arguments.tokenizer_model) if kind else None
+    try:
+        if arguments.direction == "to-hf":
+            export_hf(arguments.load, arguments.save, tokenizer, arguments.dtype, overwrite=arguments.overwrite)
+        else:
+            import_hf(arguments.load, arguments.save, overwrite=arguments.overwrite)
+    except SteelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
