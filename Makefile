@@ -36,7 +36,8 @@ $(VENV)/.ready: $(SOURCES)
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not here. Install Python 3.11 with its headers (Debian: apt-get install python3.11 python3.11-venv python3.11-dev), or name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11. Name a newer one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments. Debian: apt-get install python3.11-venv"; exit 2; }
-	@command -v $${CXX:-g++} >/dev/null || { echo "error: there is no C++ compiler ($${CXX:-g++}). Debian: apt-get install g++. Or do without the compiled kernels: STEEL_NO_EXT=1 make $(MAKECMDGOALS)"; exit 2; }
+	@test -n "$$STEEL_NO_EXT" || command -v $${CXX:-g++} >/dev/null || { echo "error: there is no C++ compiler ($${CXX:-g++}). Debian: apt-get install g++. Or do without the compiled kernels: STEEL_NO_EXT=1 make $(MAKECMDGOALS)"; exit 2; }
+	@test -n "$$STEEL_NO_EXT" || $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "error: the headers of $(PYTHON) (Python.h) are not here. Debian: apt-get install python3.11-dev"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" setuptools wheel ninja

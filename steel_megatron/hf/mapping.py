@@ -256,7 +256,7 @@ def config_from_hf(config: Mapping[str, Any], origin: str) -> ModelConfig:
         ("use_sliding_window", "here every token sees all tokens before it"),
     ):
         if config.get(key, False):
-            raise CheckpointError(f"{origin}: {key} is {config[key]!r}; {why}")
+            raise CheckpointError(f"{origin}: {key} is true; {why}")
     try:
         return ModelConfig(
             num_layers=_number(config, "num_hidden_layers", origin),

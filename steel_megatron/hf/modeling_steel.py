@@ -295,7 +295,7 @@ class SteelSoftMoE(nn.Module):
             return y, None
         visible = logits.masked_fill(~real.unsqueeze(-1), -1e30)
         largest = visible.amax(1)
-        exponentials = (visible - largest.unsqueeze(1)).exp() * real.unsqueeze(-1)
+        exponentials = (visible - largest.unsqueeze(1)).exp() * real.unsqueeze(-1)  # 0 in rows of padding alone
         return y, RoutingState(
             count=count,
             largest=largest,
@@ -316,7 +316,8 @@ class SteelSoftMoE(nn.Module):
             state.outputs = torch.where(refresh[:, None, None], made, state.outputs)
         largest = torch.where(real.unsqueeze(-1), torch.maximum(state.largest, logits), state.largest)
         before = (state.largest - largest).exp()
-        own = (logits - largest).exp() * real.unsqueeze(-1)
+        # Filled before the exponential: a row that has seen no token yet would give infinity times zero.
+        own = (logits - largest).masked_fill(~real.unsqueeze(-1), float("-inf")).exp()
         state.largest = largest
         state.total = state.total * before + own
         state.weighted = state.weighted * before.unsqueeze(-1) + own.unsqueeze(-1) * mixed.unsqueeze(1)

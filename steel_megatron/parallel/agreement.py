@@ -9,16 +9,15 @@ import torch
 import torch.distributed as dist
 
 from steel_megatron.errors import SteelError
-from steel_megatron.parallel.topology import Topology
+from steel_megatron.platform import probe
 
 Result = TypeVar("Result")
 
 
-def together(topology: Topology, action: Callable[[], Result]) -> Result:
+def together(action: Callable[[], Result]) -> Result:
     """Do ``action`` on every process; if it raises a SteelError on any, all of them raise.
 
     Args:
-        topology: the process groups.
         action: anything that reads or writes outside the process; it must not communicate.
 
     Raises:
@@ -29,8 +28,8 @@ def together(topology: Topology, action: Callable[[], Result]) -> Result:
         result = action()
     except SteelError as error:
         own = error
-    world_size = topology.launch.world_size
-    failed = torch.tensor([world_size if own is None else topology.launch.rank], device=topology.device)
+    world_size = dist.get_world_size()
+    failed = torch.tensor([world_size if own is None else dist.get_rank()], device=probe().device)
     dist.all_reduce(failed, op=dist.ReduceOp.MIN)
     if own is not None:
         raise own
@@ -39,15 +38,15 @@ def together(topology: Topology, action: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def any_process(topology: Topology, condition: bool) -> bool:
+def any_process(condition: bool) -> bool:
     """Whether ``condition`` holds on at least one process."""
-    flag = torch.tensor([int(condition)], device=topology.device)
+    flag = torch.tensor([int(condition)], device=probe().device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())
 
 
-def first_process_says(topology: Topology, number: int) -> int:
+def first_process_says(number: int) -> int:
     """The first process's ``number``, on every process."""
-    said = torch.tensor([number], device=topology.device)
+    said = torch.tensor([number], device=probe().device)
     dist.broadcast(said, src=0)
     return int(said.item())

@@ -32,6 +32,7 @@ from steel_megatron.errors import CheckpointError
 from steel_megatron.files import replace_folder, sha256_of, write_atomically
 from steel_megatron.log import get_logger
 from steel_megatron.model.weights import sharded_weights
+from steel_megatron.parallel.agreement import together
 from steel_megatron.train.engine import Engine
 from steel_megatron.train.optimizer_state import sharded_state
 
@@ -157,26 +158,21 @@ def write_checkpoint(
     """Write a sharded state as the folder ``final``, which appears only when it is whole; every process calls it."""
     partial = final.with_name(f".{final.name}.partial")
     main = dist.get_rank() == 0
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "consumed_samples": consumed_samples,
+        "layout": layout,
+        "world_size": dist.get_world_size(),
+        "has_optimizer": "optimizer" in state,
+        "data_fingerprint": data_fingerprint,
+        "model": to_dict(model),
+    }
+    # What the first process does alone fails on all of them, or the others would wait for it.
+    together(lambda: _begin(partial, final) if main else None)
     with _disk_errors(final, partial):
-        if main:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        dist.barrier()
         dist_checkpointing.save(state, str(partial))
-        if main:
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "consumed_samples": consumed_samples,
-                "layout": layout,
-                "world_size": dist.get_world_size(),
-                "has_optimizer": "optimizer" in state,
-                "data_fingerprint": data_fingerprint,
-                "model": to_dict(model),
-            }
-            _finish(partial, final, manifest, run)
-        dist.barrier()
+    together(lambda: _finish(partial, final, manifest, run) if main else None)
     return final
 
 
@@ -192,16 +188,26 @@ def _disk_errors(final: Path, partial: Path) -> Iterator[None]:
         ) from error
 
 
+def _begin(partial: Path, final: Path) -> None:
+    """An empty temporary folder."""
+    with _disk_errors(final, partial):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+
+
 def _finish(partial: Path, final: Path, manifest: dict[str, Any], run: RunConfig | None) -> None:
-    """Checksums, sync, final name, tracker."""
-    if run is not None:
-        (partial / "run.yaml").write_text(dump_yaml(run), encoding="utf-8")
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    manifest["files"] = {
-        str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
-    }
-    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1).encode(), CheckpointError)
-    replace_folder(partial, final)
+    """Settings, checksums, final name."""
+    with _disk_errors(final, partial):
+        if run is not None:
+            (partial / "run.yaml").write_text(dump_yaml(run), encoding="utf-8")
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        facts = {
+            str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
+        }
+        content = json.dumps({**manifest, "files": facts}, indent=1)
+        (partial / MANIFEST).write_text(content, encoding="utf-8")
+        replace_folder(partial, final)
 
 
 def read_info(path: Path) -> CheckpointInfo:

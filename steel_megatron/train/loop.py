@@ -49,9 +49,9 @@ def pretrain(run: RunConfig) -> TrainingSummary:
     with ExitStack() as stack:
         if topology.is_first_process:
             lock = exclusive_lock(Path(run.checkpoint.directory) / "run", CheckpointError)
-            together(topology, lambda: stack.enter_context(lock))
+            together(lambda: stack.enter_context(lock))
         else:
-            together(topology, lambda: None)
+            together(lambda: None)
         summary = _train(run, topology)
     shutdown()
     return summary
@@ -59,7 +59,7 @@ def pretrain(run: RunConfig) -> TrainingSummary:
 
 def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
     training = run.training
-    batches = together(topology, lambda: Batches(run, topology))
+    batches = together(lambda: Batches(run, topology))
     engine = Engine(run, topology)
     consumed, saved = _start(run, topology, engine, batches.fingerprint)
     metrics = Metrics(run, topology, engine)
@@ -72,7 +72,7 @@ def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
             consumed += training.global_batch_size
             metrics.record(result)
             bar.advance(note=f"{run.model.loss_name} {result.loss:.4f}")
-            stopping = any_process(topology, signal.received)
+            stopping = any_process(signal.received)
             if batches.has_validation and (result.step % training.eval_interval == 0 or result.step == last_step):
                 validation_loss = engine.evaluate(batches.validation())[0]
                 metrics.record_validation(result.step, validation_loss)
@@ -96,11 +96,11 @@ def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
 def _start(run: RunConfig, topology: Topology, engine: Engine, data_fingerprint: str) -> tuple[int, Path | None]:
     """Resume, or take initial weights from elsewhere, or begin; returns the samples consumed and the checkpoint."""
     # One process reads and compares all checksums; the others follow.
-    found = together(topology, lambda: _find(run) if topology.is_first_process else None)
-    step = first_process_says(topology, found.step if found else -1)
+    found = together(lambda: _find(run) if topology.is_first_process else None)
+    step = first_process_says(found.step if found else -1)
     if step >= 0:
         path = checkpoint.path_of(run, step)
-        info = together(topology, lambda: checkpoint.read_info(path))
+        info = together(lambda: checkpoint.read_info(path))
         if info.data_fingerprint != data_fingerprint:
             raise CheckpointError(
                 f"{path} was trained on other data, or with another training.seed or model.sequence_length, so its "
@@ -112,8 +112,8 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, data_fingerprint:
         return info.consumed_samples, path
     if run.checkpoint.init_from:
         origin = Path(run.checkpoint.init_from)
-        info = together(topology, lambda: checkpoint.read_info(origin))
-        together(topology, lambda: checkpoint.verify(origin) if topology.is_first_process else None)
+        info = together(lambda: checkpoint.read_info(origin))
+        together(lambda: checkpoint.verify(origin) if topology.is_first_process else None)
         checkpoint.load_weights(engine.stage, info, run.model)
         engine.optimizer.reload_model_params()
         logger.info(f"starting from the weights of {origin}")

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steel_megatron.config import ParallelConfig, RunConfig, TrainingConfig
-from steel_megatron.errors import CheckpointError, SteelError
+from steel_megatron.errors import CheckpointError, DataError, SteelError
 from steel_megatron.hf import convert, mapping
+from steel_megatron.hf.configuration_steel import SteelConfig
+from steel_megatron.hf.modeling_steel import SteelForCausalLM
 from steel_megatron.train import checkpoint
 from tests.distributed import run_distributed
 from tests.hf import golden
+from tests.hf.test_mapping import BASE, random_tensors
 
 LAYOUTS = {
     "alone": (1, ParallelConfig()),
@@ -36,49 +45,70 @@ def refused(action: str, *args: Any, **kwargs: Any) -> str:
     return "no error"
 
 
-@pytest.fixture(scope="module", params=golden.NAMES)
-def imported(
-    request: pytest.FixtureRequest, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path]:
-    """A golden model and the checkpoint that was imported from it."""
-    output = tmp_path_factory.mktemp(request.param) / "imported"
-    run_distributed(convert.import_hf, 1, shared_dir / "golden" / request.param, output)
-    return request.param, output
+def import_all(shared_dir: Path, output: Path) -> dict[str, Path]:
+    return {name: convert.import_hf(shared_dir / "golden" / name, output / name) for name in golden.NAMES}
+
+
+def export_all(imported: dict[str, Path], output: Path) -> dict[str, Path]:
+    return {name: convert.export_hf(path, output / name) for name, path in imported.items()}
+
+
+@pytest.fixture(scope="module")
+def imported(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The golden models' checkpoints, by name."""
+    return run_distributed(import_all, 1, shared_dir, tmp_path_factory.mktemp("imported"))[0]
+
+
+@pytest.fixture(scope="module")
+def exported(imported: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders exported from those checkpoints, by name."""
+    return run_distributed(export_all, 1, imported, tmp_path_factory.mktemp("exported"))[0]
+
+
+Pieces = dict[str, torch.Tensor]
+"""Parts of tensors, by name, offset and number of axes put in front."""
+
+
+def pieces(stage: Any, value_of: Any) -> Pieces:
+    """What ``value_of`` gives for each of a stage's weights, labelled with its place in the whole tensor."""
+    from steel_megatron.model.weights import sharded_weights
+
+    return {
+        f"{sharded.key}|{','.join(map(str, sharded.global_offset))}|{sharded.prepend_axis_num}": value_of(sharded.data)
+        for sharded in sharded_weights(stage).values()
+    }
 
 
 def training_gradients(
-    path: Path, parallel: ParallelConfig, io: dict[str, torch.Tensor]
-) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss of the training forward, and this process's gradients by name and offset in the checkpoint's tensors."""
+    paths: dict[str, Path], parallel: ParallelConfig, inputs: dict[str, dict[str, torch.Tensor]]
+) -> dict[str, tuple[float, Pieces]]:
+    """For each checkpoint the loss of the training forward, and this process's gradients."""
     from steel_megatron.parallel.topology import initialize
 
     topology = initialize(parallel)
     from steel_megatron.model.spec import build_model
-    from steel_megatron.model.weights import sharded_weights
     from steel_megatron.train.engine import Engine
     from steel_megatron.train.objective import Batch
 
-    info = checkpoint.read_info(path)
-    batch = len(io["input_ids"])
-    run = RunConfig(
-        model=info.model,
-        parallel=parallel,
-        training=TrainingConfig(micro_batch_size=batch, global_batch_size=batch * topology.data_parallel_size),
-    )
-    stage = build_model(info.model, topology)
-    checkpoint.load_weights(stage, info, info.model)
-    engine = Engine(run, topology, stage)
-    labels = io["labels"]
-    # Data-parallel processes all see the same batch: their mean is the fixture's.
-    loss, _ = engine.accumulate_gradients([Batch(io["input_ids"], labels, torch.ones(labels.shape))])
-    gather_gradients(engine.model)
-    by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in stage.parameters()}
-    return loss, {
-        f"{sharded.key}|{','.join(map(str, sharded.global_offset))}|{sharded.prepend_axis_num}": by_storage[
-            sharded.data.data_ptr()
-        ].clone()
-        for sharded in sharded_weights(stage).values()
-    }
+    results = {}
+    for name, path in paths.items():
+        info, given = checkpoint.read_info(path), inputs[name]
+        batch = len(given["input_ids"])
+        run = RunConfig(
+            model=info.model,
+            parallel=parallel,
+            training=TrainingConfig(micro_batch_size=batch, global_batch_size=batch * topology.data_parallel_size),
+        )
+        stage = build_model(info.model, topology)
+        checkpoint.load_weights(stage, info, info.model)
+        engine = Engine(run, topology, stage)
+        # Data-parallel processes all see the same batch: their mean is the fixture's.
+        ids, labels = given["input_ids"], given["labels"]
+        loss, _ = engine.accumulate_gradients([Batch(ids, labels, torch.ones(labels.shape))])
+        gather_gradients(engine.model)
+        by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in stage.parameters()}
+        results[name] = (loss, pieces(stage, lambda weight, of=by_storage: of[weight.data_ptr()].clone()))
+    return results
 
 
 def gather_gradients(model: Any) -> None:
@@ -92,8 +122,8 @@ def gather_gradients(model: Any) -> None:
             dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
 
-def assemble(parts: list[dict[str, torch.Tensor]], model: Any) -> dict[str, torch.Tensor]:
-    """Whole gradients under published names from the processes' pieces."""
+def assemble(parts: list[Pieces], model: Any) -> dict[str, torch.Tensor]:
+    """Whole tensors under published names from the processes' pieces."""
     whole = {
         rule.key: torch.zeros((model.num_layers, *rule.shape) if rule.per_layer else rule.shape)
         for rule in mapping.rules(model)
@@ -109,45 +139,83 @@ def assemble(parts: list[dict[str, torch.Tensor]], model: Any) -> dict[str, torc
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_equals_the_published_model(layout: str, imported: tuple[str, Path], shared_dir: Path) -> None:
-    name, path = imported
-    config, tensors = golden.read(shared_dir, name)
-    model = mapping.config_from_hf(config, name)
+def test_training_equals_the_published_model(layout: str, imported: dict[str, Path], shared_dir: Path) -> None:
+    fixtures = {name: golden.read(shared_dir, name) for name in golden.NAMES}
+    if layout == "ep2":  # a dense model has no experts to share; the configuration refuses it
+        del fixtures["dense_senet"]
     processes, parallel = LAYOUTS[layout]
-    if model.ffn == "dense" and layout == "ep2":
-        return  # a dense model has no experts to share; the configuration refuses it
-    results = run_distributed(training_gradients, processes, path, parallel, tensors["io"])
-    expected_loss = tensors["io"]["loss"].item()
-    for loss, _ in results:
-        assert loss == pytest.approx(expected_loss, rel=1e-6)
-    gradients = assemble([part for _, part in results], model)
-    for key, expected in tensors["grads"].items():
-        assert golden.relative_error(gradients[key], expected) < 1e-4, key
+    inputs = {name: tensors["io"] for name, (_, tensors) in fixtures.items()}
+    paths = {name: imported[name] for name in fixtures}
+    results = run_distributed(training_gradients, processes, paths, parallel, inputs)
+    for name, (config, tensors) in fixtures.items():
+        for result in results:
+            assert result[name][0] == pytest.approx(tensors["io"]["loss"].item(), rel=1e-6), name
+        gradients = assemble([result[name][1] for result in results], mapping.config_from_hf(config, name))
+        for key, expected in tensors["grads"].items():
+            assert golden.relative_error(gradients[key], expected) < 1e-4, (name, key)
 
 
+@pytest.mark.parametrize("name", golden.NAMES)
 def test_export_gives_back_the_same_bits_and_transformers_loads_it(
-    imported: tuple[str, Path], shared_dir: Path, tmp_path: Path
+    name: str, exported: dict[str, Path], shared_dir: Path
 ) -> None:
-    name, path = imported
     _, tensors = golden.read(shared_dir, name)
-    exported = tmp_path / "exported"
-    run_distributed(convert.export_hf, 1, path, exported)
-    again = load_file(exported / "model.safetensors")
+    again = load_file(exported[name] / "model.safetensors")
     assert again.keys() == tensors["model"].keys()
     for key, tensor in tensors["model"].items():
         assert torch.equal(again[key], tensor) and again[key].dtype == tensor.dtype, key
-    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(exported[name], trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules.")
     with torch.no_grad():
         logits = model(tensors["io"]["input_ids"]).logits
     torch.testing.assert_close(logits, tensors["io"]["logits"], atol=1e-4, rtol=0)
 
 
+MODES = ("sequence", "block_causal", "token", "merged")
+
+
+def library_logits(models: list[Any], tokens: torch.Tensor) -> list[tuple[torch.Tensor, Pieces]]:
+    """What freshly initialised models of the library compute, and their weights."""
+    from steel_megatron.model.spec import build_model
+    from steel_megatron.parallel.topology import initialize
+
+    topology, results = initialize(ParallelConfig()), []
+    for model in models:
+        stage = build_model(model, topology, seed=5)
+        positions = torch.arange(tokens.size(1)).expand_as(tokens)
+        with torch.no_grad():
+            for layer in stage.decoder.layers:
+                layer.mlp.scale.fill_(4.0)
+                # Vectors of different lengths, so that scaling them to length 1 makes a difference.
+                layer.pre_mlp_layernorm.weight.copy_(torch.linspace(0.2, 3.0, model.hidden_size))
+            results.append((stage(tokens, positions, None), pieces(stage, lambda weight: weight.detach().clone())))
+    return results
+
+
+def test_the_exported_code_computes_what_the_library_trains() -> None:
+    base = dataclasses.replace(BASE, block_length=6, init_method_std=0.3)
+    models = [
+        dataclasses.replace(base, routing_mode=mode, routing_mix=mix) for mode in MODES for mix in ("raw", "normalized")
+    ]
+    tokens = torch.randint(0, BASE.vocab_size, (2, 23), generator=torch.Generator().manual_seed(0))
+    different = []
+    for model, (logits, weights) in zip(models, run_distributed(library_logits, 1, models, tokens)[0], strict=True):
+        exported = SteelForCausalLM(SteelConfig(**mapping.config_to_hf(model))).eval()
+        exported.load_state_dict(assemble([weights], model))
+        with torch.no_grad():
+            ours = exported(tokens).logits
+        assert ours.std() > 0.5
+        torch.testing.assert_close(
+            ours, logits[..., : model.vocab_size], atol=2e-4, rtol=0, msg=lambda text, of=model: f"{of}: {text}"
+        )
+        different.append(ours)
+    for number, one in enumerate(different):  # none of them is another's function
+        assert all((one - other).abs().max() > 2e-3 for other in different[:number])
+
+
 @pytest.fixture
 def small_folder(tmp_path: Path) -> Path:
     """A small model's published folder, made here."""
-    from tests.hf.test_mapping import BASE, random_tensors
-
     folder = tmp_path / "published"
     folder.mkdir()
     save_file(random_tensors(BASE), folder / "model.safetensors")
@@ -168,7 +236,20 @@ def test_a_folder_in_several_files(small_folder: Path, tmp_path: Path, monkeypat
         convert._read_weights(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["not finite", "missing tensor", "truncated", "pickle", "no config", "bad config"])
+DAMAGES = [
+    "not finite",
+    "integers",
+    "missing tensor",
+    "truncated",
+    "pickle",
+    "no config",
+    "bad config",
+    "index",
+    "twice",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_folders_that_cannot_be_imported(small_folder: Path, tmp_path: Path, damage: str) -> None:
     weights = small_folder / "model.safetensors"
     tensors = load_file(weights)
@@ -181,6 +262,19 @@ def test_folders_that_cannot_be_imported(small_folder: Path, tmp_path: Path, dam
         del tensors["model.norm.weight"]
         save_file(tensors, weights)
         expected[damage] = "has no tensor model.norm.weight"
+    elif damage == "integers":
+        save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"].int()}, weights)
+        expected[damage] = "lm_head.weight is int32"
+    elif damage == "index":
+        (small_folder / convert.INDEX).write_text(
+            json.dumps({"weight_map": {"lm_head.weight": "../model.safetensors"}})
+        )
+        expected[damage] = "must name files of its own folder"
+    elif damage == "twice":
+        save_file({"lm_head.weight": tensors["lm_head.weight"]}, small_folder / "other.safetensors")
+        index = {"weight_map": {"model.norm.weight": weights.name, "lm_head.weight": "other.safetensors"}}
+        (small_folder / convert.INDEX).write_text(json.dumps(index))
+        expected[damage] = "lm_head.weight a second time"
     elif damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-10])
     elif damage == "pickle":
@@ -213,12 +307,151 @@ def test_outputs_are_replaced_only_when_asked(small_folder: Path, tmp_path: Path
     assert "is already there" in messages[0] and "is already there" in messages[1]
     assert "lies inside" in messages[2] and "steel.json" in messages[3]
     assert sorted(path.name for path in output.iterdir()) == ["checkpoint", "hf"]
-    assert load_file(output / "hf/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    exported = load_file(output / "hf/model.safetensors")
+    for name, tensor in load_file(small_folder / "model.safetensors").items():
+        assert torch.equal(exported[name], tensor.bfloat16()), name
+    assert json.loads((output / "hf/config.json").read_text())["dtype"] == "bfloat16"
     checkpoint.verify(output / "checkpoint")
+    info = checkpoint.read_info(output / "checkpoint")
+    assert not info.has_optimizer and info.step == 0 and info.model == BASE
 
 
-def test_weights_only_checkpoints_say_so(small_folder: Path, tmp_path: Path) -> None:
-    run_distributed(convert.import_hf, 1, small_folder, tmp_path / "out")
-    info = checkpoint.read_info(tmp_path / "out")
-    assert not info.has_optimizer and info.step == 0
-    shutil.rmtree(tmp_path / "out")
+def overwrite_what_must_stay(folder: Path, run: Path) -> list[str]:
+    """Conversions that would take something with them; returns the messages."""
+    from steel_megatron.files import exclusive_lock
+
+    saved = convert.import_hf(folder, run / "checkpoints" / "step_00000001")
+    (run / "thesis").mkdir()
+    (run / "thesis" / "thesis.tex").write_text("years of work")
+    (run / "link").symlink_to(run / "checkpoints")
+    messages = [
+        refused("export_hf", saved, run, overwrite=True),
+        refused("export_hf", saved, run / "link", overwrite=True),
+        refused("export_hf", saved, run / "thesis", overwrite=True),
+        refused("export_hf", saved, run / "thesis" / "thesis.tex", overwrite=True),
+        refused("import_hf", folder, run / "thesis", overwrite=True),
+        refused("import_hf", folder, folder.parent, overwrite=True),
+    ]
+    with exclusive_lock(run / "hf", CheckpointError):
+        messages.append(refused("export_hf", saved, run / "hf"))
+    return messages
+
+
+def test_nothing_else_is_replaced(small_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    messages = run_distributed(overwrite_what_must_stay, 1, small_folder, run)[0]
+    assert all("which it would replace" in messages[number] for number in (0, 1, 5)), messages
+    assert all("is not an earlier output" in messages[number] for number in (2, 3, 4)), messages
+    assert "another job is writing" in messages[6]
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "link", "thesis"]
+    assert (run / "thesis" / "thesis.tex").read_text() == "years of work"
+    checkpoint.verify(run / "checkpoints" / "step_00000001")
+    assert (small_folder / "model.safetensors").is_file()
+
+
+def convert_types(folder: Path, output: Path) -> None:
+    convert.export_hf(convert.import_hf(folder, output / "checkpoint"), output / "hf")
+
+
+def test_every_weight_keeps_its_type(small_folder: Path, tmp_path: Path) -> None:
+    tensors = {
+        name: tensor if ".phi" in name or ".scale" in name else tensor.bfloat16()
+        for name, tensor in load_file(small_folder / "model.safetensors").items()
+    }
+    save_file(tensors, small_folder / "model.safetensors")
+    run_distributed(convert_types, 1, small_folder, tmp_path / "out")
+    again = load_file(tmp_path / "out/hf/model.safetensors")
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
+
+
+def small_tokenizer(folder: Path) -> Path:
+    """A tokenizer of 30 ids; 0 ends a document."""
+    letters = ["<eos>", *"abcdefghijklmnopqrstuvwxyz .,"]
+    model = tokenizers.models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[])
+    built = tokenizers.Tokenizer(model)
+    built.add_special_tokens([tokenizers.AddedToken("<eos>", special=True)])
+    built.decoder = tokenizers.decoders.Fuse()
+    folder.mkdir()
+    built.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    return folder
+
+
+def export_with_tokenizers(folder: Path, output: Path, fitting: Path, too_large: Path) -> list[str]:
+    """Exports with a tokenizer that fits, with one that does not, and with one that fails halfway."""
+    saved = convert.import_hf(folder, output / "checkpoint")
+    convert.export_hf(saved, output / "hf", ("huggingface", str(fitting)))
+    messages = [refused("export_hf", saved, output / "too_large", ("huggingface", str(too_large)))]
+    loaded = convert.load_tokenizer("huggingface", fitting)
+
+    def fail(folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("half of it")
+        raise DataError("cannot be exported")
+
+    loaded.save_pretrained = fail  # type: ignore[method-assign]
+    convert.load_tokenizer = lambda *_: loaded
+    messages.append(refused("export_hf", saved, output / "failed", ("huggingface", str(fitting))))
+    return messages
+
+
+def test_the_tokenizer_goes_with_the_model(small_folder: Path, tmp_path: Path) -> None:
+    fitting, output = small_tokenizer(tmp_path / "tokenizer"), tmp_path / "out"
+    large = tmp_path / "large"
+    shutil.copytree(fitting, large)
+    description = json.loads((large / "tokenizer.json").read_text())
+    description["model"]["vocab"] |= {f"word{number}": number for number in range(30, 200)}
+    (large / "tokenizer.json").write_text(json.dumps(description))
+    messages = run_distributed(export_with_tokenizers, 1, small_folder, output, fitting, large)[0]
+    assert "200 ids" in messages[0] and messages[0].endswith("was trained with 100")
+    assert messages[1] == "cannot be exported"
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint", "hf"]
+    tokenizer = AutoTokenizer.from_pretrained(output / "hf")
+    model = AutoModelForCausalLM.from_pretrained(output / "hf", trust_remote_code=True)
+    assert model.generation_config.eos_token_id == 0 and tokenizer.eos_token_id == 0
+    ids = tokenizer("a small text", return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == "a small text"
+    assert model.generate(ids, max_new_tokens=4, pad_token_id=0).shape[0] == 1
+
+
+TOOL = Path(__file__).resolve().parents[2] / "tools/convert_checkpoint.py"
+
+
+def run_tool(calls: list[list[str]]) -> list[tuple[int, str]]:
+    """Exit code and stderr of each call of the script."""
+    results = []
+    for words in calls:
+        sys.argv = [str(TOOL), *words]
+        error = io.StringIO()
+        with contextlib.redirect_stderr(error), pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        results.append((stopped.value.code, error.getvalue()))
+    return results
+
+
+def test_the_script(small_folder: Path, tmp_path: Path) -> None:
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model"]
+    saved, exported = ["--save", str(tmp_path / "checkpoint")], ["--save", str(tmp_path / "hf")]
+    to_hf = ["--direction", "to-hf", "--load", str(tmp_path / "checkpoint"), *exported]
+    from_hf = ["--direction", "from-hf", "--load", str(small_folder), *saved]
+    calls = [
+        from_hf,
+        from_hf,
+        [*from_hf, "--overwrite"],
+        [*from_hf, "--dtype", "float32"],
+        [*to_hf, *tokenizer[:2]],
+        [*to_hf, "--dtype", "bfloat16", *tokenizer, str(small_tokenizer(tmp_path / "tokenizer"))],
+    ]
+    results = run_distributed(run_tool, 1, calls)[0]
+    assert [code for code, _ in results] == [0, 2, 0, 2, 2, 0], results
+    assert results[1][1].splitlines()[-1].startswith("error: ") and "is already there" in results[1][1]
+    assert "are for --direction to-hf" in results[3][1] and "go together" in results[4][1]
+    assert load_file(tmp_path / "hf/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    assert (tmp_path / "hf/tokenizer.json").is_file()
+
+
+def test_conversion_is_for_one_process(small_folder: Path, tmp_path: Path) -> None:
+    for message in run_distributed(refused, 2, "import_hf", small_folder, tmp_path / "out"):
+        assert "this launch has 2" in message
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,47 @@ def test_both_directions_are_exact(name: str) -> None:
     assert own["embedding.word_embeddings.weight"][100:].abs().max() == 0
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_random_settings_are_exact_in_both_directions(seed: int) -> None:
+    choose = random.Random(seed)
+    groups, queries = choose.choice([1, 2, 3]), choose.choice([1, 2, 4])
+    heads, size = groups * queries, choose.choice([2, 6, 8])
+    dense = seed % 4 == 0
+    model = ModelConfig(
+        num_layers=choose.randint(1, 3),
+        hidden_size=heads * size,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        ffn="dense" if dense else "soft_moe",
+        ffn_activation="double_swiglu" if seed % 2 else "swiglu",
+        ffn_hidden_size=choose.randint(1, 20),
+        num_experts=choose.randint(1, 5),
+        slots_per_expert=choose.randint(1, 3),
+        routing_mode=None if dense else choose.choice(["sequence", "token", "block_causal", "merged"]),
+        routing_mix=choose.choice(["raw", "normalized"]),
+        shared_expert_intermediate_size=0 if dense else choose.choice([0, 5]),
+        vocab_size=choose.randint(1, 300),
+        make_vocab_size_divisible_by=choose.choice([1, 8, 128]),
+    )
+    published = random_tensors(model)
+    own = mapping.from_hf(published, model, "here")
+    for rule in mapping.rules(model):
+        assert own[rule.key].shape == ((model.num_layers, *rule.shape) if rule.per_layer else rule.shape)
+    again = mapping.to_hf(own, model)
+    assert again.keys() == published.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in published.items())
+    settings = mapping.config_from_hf(mapping.config_to_hf(model), "here")
+    assert dataclasses.replace(settings, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by) == model
+
+
+def test_rows_of_queries_keys_and_values_go_by_group() -> None:
+    # 4 heads in 2 groups of head size 8: megatron-core's rows are q0 q1 k0 v0, q2 q3 k1 v1.
+    tensors = random_tensors(BASE)
+    q, k, v = (tensors[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv")
+    rows = mapping.from_hf(tensors, BASE, "here")["decoder.layers.self_attention.linear_qkv.weight"][1]
+    assert torch.equal(rows, torch.cat([q[:16], k[:8], v[:8], q[16:], k[8:], v[8:]]))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_names_and_shapes_are_those_of_the_exported_code(name: str) -> None:
     model = SteelForCausalLM(SteelConfig(**mapping.config_to_hf(MODELS[name])))
@@ -86,6 +128,17 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         mapping.from_hf({**tensors, "lm_head.weight": torch.zeros(100, 31)}, BASE, "here")
     with pytest.raises(CheckpointError, match=r"model.extra, which no model"):
         mapping.from_hf({**tensors, "model.extra": torch.zeros(1)}, BASE, "here")
+    with pytest.raises(CheckpointError, match=rf"{name} is bfloat16, .*0.gate_down_proj.weight is float32"):
+        mapping.from_hf({**tensors, name: tensors[name].bfloat16()}, BASE, "here")
+
+
+def test_checkpoint_tensors_that_do_not_fit_are_named() -> None:
+    own = mapping.from_hf(random_tensors(BASE), BASE, "here")
+    with pytest.raises(CheckpointError, match=r"decoder.layers.mlp.phi has shape \[1, 32, 3, 2\]; .* \[2, 32, 3, 2\]"):
+        mapping.to_hf({**own, "decoder.layers.mlp.phi": own["decoder.layers.mlp.phi"][:1]}, BASE)
+    del own["output_layer.weight"]
+    with pytest.raises(CheckpointError, match=r"has no tensor output_layer\.weight"):
+        mapping.to_hf(own, BASE)
 
 
 @pytest.mark.parametrize(
@@ -93,14 +146,38 @@ def test_tensors_that_do_not_fit_are_named() -> None:
     [
         ({"FFN_type": "softmoe_v9"}, "FFN_type is 'softmoe_v9'"),
         ({"mlp_type": None}, "mlp_type is None"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is true"),
         ({"hidden_size": 33}, "hidden_size = 33 is not divisible"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window is true"),
+        ({"mlp_div_ratio": 0}, "mlp_div_ratio is 0"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; it must be a whole number"),
+        ({"intermediate_size": 24.5}, "intermediate_size is 24.5; it must be a whole number"),
+        ({"rms_norm_eps": float("nan")}, "norm_epsilon is nan"),
+        ({"routing_mode": "blocks"}, "routing_mode is 'blocks'"),
+        ({"rope_theta": 10000.5}, "rope_theta is 10000.5"),
+        ({"rope_parameters": 5}, "rope_parameters is 5"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "of type 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "of type 'yarn'"),
     ],
 )
 def test_settings_without_a_model_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         mapping.config_from_hf({**mapping.config_to_hf(BASE), **change}, "here")
-    incomplete = mapping.config_to_hf(BASE)
+
+
+def test_settings_in_other_words() -> None:
+    published = mapping.config_to_hf(BASE)
+    incomplete = dict(published)
     del incomplete["n_experts"]
     with pytest.raises(CheckpointError, match="here has no n_experts"):
         mapping.config_from_hf(incomplete, "here")
+    in_5 = {**published, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    assert mapping.config_from_hf(in_5, "here").rotary_base == 5000
+    wide = {**published, "intermediate_size": 96, "mlp_div_ratio": 4}
+    assert mapping.config_from_hf(wide, "here").ffn_hidden_size == 24
+    assert mapping.config_from_hf({**wide, "expert_intermediate_size": 10}, "here").ffn_hidden_size == 10
+    plain = {key: value for key, value in published.items() if not key.startswith(("routing", "shared"))}
+    model = mapping.config_from_hf({**plain, "num_key_value_heads": None}, "here")
+    assert (model.routing_mode, model.routing_mix) == ("sequence", "normalized")
+    assert model.query_groups == 4 and model.shared_expert_intermediate_size == 0

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from steel_megatron.hf.configuration_steel import SteelConfig
-from steel_megatron.hf.modeling_steel import SteelCache, SteelForCausalLM, is_refresh
+from steel_megatron.hf.modeling_steel import SteelCache, SteelForCausalLM, SteelSoftMoE, is_refresh, network
 from steel_megatron.ops.reference import refresh_points
 from tests.hf import golden
 
@@ -59,35 +59,122 @@ def test_published_models(shared_dir: Path, name: str) -> None:
         assert golden.relative_error(parameter.grad, tensors["grads"][parameter_name]) < 1e-4, parameter_name
 
 
+def plain_soft_moe(layer: SteelSoftMoE, x: torch.Tensor) -> torch.Tensor:
+    """The definition token by token, [T, d] to [T, d], without the shared expert."""
+    phi = layer.phi.flatten(1)
+    keys = layer.scale * phi / phi.norm(dim=0)
+    normalized = x / x.norm(dim=1, keepdim=True)
+    mixed = normalized if layer.mix == "normalized" else x
+    slots_of_one = phi.size(1) // len(layer.experts)
+
+    def slots_of(count: int) -> torch.Tensor:
+        return (normalized[:count] @ keys).softmax(0).T @ mixed[:count]
+
+    def shares_of(vector: torch.Tensor) -> torch.Tensor:
+        return (vector / vector.norm() @ keys).softmax(0).view(-1, slots_of_one).sum(1)
+
+    rows = []
+    for t in range(len(x)):
+        if layer.mode == "token":
+            results = torch.stack([expert(mixed[t]) for expert in layer.experts])
+            rows.append(shares_of(x[t]) @ results)
+        elif layer.mode == "merged":
+            start = t // layer.block * layer.block
+            shares = shares_of(mixed[start - layer.block : start].mean(0) if start else mixed[0])
+            matrices = zip(*(expert.matrices() for expert in layer.experts), strict=True)
+            rows.append(network(x[t], tuple(torch.einsum("e,eij->ij", shares, torch.stack(m)) for m in matrices)))
+        else:
+            if layer.mode == "sequence":
+                count = len(x)
+            else:
+                points = {2**power for power in range(10) if 2**power < layer.block}
+                points |= {layer.block * number for number in range(1, len(x) + 1)}
+                count = max((point for point in points if point <= max(t, 1)), default=1)
+            slots = slots_of(count)
+            results = torch.stack([layer.experts[j // slots_of_one](slot) for j, slot in enumerate(slots)])
+            rows.append((normalized[t] @ keys).softmax(0) @ results)
+    return torch.stack(rows)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("mix", ["raw", "normalized"])
+@pytest.mark.parametrize("mode", [*CAUSAL, "sequence"])
+def test_a_layer_computes_its_definition(mode: str, mix: str) -> None:
+    for block in (1, 4, 6, 64):
+        for length in (1, 2, LENGTH):
+            model = small_model(mode, mix, routing_block_length=block, shared_expert_intermediate_size=0).double()
+            layer = model.model.layers[0].mlp
+            layer.scale.fill_(3.0)
+            x = torch.randn(2, length, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+            y, _ = layer(x, torch.ones(2, length, dtype=torch.bool), None, False)
+            expected = torch.stack([plain_soft_moe(layer, row) for row in x])
+            torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-10)
+
+
+def test_the_shared_expert_is_added() -> None:
+    model = small_model("token").double()
+    layer = model.model.layers[0].mlp
+    x = torch.randn(1, 5, 32, dtype=torch.float64)
+    y, _ = layer(x, torch.ones(1, 5, dtype=torch.bool), None, False)
+    torch.testing.assert_close(y[0], plain_soft_moe(layer, x[0]) + layer.shared_expert(x[0]))
+
+
+def decode(model: SteelForCausalLM, ids: torch.Tensor, prompt: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of a text whose first ``prompt`` tokens come together and the others one by one."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    out = model(ids[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True)
+    logits = [out.logits]
+    for position in range(prompt, ids.size(1)):
+        one, seen = ids[:, position : position + 1], mask[:, : position + 1]
+        out = model(one, attention_mask=seen, past_key_values=out.past_key_values)
+        logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [1, 4, 6, 64])
+@pytest.mark.parametrize("mix", ["raw", "normalized"])
 @pytest.mark.parametrize("mode", CAUSAL)
-def test_decoding_with_a_cache_equals_the_full_forward(mode: str, mix: str) -> None:
-    model, ids = small_model(mode, mix), tokens()
+def test_decoding_with_a_cache_equals_the_full_forward(mode: str, mix: str, block: int) -> None:
+    # In float64, where nothing but a wrong state can make a difference, at weights that make the layers matter.
+    model, ids = small_model(mode, mix, routing_block_length=block).double(), tokens()
     full = model(ids, use_cache=False).logits
     assert full.std() > 0.5
-    for prompt in (1, 2, 3, 5, 6, 7, 12, 17, 22):
-        out = model(ids[:, :prompt], use_cache=True)
-        logits = [out.logits]
-        for position in range(prompt, LENGTH):
-            out = model(ids[:, position : position + 1], past_key_values=out.past_key_values)
-            logits.append(out.logits)
-        torch.testing.assert_close(torch.cat(logits, 1), full, atol=1e-4, rtol=0)
+    for prompt in (1, 2, 3, 5, 6, 7, 12, 22):
+        torch.testing.assert_close(decode(model, ids, prompt), full, atol=1e-11, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", CAUSAL)
+def test_decoding_with_a_cache_in_float32(mode: str) -> None:
+    model, ids = small_model(mode, initializer_range=0.1), tokens()
+    full = model(ids, use_cache=False).logits
+    for prompt in (1, 6, 11):
+        torch.testing.assert_close(decode(model, ids, prompt), full, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", CAUSAL)
 def test_a_prompt_may_come_in_chunks(mode: str) -> None:
-    model, ids = small_model(mode), tokens()
-    full, cache = model(ids, use_cache=False).logits, SteelCache(small_model(mode).config)
-    pieces = [model(part, past_key_values=cache).logits for part in ids.split([4, 1, 9, 9], dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, 1), full, atol=1e-4, rtol=0)
+    model, ids = small_model(mode).double(), tokens()
+    cache, mask = SteelCache(model.config), torch.ones_like(ids)
+    mask[1, :6] = 0  # the second row begins in the third chunk
+    full = model(ids, attention_mask=mask, use_cache=False).logits
+    for _ in range(2):
+        pieces, seen = [], 0
+        for part in ids.split([4, 1, 9, 9], dim=1):
+            seen += part.size(1)
+            pieces.append(model(part, attention_mask=mask[:, :seen], past_key_values=cache).logits)
+        logits = torch.cat(pieces, 1)
+        torch.testing.assert_close(logits[0], full[0], atol=1e-11, rtol=0)
+        torch.testing.assert_close(logits[1, 6:], full[1, 6:], atol=1e-11, rtol=0)
+        cache.reset()  # and once more with the emptied cache
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", [*CAUSAL, "sequence"])
 def test_padding_takes_no_part(mode: str) -> None:
-    model, ids = small_model(mode), tokens()
+    model, ids = small_model(mode).double(), tokens()
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     alone = model(ids[1:, 5:], use_cache=False).logits[0]
@@ -102,19 +189,14 @@ def test_padding_takes_no_part(mode: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", CAUSAL)
-@pytest.mark.parametrize("prompt", [6, 11])
+@pytest.mark.parametrize("prompt", [3, 6, 11])
 def test_decoding_a_left_padded_batch(mode: str, prompt: int) -> None:
-    model, ids = small_model(mode), tokens()
+    model, ids = small_model(mode).double(), tokens()
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
-    out = model(ids[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True)
-    logits = [out.logits]
-    for position in range(prompt, LENGTH):
-        seen = mask[:, : position + 1]
-        out = model(ids[:, position : position + 1], attention_mask=seen, past_key_values=out.past_key_values)
-        logits.append(out.logits)
-    row = torch.cat(logits, 1)[1, 5:]
-    torch.testing.assert_close(row, model(ids[1:, 5:], use_cache=False).logits[0], atol=1e-4, rtol=0)
+    logits = decode(model, ids, prompt, mask)
+    torch.testing.assert_close(logits[1, 5:], model(ids[1:, 5:], use_cache=False).logits[0], atol=1e-11, rtol=0)
+    torch.testing.assert_close(logits[0], model(ids[:1], use_cache=False).logits[0], atol=1e-11, rtol=0)
 
 
 @torch.no_grad()
@@ -140,6 +222,70 @@ def test_generation_with_and_without_a_cache(mode: str, beams: int) -> None:
         for _ in range(12):
             text = torch.cat((text, model(text, use_cache=False).logits[:, -1:].argmax(-1)), 1)
         assert torch.equal(plain, text)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("mode", [*CAUSAL, "sequence"])
+def test_generation_from_a_left_padded_batch(mode: str, use_cache: bool) -> None:
+    model, ids = small_model(mode), tokens()[:, :9].clone()
+    mask = torch.ones_like(ids)
+    mask[1, :4] = ids[1, :4] = 0
+    settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "use_cache": use_cache}
+    together = model.generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(together[0], model.generate(ids[:1], **settings)[0])
+    assert torch.equal(together[1, 4:], model.generate(ids[1:, 4:], **settings)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", CAUSAL)
+def test_generation_goes_on_from_a_cache(mode: str) -> None:
+    model, ids = small_model(mode), tokens(1)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    first = model.generate(ids[:, :8], return_dict_in_generate=True, **settings)
+    assert isinstance(first.past_key_values, SteelCache)
+    second = torch.cat((first.sequences, ids[:, :5]), 1)
+    expected = model.generate(second, use_cache=False, **settings)
+    assert torch.equal(model.generate(second, past_key_values=first.past_key_values, **settings), expected)
+    assert torch.equal(model.generate(second, prefill_chunk_size=4, **settings), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", [*CAUSAL, "sequence"])
+def test_a_saved_model_is_the_same(mode: str, tmp_path: Path) -> None:
+    model = small_model(mode, expert_intermediate_size=10)
+    assert model.model.layers[0].mlp.experts[0].up_proj.weight.shape == (10, 32)
+    model.save_pretrained(tmp_path)
+    again = SteelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    assert again.config.to_dict() == {
+        **model.config.to_dict(),
+        "_name_or_path": again.config.to_dict()["_name_or_path"],
+    }
+
+
+@torch.no_grad()
+def test_what_else_a_forward_gives() -> None:
+    model, ids = small_model("merged"), tokens()
+    out = model(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == 3
+    assert torch.equal(out.hidden_states[0], model.model.embed_tokens(ids))
+    assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
+    assert torch.equal(model(ids, return_dict=False)[0], out.logits)
+    assert torch.equal(model(inputs_embeds=model.model.embed_tokens(ids)).logits, out.logits)
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, out.logits[:, -2:])
+    assert model.train()(ids).past_key_values is None  # no state is kept in training
+
+
+@torch.no_grad()
+def test_speculation_only_where_tokens_can_be_taken_back() -> None:
+    ids = tokens(1)[:, :8]
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    model = small_model("token")
+    speculated = model.generate(ids, prompt_lookup_num_tokens=3, **settings)
+    assert torch.equal(speculated, model.generate(ids, **settings))
+    with pytest.raises(NotImplementedError, match="running sums"):
+        small_model("merged").generate(ids, prompt_lookup_num_tokens=3, **settings)
 
 
 @torch.no_grad()
@@ -170,7 +316,19 @@ def test_labels_are_shifted() -> None:
 def test_misuse_is_named() -> None:
     with pytest.raises(ValueError, match="routing_mode is 'blocks'"):
         SteelConfig(routing_mode="blocks")
+    with pytest.raises(ValueError, match="33 is not divisible by 4"):
+        SteelConfig(hidden_size=33, num_attention_heads=4)
+    with pytest.raises(ValueError, match="routing_block_length is 0"):
+        SteelConfig(routing_block_length=0)
+    with pytest.raises(ValueError, match="of type 'yarn'"):
+        SteelConfig(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6})
+    assert SteelConfig(rope_parameters={"rope_type": "default", "rope_theta": 5000.0}).rope_theta == 5000.0
+    with pytest.raises(ValueError, match="never stored"):
+        small_model("merged")(tokens(), output_attentions=True)
     with pytest.raises(ValueError, match="must be a SteelCache"):
         small_model("merged")(tokens(), past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="attention_mask must be"):
         small_model("merged")(tokens(), attention_mask=torch.ones(2, 3))
+    cache = small_model("token")(tokens(), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="not causal"):
+        small_model("sequence")(tokens(), past_key_values=cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -162,3 +163,22 @@ def test_bad_arguments_are_named() -> None:
         dispatch(x[:, :0], phi, scale, mode="sequence", mix="raw")
     with pytest.raises(ConfigError, match=r"\[2\]"):
         dispatch(x, phi, torch.ones(2), mode="sequence", mix="raw")
+
+
+def test_without_the_extension_everything_works_and_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from steel_megatron.ops import kernels, soft_moe
+
+    x, phi, scale = (tensor.float() for tensor in inputs(2, 9, 5, 3, 1))
+    slots, routing = dispatch(x, phi, scale, mode="block_causal", mix="raw", block_length=4)
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    soft_moe._say_once_that_kernels_are_missing.cache_clear()
+    monkeypatch.setattr(logging.getLogger("steel_megatron"), "propagate", True)
+    with caplog.at_level("INFO", logger="steel_megatron"):
+        for _ in range(3):
+            again, routing_again = dispatch(x, phi, scale, mode="block_causal", mix="raw", block_length=4)
+    torch.testing.assert_close(again, slots)
+    torch.testing.assert_close(combine(again, routing_again), combine(slots, routing))
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 1 and "compiled extension is not there" in messages[0]

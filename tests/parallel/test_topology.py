@@ -50,17 +50,17 @@ def one_fails(failing: int) -> str:
     from steel_megatron.parallel.topology import initialize
 
     topology = initialize(ParallelConfig())
-    assert together(topology, lambda: 5) == 5
-    assert any_process(topology, topology.launch.rank == 1)
-    assert not any_process(topology, False)
-    assert first_process_says(topology, 10 + topology.launch.rank) == 10
+    assert together(lambda: 5) == 5
+    assert any_process(topology.launch.rank == 1)
+    assert not any_process(False)
+    assert first_process_says(10 + topology.launch.rank) == 10
 
     def action() -> None:
         if topology.launch.rank == failing:
             raise ConfigError("this file is not here")
 
     try:
-        together(topology, action)
+        together(action)
     except SteelError as error:
         return str(error)
     return "no error"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from steel_megatron.config import CheckpointConfig, ModelConfig, ParallelConfig
-from steel_megatron.errors import CheckpointError
+from steel_megatron.errors import CheckpointError, SteelError
 from steel_megatron.files import sha256_of
 from steel_megatron.train import checkpoint
 from tests.distributed import run_distributed
@@ -181,3 +181,29 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint(checkpoints: Path) -> N
     assert "could not write the checkpoint" in message
     assert newest_step(checkpoints) == 4
     assert json.loads((checkpoints / "latest.json").read_text())["checkpoint"] == "step_00000004"
+
+
+def save_with_a_first_process_that_cannot(directory: str) -> str:
+    from steel_megatron.parallel.topology import initialize
+    from steel_megatron.train.engine import Engine
+
+    run = small_run(LAYOUTS["dp2"], directory)
+    topology = initialize(run.parallel)
+    engine = Engine(run, topology)
+    if topology.is_first_process:
+
+        def fail(*args: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        checkpoint.replace_folder = fail  # type: ignore[assignment]
+    try:
+        checkpoint.save(engine, 0)
+    except SteelError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_save_that_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
+    messages = run_distributed(save_with_a_first_process_that_cannot, 2, str(tmp_path), timeout=50)
+    assert "No space left on device" in messages[0] and "process 0 could not go on" in messages[1]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == []
