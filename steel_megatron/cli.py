@@ -52,10 +52,13 @@ def preprocess(
     """
     import dataclasses
     import json
+    import os
 
     from steel_megatron.data.preprocess import preprocess as run
     from steel_megatron.files import write_atomically
 
+    if report and os.path.isdir(report):
+        raise DataError(f"the report {report} is a folder; name a file")
     result = run(
         inputs,
         output_prefix,
@@ -245,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     try:
         parsed = build_parser().parse_args(list(arguments))
-    except ArgumentError as error:
+    except (ArgumentError, UnicodeDecodeError) as error:
         message = " ".join(str(error).split())  # jsonargparse writes over several lines
         if "--config" in arguments[:-1]:
             message += f"; settings from {arguments[arguments.index('--config') + 1]}"

@@ -28,8 +28,8 @@ def _at_least(minimum: float, owner: object, *names: str) -> None:
     """Raise a ConfigError for the first of ``owner``'s fields that is below ``minimum``."""
     for name in names:
         value = getattr(owner, name)
-        if value is not None and not value >= minimum:  # `not >=` refuses NaN as well
-            raise ConfigError(f"{type(owner).__name__}.{name} is {value}; it must be at least {minimum}")
+        if value is not None and not minimum <= value < float("inf"):  # refuses NaN as well
+            raise ConfigError(f"{type(owner).__name__}.{name} is {value}; it must be at least {minimum} and finite")
 
 
 def _one_of(allowed: tuple[str, ...], owner: object, name: str) -> None:
@@ -258,6 +258,10 @@ class TrainingConfig:
         _at_least(1, self, "train_steps", "stop_after_step", "micro_batch_size", "global_batch_size")
         _at_least(1, self, "log_interval", "eval_interval", "eval_steps")
         _at_least(0, self, "seed")
+        if self.stop_after_step is not None and self.stop_after_step > self.train_steps:
+            raise ConfigError(
+                f"TrainingConfig.stop_after_step = {self.stop_after_step} is over train_steps = {self.train_steps}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +281,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, self, "save_interval", "keep_last")
+        if not self.directory.strip():
+            raise ConfigError("CheckpointConfig.directory is empty; name the run's folder, such as runs/first")
 
 
 @dataclass(frozen=True, kw_only=True)

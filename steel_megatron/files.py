@@ -76,14 +76,17 @@ def replace_folder(partial: Path, final: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     sync_folder(partial)
+    old = final.with_name(f".{final.name}.old")
+    if old.exists() and not final.exists():  # an earlier call was killed between its two renames
+        os.replace(old, final)
     if final.exists():
-        old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
         os.replace(partial, final)
         shutil.rmtree(old)
     else:
         os.replace(partial, final)
+        shutil.rmtree(old, ignore_errors=True)
     sync_folder(final.parent)
 
 
@@ -103,6 +106,7 @@ def exclusive_lock(prefix: str | Path, error_type: type[SteelError]) -> Iterator
         SteelError: of the given type; another job holds it, or the folder cannot be made or written to.
     """
     path = with_suffix(prefix, ".lock")
+    made = [folder for folder in path.parents if not folder.exists()]
     with disk_errors("write", path, error_type):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -123,3 +127,6 @@ def exclusive_lock(prefix: str | Path, error_type: type[SteelError]) -> Iterator
             remove(path)
     finally:
         os.close(descriptor)
+        with suppress(OSError):  # folders that were made for work that then wrote nothing
+            for folder in made:
+                folder.rmdir()

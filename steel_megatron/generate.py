@@ -7,16 +7,18 @@ looking at samples; serve from the exported folder.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 
 from steel_megatron.config import ModelConfig, ParallelConfig, TokenizerKind
 from steel_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from steel_megatron.errors import CheckpointError, ConfigError
+from steel_megatron.errors import CheckpointError, ConfigError, DataError
+from steel_megatron.hf.convert import read_config, read_weights
+from steel_megatron.hf.mapping import config_from_hf, config_to_hf, from_hf
 from steel_megatron.parallel.topology import initialize
 from steel_megatron.platform import prepare
 
@@ -40,11 +42,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or not self.temperature >= 0 or self.top_k < 0:
+        if self.max_new_tokens < 1 or self.top_k < 0 or not 0 <= self.seed < 2**63:
             raise ConfigError(
-                f"max_new_tokens = {self.max_new_tokens} must be at least 1, temperature = {self.temperature} and "
-                f"top_k = {self.top_k} at least 0"
+                f"max_new_tokens = {self.max_new_tokens} must be at least 1, top_k = {self.top_k} at least 0, and "
+                f"seed = {self.seed} from 0 to 2**63 - 1"
             )
+        if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
+            raise ConfigError(f"temperature = {self.temperature} must be 0, or from 0.001 to 1000")
 
 
 @dataclass(frozen=True)
@@ -77,33 +81,49 @@ def generate(
         CheckpointError: the folder is neither.
         ConfigError: a prompt has no token, or prompt and new tokens are longer than the model's sequences.
     """
+    # Everything that can be wrong is looked at before the model is loaded.
     if (model / "config.json").is_file():
-        next_logits, settings = _exported(model)
-        loaded = load_tokenizer(*(tokenizer or ("huggingface", str(model))))
+        settings = config_from_hf(read_config(model), str(model / "config.json"))
+        load = _load_exported
+        own_tokenizer: tuple[TokenizerKind, str] | None = ("huggingface", str(model))
     else:
-        next_logits, settings = _checkpoint(model)
-        loaded = load_tokenizer(*(tokenizer or _tokenizer_of_run(model)))
-    return [_continue(prompt, next_logits, settings, loaded, sampling) for prompt in prompts]
+        settings = _read_checkpoint(model)
+        load, own_tokenizer = _load_checkpoint, None
+    loaded = load_tokenizer(*tokenizer) if tokenizer else _own_tokenizer(model, own_tokenizer)
+    encoded = [_encode(prompt, settings, loaded, sampling) for prompt in prompts]
+    next_logits = load(model, settings)
+    results = []
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        new = _continue(ids, next_logits, settings.vocab_size, loaded.eod_id, sampling)
+        results.append(Generation(prompt, loaded.decode(ids + new), new))
+    return results
 
 
-def _continue(
-    prompt: str, next_logits: NextLogits, model: ModelConfig, tokenizer: Tokenizer, sampling: Sampling
-) -> Generation:
+def _encode(prompt: str, model: ModelConfig, tokenizer: Tokenizer, sampling: Sampling) -> list[int]:
     ids = tokenizer.encode(prompt)
-    start = len(ids)
-    if not ids or start + sampling.max_new_tokens > model.sequence_length:
+    if not ids or len(ids) + sampling.max_new_tokens > model.sequence_length:
         raise ConfigError(
-            f"the prompt {prompt[:40]!r} has {start} tokens; with {sampling.max_new_tokens} new ones there must be at "
-            f"least 2 and at most sequence_length = {model.sequence_length}"
+            f"the prompt {prompt[:40]!r} has {len(ids)} tokens; with {sampling.max_new_tokens} new ones there must be "
+            f"at least 2 and at most sequence_length = {model.sequence_length}"
         )
+    if max(ids) >= model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer gives token id {max(ids)} for {prompt[:40]!r}; the model has ids 0 to "
+            f"{model.vocab_size - 1}: it was trained with another tokenizer"
+        )
+    return ids
+
+
+def _continue(ids: list[int], next_logits: NextLogits, vocab_size: int, eod_id: int, sampling: Sampling) -> list[int]:
     generator = torch.Generator().manual_seed(sampling.seed)
-    while len(ids) < start + sampling.max_new_tokens:
-        logits = next_logits(torch.tensor([ids]))[: model.vocab_size].float().cpu()
+    new: list[int] = []
+    while len(new) < sampling.max_new_tokens:
+        logits = next_logits(torch.tensor([ids + new]))[:vocab_size].float().cpu()
         token = _choose(logits, sampling, generator)
-        if token == tokenizer.eod_id:
+        if token == eod_id:
             break
-        ids.append(token)
-    return Generation(prompt, tokenizer.decode(ids), ids[start:])
+        new.append(token)
+    return new
 
 
 def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -115,19 +135,24 @@ def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator
     return int(torch.multinomial((logits / sampling.temperature).softmax(-1), 1, generator=generator))
 
 
-def _checkpoint(path: Path) -> tuple[NextLogits, ModelConfig]:
-    """The library's own model, in this one process."""
+def _read_checkpoint(path: Path) -> ModelConfig:
     prepare()  # before megatron-core is imported
+    from steel_megatron.train import checkpoint
+
+    return checkpoint.read_info(path).model
+
+
+def _load_checkpoint(path: Path, model: ModelConfig) -> NextLogits:
+    """The library's own model, in this one process."""
     from steel_megatron.model.spec import build_model
     from steel_megatron.train import checkpoint
 
-    info = checkpoint.read_info(path)
     checkpoint.verify(path)
     topology = initialize(ParallelConfig())
     if topology.launch.world_size != 1:
         raise ConfigError(f"generate runs in one process; this launch has {topology.launch.world_size}")
-    stage = build_model(info.model, topology)
-    checkpoint.load_weights(stage, info, info.model)
+    stage = build_model(model, topology)
+    checkpoint.load_weights(stage, checkpoint.read_info(path), model)
     stage.eval()
 
     @torch.no_grad()
@@ -136,28 +161,31 @@ def _checkpoint(path: Path) -> tuple[NextLogits, ModelConfig]:
         positions = torch.arange(tokens.size(1), device=topology.device).unsqueeze(0)
         return stage(tokens, positions, None)[0, -1]
 
-    return next_logits, info.model
+    return next_logits
 
 
-def _exported(path: Path) -> tuple[NextLogits, ModelConfig]:
-    """The exported model's own code, without transformers' generation."""
-    from steel_megatron.hf.mapping import config_from_hf
+def _load_exported(path: Path, model: ModelConfig) -> NextLogits:
+    """The exported model's own code, without transformers' loading, which fills what is missing with random numbers."""
+    from steel_megatron.hf.configuration_steel import SteelConfig
     from steel_megatron.hf.modeling_steel import SteelForCausalLM
 
-    model = SteelForCausalLM.from_pretrained(path)
-    model.eval()
+    weights = read_weights(path)
+    from_hf(weights, model, str(path))  # checks every name and shape
+    exported: torch.nn.Module = SteelForCausalLM(SteelConfig(**config_to_hf(model)))
+    exported.to(dtype=weights["lm_head.weight"].dtype).load_state_dict(weights)
+    exported.eval()
 
     @torch.no_grad()
     def next_logits(tokens: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=tokens, use_cache=False).logits[0, -1]
+        return exported(input_ids=tokens, use_cache=False).logits[0, -1]
 
-    return next_logits, config_from_hf(json.loads((path / "config.json").read_text(encoding="utf-8")), str(path))
+    return next_logits
 
 
-def _tokenizer_of_run(path: Path) -> tuple[TokenizerKind, str]:
-    """The tokenizer named in the settings beside a checkpoint."""
-    import yaml
-
+def _own_tokenizer(path: Path, known: tuple[TokenizerKind, str] | None) -> Tokenizer:
+    """The tokenizer in an exported folder, or the one named in the settings beside a checkpoint."""
+    if known is not None:
+        return load_tokenizer(*known)
     try:
         data = yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8"))["data"]
         kind, tokenizer_path = data["tokenizer_kind"], data["tokenizer_path"]
@@ -165,4 +193,10 @@ def _tokenizer_of_run(path: Path) -> tuple[TokenizerKind, str]:
         kind = tokenizer_path = None
     if kind is None or tokenizer_path is None:
         raise CheckpointError(f"{path} does not say which tokenizer it was trained with; name it with --tokenizer_path")
-    return kind, tokenizer_path
+    try:
+        return load_tokenizer(kind, tokenizer_path)
+    except DataError as error:
+        raise DataError(
+            f"{error} (named in {path / 'run.yaml'}, relative to where the run was started; name it with "
+            "--tokenizer_path)"
+        ) from None

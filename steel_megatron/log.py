@@ -74,10 +74,14 @@ class _PlainProgress:
     def write(self) -> None:
         self.last_line = time.monotonic()
         rate = self.done / max(self.last_line - self.started, 1e-9)
-        of_total = f" of {self.total:,.0f}" if self.total is not None else ""
+        # Bytes are shown in millions; whatever is counted, no more digits than say something.
+        size, unit = (1e6, "MB") if self.unit == "bytes" else (1.0, self.unit)
+        digits = 1 if unit == "MB" else 0
+        of_total = f" of {self.total / size:,.{digits}f}" if self.total is not None else ""
         note = f"  {self.note}" if self.note else ""
         get_logger(ROOT_LOGGER).info(
-            f"{self.description}: {self.done:,.0f}{of_total} {self.unit} ({rate:,.1f} {self.unit}/s){note}"
+            f"{self.description}: {self.done / size:,.{digits}f}{of_total} {unit} "
+            f"({rate / size:,.{0 if rate / size >= 100 else 1}f} {unit}/s){note}"
         )
 
 

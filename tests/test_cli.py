@@ -114,6 +114,7 @@ def test_missing_data_is_named() -> None:
     assert done.returncode == 2
     assert "runs/quickstart/data/corpus_train_text_document" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not list(Path.cwd().iterdir())
 
 
 def test_help_does_not_wait_for_torch() -> None:

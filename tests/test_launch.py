@@ -14,7 +14,7 @@ from tests.distributed import free_port
 from tests.train.small_run import LAYOUTS, small_run
 from tests.train.test_loop import write_corpus
 
-COMMAND = ["-m", "steel_megatron", "pretrain", "--config", "run.yaml"]
+COMMAND = ["-m", "steel_megatron", "pretrain", "--config", "run.yaml", "--data.train", "[corpus]"]
 
 
 @pytest.fixture
@@ -30,17 +30,15 @@ def environment(**variables: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **variables}
 
 
+def run(folder: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*launcher, *COMMAND], cwd=folder, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+
+
 def test_torchrun(folder: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, *COMMAND, "--data.train", "[corpus]"],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run(folder, *launcher)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("step      2 of 2") == 1  # one process speaks
     assert "Warning" not in done.stderr.replace("UserWarning: failed to load", "")
@@ -56,7 +54,7 @@ def test_slurm_variables(folder: Path) -> None:
     }
     tasks = [
         subprocess.Popen(
-            [sys.executable, *COMMAND, "--data.train", "[corpus]"],
+            [sys.executable, *COMMAND],
             cwd=folder,
             env=environment(**job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
             stdout=subprocess.PIPE,
@@ -80,15 +78,7 @@ def test_a_second_job_on_the_same_folder_is_refused(folder: Path) -> None:
 
     (folder / "run.yaml").write_text(dump_yaml(small_run(LAYOUTS["dp2"], "run", steps=2)))
     with exclusive_lock(folder / "run" / "run", CheckpointError):
-        done = subprocess.run(
-            [sys.executable, *COMMAND, "--data.train", "[corpus]"],
-            cwd=folder,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        done = run(folder, sys.executable)
     assert done.returncode == 2
     assert done.stderr.startswith("error: another job is writing to run/run")
     assert [path.name for path in (folder / "run").iterdir()] == []

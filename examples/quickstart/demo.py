@@ -28,7 +28,7 @@ CONFIG = "examples/quickstart/pretrain.yaml"
 STEPS = 250
 PROMPTS = {"zh": "问：为什么", "python": "import os\n\ndef "}
 NEW_TOKENS = 48
-# The whole standard library would drown the Chinese text: small modules of its top level are enough.
+# The whole standard library has far more text than the corpus: the small modules of its top level are enough.
 LARGEST_MODULE = 16 * 1024
 
 GENERATE_WITH_TRANSFORMERS = """
@@ -147,6 +147,10 @@ def generate(checkpoint: Path, exported: Path) -> tuple[list[dict[str, str]], bo
     return samples, ours == theirs
 
 
+def layout_of(checkpoint: Path) -> str:
+    return json.loads((checkpoint / "steel.json").read_text())["layout"]
+
+
 def summarize(checkpoint: Path, exported: Path, samples: list[dict[str, str]], seconds: float) -> dict[str, Any]:
     corpus = json.loads((RUN / "corpus.json").read_text())
     scalars = read_scalars(RUN / "model/tensorboard")
@@ -165,7 +169,9 @@ def summarize(checkpoint: Path, exported: Path, samples: list[dict[str, str]], s
         "documents": corpus["documents"],
         "tokens": corpus["tokens"],
         "parameters": parameters,
-        "layouts": ["TP2 PP1 EP1 DP1", "TP1 PP2 EP1 DP1"],
+        "layouts": [
+            json.loads((path / "steel.json").read_text())["layout"] for path in sorted(checkpoint.parent.glob("step_*"))
+        ],
         "loss_first": scalars["train/loss"][0][1],
         "loss_last": scalars["train/loss"][-1][1],
         "validation_loss": scalars["validation/loss"][-1][1],
@@ -190,8 +196,13 @@ def show(summary: dict[str, Any]) -> None:
         f"validation   {summary['validation_loss']:.3f} nats per token; token frequencies alone give "
         f"{summary['unigram_entropy']:.3f}"
     )
-    for name in ("checkpoint_dir", "hf_dir", "tensorboard_dir", "loss_curve_png"):
-        print(f"{name.split('_')[0]:12} {summary[name]}")
+    for label, name in (
+        ("checkpoint", "checkpoint_dir"),
+        ("HF folder", "hf_dir"),
+        ("TensorBoard", "tensorboard_dir"),
+        ("loss curve", "loss_curve_png"),
+    ):
+        print(f"{label:12} {summary[name]}")
     for sample in summary["samples"]:
         print(f"\n[{sample['language']}] {sample['text']}")
     print(f"\nboth ways generated the same tokens; {summary['seconds']:.0f} seconds in all")

@@ -123,6 +123,8 @@ def preprocess(
             f"workers = {workers} must be at least 1, valid_fraction = {valid_fraction} at least 0 and below 1, "
             f"json_keys = {list(json_keys)} at least one key and none twice"
         )
+    if not Path(output_prefix).name or os.fspath(output_prefix).endswith(os.sep):
+        raise ConfigError(f"output_prefix is {os.fspath(output_prefix)!r}; it must end in a name, such as data/corpus")
     started = time.monotonic()
     job = _Job(os.fspath(output_prefix), _sizes(expand_inputs(inputs), json_keys), tuple(json_keys), on_bad_row)
     splits = (TRAIN, VALID) if valid_fraction else (TRAIN,)

@@ -45,6 +45,8 @@ def train_sentencepiece(
     Raises:
         DataError: there is no text, or the vocabulary is too large or too small for it (with the limit).
     """
+    if max_bytes < 1:
+        raise DataError(f"max_bytes is {max_bytes}; it must be at least 1")
     lines = _sample_lines(texts, max_bytes, seed)
     if not lines:
         raise DataError("there is no text to train a tokenizer on")

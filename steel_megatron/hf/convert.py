@@ -182,15 +182,23 @@ def _write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         shards[-1][name] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        _save_file(shards[0], folder / "model.safetensors")
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        _save_file(shard, folder / file)
         weight_map.update(dict.fromkeys(shard, file))
     total = sum(tensor.nbytes for tensor in tensors.values())
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file that those may read who may read any new file; safetensors alone makes it private."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def import_hf(folder: Path, output: Path, *, overwrite: bool = False) -> Path:
@@ -207,10 +215,10 @@ def import_hf(folder: Path, output: Path, *, overwrite: bool = False) -> Path:
         ConfigError: the launch has more than one process.
     """
     folder, output = folder.resolve(), output.resolve()
-    config = _read_config(folder)
+    config = read_config(folder)
     model = mapping.config_from_hf(config, str(folder / "config.json"))
     _check_output(output, overwrite, folder, CHECKPOINT_MARK)
-    published = _read_weights(folder)
+    published = read_weights(folder)
     _check_values(published, folder)
     tensors = mapping.from_hf(published, model, str(folder))
 
@@ -244,7 +252,7 @@ def _count(tensor: torch.Tensor) -> int:
     return math.prod(tensor.shape)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -283,7 +291,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a model's folder, by published name."""
     files = _weight_files(folder)
     tensors: dict[str, torch.Tensor] = {}

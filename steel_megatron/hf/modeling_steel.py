@@ -466,6 +466,8 @@ class SteelModel(SteelPreTrainedModel):
         cache = self._cache(past_key_values, use_cache)
         past = cache.get_seq_length() if cache is not None else 0
         batch, length = x.shape[:2]
+        if length == 0:
+            raise ValueError("a sequence needs at least one token")
         if attention_mask is None:
             attention_mask = torch.ones(batch, past + length, dtype=torch.bool, device=x.device)
         real = attention_mask.bool()
@@ -562,7 +564,14 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Give generation a cache that also keeps the routing, or none where the model is not causal."""
+        assisted = generation_config.prompt_lookup_num_tokens or model_kwargs.get("assistant_model") is not None
+        if assisted and self.config.routing_mode in ("block_causal", "merged") and self.config.FFN_type != "raw":
+            raise ValueError("assisted generation takes tokens back, which a routing state cannot: decode without it")
         if not self.config.is_causal:
+            if model_kwargs.get("inputs_embeds") is not None:
+                raise ValueError(
+                    "routing_mode 'sequence' computes the whole text at each step: give input_ids, not inputs_embeds"
+                )
             generation_config.use_cache = False
             model_kwargs["use_cache"] = False
         elif generation_config.use_cache and model_kwargs.get("past_key_values") is None:

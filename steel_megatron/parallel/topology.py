@@ -19,8 +19,6 @@ from steel_megatron.platform import prepare
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-TIMEOUT = datetime.timedelta(minutes=float(os.environ.get("STEEL_DISTRIBUTED_TIMEOUT_MINUTES", "10")))
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -45,22 +43,31 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     Raises:
         ConfigError: a variable is there but is not a number, or they contradict each other.
     """
-    for origin, rank, size, local in (
-        ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    ):
-        # Inside an sbatch script, but outside srun, Slurm sets NTASKS and PROCID = 0: only a step has a STEP_ID.
-        if origin == "slurm" and "SLURM_STEP_ID" not in environment:
-            continue
-        if rank in environment and size in environment:
-            try:
-                own, count, place = int(environment[rank]), int(environment[size]), int(environment.get(local, "0"))
-            except ValueError as error:
-                raise ConfigError(f"{rank}, {size} and {local} of the environment must be numbers: {error}") from None
-            if not 0 <= own < count:
-                raise ConfigError(f"{rank}={own} of the environment is not below {size}={count}")
-            return Launch(own, count, place, origin)
-    return Launch(0, 1, 0, "alone")
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        origin, names = "torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        # Inside an sbatch script, but outside srun, there is a PROCID too: only a step of srun has a STEP_ID. The job's
+        # NTASKS may be another number than the step's.
+        size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+        origin, names = "slurm", ("SLURM_PROCID", size, "SLURM_LOCALID")
+    else:
+        return Launch(0, 1, 0, "alone")
+    rank, world_size, local_rank = (_number(environment, name) for name in names)
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"{names[0]}={rank} of the environment is not below {names[1]}={world_size}")
+    return Launch(rank, world_size, local_rank, origin)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "0")
+    if not text.isdecimal():
+        raise ConfigError(f"{name}={text!r} of the environment must be a number")
+    return int(text)
+
+
+def _timeout(environment: Mapping[str, str]) -> datetime.timedelta:
+    """How long a process waits for the others."""
+    return datetime.timedelta(minutes=_number(environment, "STEEL_DISTRIBUTED_TIMEOUT_MINUTES") or 30)
 
 
 def _rendezvous(launch: Launch) -> None:
@@ -69,8 +76,9 @@ def _rendezvous(launch: Launch) -> None:
         # The first node of the step's list; srun starts processes, but gives them no meeting point.
         nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "localhost"))
         os.environ.setdefault("MASTER_ADDR", first_host(nodes))
-        job = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ.get("SLURM_STEP_ID", "0"))
-        os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))
+        # Steps of jobs that share a node get different ports, below the range that the kernel hands out.
+        number = _number(os.environ, "SLURM_JOB_ID") * 37 + _number(os.environ, "SLURM_STEP_ID")
+        os.environ.setdefault("MASTER_PORT", str(20000 + number % 12000))
     elif launch.origin == "alone":
         os.environ["MASTER_ADDR"] = "localhost"
         with socket.socket() as probe:
@@ -97,9 +105,10 @@ def initialize(parallel: ParallelConfig) -> Topology:
     launch = read_launch(os.environ)
     parallel.data_parallel_size(launch.world_size)  # checks, before anything is started
     platform = prepare()
+    timeout = _timeout(os.environ)
     if not dist.is_initialized():
         _rendezvous(launch)
-        dist.init_process_group(platform.backend, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT)
+        dist.init_process_group(platform.backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -108,7 +117,7 @@ def initialize(parallel: ParallelConfig) -> Topology:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         create_gloo_process_groups=True,
-        distributed_timeout_minutes=max(1, int(TIMEOUT.total_seconds() // 60)),
+        distributed_timeout_minutes=int(timeout.total_seconds() // 60),
     )
     return Topology(parallel=parallel, launch=launch, device=platform.device)
 

@@ -53,7 +53,8 @@ def probe() -> Platform:
     if not torch.cuda.is_available():
         return Platform(torch.device("cpu"), "gloo", None, False, False)
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-    device = torch.device("cuda", local_rank)
+    # A launcher may show each process only its own device.
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     name = torch.cuda.get_device_name(device)
     matching = [key for key in PEAK_BFLOAT16 if key in name]

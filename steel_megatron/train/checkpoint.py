@@ -9,9 +9,8 @@ Loading executes nothing: settings are JSON, and the one pickled index of torch'
 from __future__ import annotations
 
 import dataclasses
-import io
+import hashlib
 import json
-import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,10 +28,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from steel_megatron.config import ModelConfig, RunConfig, dump_yaml, from_dict, to_dict
 from steel_megatron.errors import CheckpointError
-from steel_megatron.files import replace_folder, sha256_of, write_atomically
+from steel_megatron.files import replace_folder, sha256_of
 from steel_megatron.log import get_logger
 from steel_megatron.model.weights import sharded_weights
 from steel_megatron.parallel.agreement import together
+from steel_megatron.train.checkpoint_index import check_index
 from steel_megatron.train.engine import Engine
 from steel_megatron.train.optimizer_state import sharded_state
 
@@ -40,7 +40,6 @@ logger = get_logger(__name__)
 
 FORMAT = 1
 MANIFEST = "steel.json"
-TRACKER = "latest.json"
 
 
 @dataclass(frozen=True)
@@ -68,36 +67,12 @@ class CheckpointInfo:
     data_fingerprint: str
 
 
-def _random_state() -> dict[str, torch.Tensor]:
-    """This process's generators as byte tensors."""
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    states.update({f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()})
-    return states
-
-
-def _sharded_random_state() -> dict[str, ShardedTensor]:
-    """One row per process."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    return {
-        name: ShardedTensor.from_rank_offsets(
-            f"random.{name}", state.unsqueeze(0).clone(), (0, rank, world_size), replica_id=0
-        )
-        for name, state in _random_state().items()
-    }
-
-
-def _restore_random_state(sharded: Mapping[str, torch.Tensor]) -> None:
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    rows = {name: tensor[0] for name, tensor in sharded.items()}
-    torch.set_rng_state(rows.pop("torch"))
-    if "cuda" in rows:
-        torch.cuda.set_rng_state(rows.pop("cuda"))
-    get_cuda_rng_tracker().set_states({name.removeprefix("tracker."): state for name, state in rows.items()})
+def _sharded_random_state() -> ShardedTensor:
+    """The state of torch's generator, one row for each process. Nothing draws from it while a model trains yet."""
+    row = torch.get_rng_state().unsqueeze(0)
+    return ShardedTensor.from_rank_offsets(
+        "random.torch", row, (0, dist.get_rank(), dist.get_world_size()), replica_id=0
+    )
 
 
 def _state(engine: Engine, *, is_loading: bool, with_random_state: bool) -> dict[str, Any]:
@@ -134,13 +109,11 @@ def save(engine: Engine, consumed_samples: int, data_fingerprint: str = "") -> P
         data_fingerprint=data_fingerprint,
         run=run,
     )
-    if engine.topology.is_first_process:
-        # For people and scripts; resuming looks at the folders themselves.
-        latest = {"checkpoint": final.name, "step": engine.step_number}
-        write_atomically(run.checkpoints_dir / TRACKER, json.dumps(latest).encode(), CheckpointError)
-        if run.checkpoint.keep_last is not None:
-            for path in sorted(run.checkpoints_dir.glob("step_*"))[: -run.checkpoint.keep_last]:
-                shutil.rmtree(path, ignore_errors=True)  # one that cannot be removed is no reason to stop training
+    if engine.topology.is_first_process and run.checkpoint.keep_last is not None:
+        # Later ones than this can only be damaged ones that a resume passed over; they do not count.
+        older = sorted(path for path in run.checkpoints_dir.glob("step_*") if path.name < final.name)
+        for path in older[: len(older) - (run.checkpoint.keep_last - 1)]:
+            shutil.rmtree(path, ignore_errors=True)  # one that cannot be removed is no reason to stop training
     return final
 
 
@@ -189,11 +162,19 @@ def _disk_errors(final: Path, partial: Path) -> Iterator[None]:
 
 
 def _begin(partial: Path, final: Path) -> None:
-    """An empty temporary folder."""
+    """An empty temporary folder; what killed saves left beside it goes. (The caller holds the folder's lock.)"""
     with _disk_errors(final, partial):
         final.parent.mkdir(parents=True, exist_ok=True)
+        for left in final.parent.glob(".step_*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
+
+
+def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """Over everything that a manifest says, but for the checksum itself."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _finish(partial: Path, final: Path, manifest: dict[str, Any], run: RunConfig | None) -> None:
@@ -205,7 +186,8 @@ def _finish(partial: Path, final: Path, manifest: dict[str, Any], run: RunConfig
         facts = {
             str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
         }
-        content = json.dumps({**manifest, "files": facts}, indent=1)
+        manifest = {**manifest, "files": facts}
+        content = json.dumps({**manifest, "sha256": _manifest_checksum(manifest)}, indent=1)
         (partial / MANIFEST).write_text(content, encoding="utf-8")
         replace_folder(partial, final)
 
@@ -246,6 +228,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{path / MANIFEST} is not JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("sha256") != _manifest_checksum(manifest):
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its checksum is not the one it was saved with")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
     return manifest
@@ -260,26 +244,7 @@ def verify(path: Path) -> None:
     for name, facts in _read_manifest(path)["files"].items():
         if sha256_of(path / name) != facts["sha256"]:
             raise CheckpointError(f"{path / name} is damaged: its checksum is not the one it was saved with")
-    _IndexChecker(io.BytesIO((path / ".metadata").read_bytes()), path / ".metadata").load()
-
-
-class _IndexChecker(pickle.Unpickler):
-    """Reads torch's pickled index of a checkpoint, allowing the names that such an index is made of."""
-
-    MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
-    NAMES = frozenset({"torch.Size", "torch.serialization._get_layout", "collections.OrderedDict", "pathlib.PosixPath"})
-
-    def __init__(self, stream: io.BytesIO, path: Path) -> None:
-        super().__init__(stream)
-        self.path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The named class, if it may stand in an index."""
-        full = f"{module}.{name}"
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not (dtype or full in self.NAMES or (module.startswith(self.MODULES) and isinstance(name, str))):
-            raise CheckpointError(f"{self.path} asks for {full}, which no checkpoint of this library does; not loaded")
-        return super().find_class(module, name)
+    check_index(path / ".metadata")
 
 
 def newest(checkpoints: Path) -> CheckpointInfo | None:
@@ -316,6 +281,15 @@ def check_model(info: CheckpointInfo, model: ModelConfig) -> None:
         )
 
 
+@contextmanager
+def _loading_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, CheckpointException, CheckpointingException) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"could not load the checkpoint {path}: {reason}") from error
+
+
 def load(engine: Engine, info: CheckpointInfo) -> None:
     """Bring an engine to where a checkpoint left off, under whatever layout; every process calls it.
 
@@ -327,12 +301,12 @@ def load(engine: Engine, info: CheckpointInfo) -> None:
         raise CheckpointError(f"{info.path} holds weights only and cannot be resumed; use checkpoint.init_from")
     # Random states belong to processes; with another number of them there is nothing to give them back to.
     same_world = info.world_size == dist.get_world_size()
-    state = dist_checkpointing.load(
-        _state(engine, is_loading=True, with_random_state=same_world), str(info.path), validate_access_integrity=False
-    )
+    wanted = _state(engine, is_loading=True, with_random_state=same_world)
+    with _loading_errors(info.path):
+        state = dist_checkpointing.load(wanted, str(info.path), validate_access_integrity=False)
     _set_weights(engine.stage, state["model"])
     if same_world:
-        _restore_random_state(state["random"])
+        torch.set_rng_state(state["random"][0])
     engine.resume_at(info.step, state["optimizer"])
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 import psutil
 import torch
+from megatron.core.dist_checkpointing.strategies.filesystem_async import _get_write_results_queue
 from torch.utils.tensorboard import SummaryWriter
 
 from steel_megatron.config import RunConfig
+from steel_megatron.errors import TrainingError
+from steel_megatron.files import disk_errors
 from steel_megatron.log import get_logger
 from steel_megatron.model.flops import training_flops_per_token
 from steel_megatron.parallel.topology import Topology
@@ -40,8 +44,8 @@ class Metrics:
         self._writer = None
         if topology.is_first_process:
             # Scalars of steps that a killed run did after its last checkpoint are dropped: they come again.
-            purge = engine.step_number + 1 if engine.step_number else None
-            self._writer = SummaryWriter(str(run.tensorboard_dir), purge_step=purge)
+            with disk_errors("write", run.tensorboard_dir, TrainingError):
+                self._writer = SummaryWriter(str(run.tensorboard_dir), purge_step=engine.step_number + 1)
             logger.info(
                 f"training {topology.describe()}, {run.training.precision}, {run.training.global_batch_size} sequences "
                 f"of {run.model.sequence_length} tokens a step, {run.training.train_steps} steps"
@@ -68,8 +72,7 @@ class Metrics:
         }
         if self._peak_flops:
             scalars["speed/mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, result.step)
+        self._write(scalars, result.step)
         if result.step % self._run.training.log_interval == 0 or result.step == self._run.training.train_steps:
             mfu = f"  MFU {scalars['speed/mfu']:.1%}" if "speed/mfu" in scalars else ""
             logger.info(
@@ -80,14 +83,29 @@ class Metrics:
     def record_validation(self, step: int, loss: float) -> None:
         """Take note of a validation; its time does not count as training's."""
         if self._writer is not None:
-            self._writer.add_scalar(f"validation/{self._loss_name}", loss, step)
+            self._write({f"validation/{self._loss_name}": loss}, step)
             logger.info(f"step {step:>6} validation {self._loss_name} {loss:.4f}")
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """The time until now, of a checkpoint or a validation, does not count as the next step's."""
         self._last_time = time.monotonic()
 
     def close(self) -> None:
         """Write what is still in memory."""
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
+
+    def _write(self, scalars: dict[str, float], step: int) -> None:
+        """Curves are not worth a run: when they cannot be written, training goes on without."""
+        assert self._writer is not None
+        try:
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
+        except OSError as error:
+            logger.warning(f"no more TensorBoard scalars from step {step} on: {error}")
+            self._writer = None
 
     def _memory(self) -> float:
         """GiB: the device's peak, or this process's resident set where the device is the CPU."""
@@ -110,7 +128,12 @@ class StopSignal:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        # megatron-core writes checkpoints through a helper process that lives on after the first. Launchers signal the
+        # whole process group: the helper must be started so that it ignores what this process acts on.
+        self._before = {number: signal.signal(number, signal.SIG_IGN) for number in self.SIGNALS}
+        _get_write_results_queue()
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
         return self
 
     def __exit__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,11 +62,12 @@ def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
     batches = together(lambda: Batches(run, topology))
     engine = Engine(run, topology)
     consumed, saved = _start(run, topology, engine, batches.fingerprint)
-    metrics = Metrics(run, topology, engine)
+    metrics = together(lambda: Metrics(run, topology, engine))
     validation_loss = result = None
     last_step = min(training.train_steps, training.stop_after_step or training.train_steps)
     remaining = max(0, last_step - engine.step_number)
-    with StopSignal() as signal, progress("training", remaining, "steps", plain=False) as bar:
+    bar_of_steps = progress("training", remaining, "steps", plain=False)
+    with closing(metrics), StopSignal() as signal, bar_of_steps as bar:
         while engine.step_number < last_step:
             result = engine.step(batches.training(consumed))
             consumed += training.global_batch_size
@@ -79,10 +80,10 @@ def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
             if result.step % run.checkpoint.save_interval == 0 or result.step == last_step or stopping:
                 saved = checkpoint.save(engine, consumed, batches.fingerprint)
                 logger.info(f"saved {saved}")
+                metrics.restart_clock()
             if stopping:
                 logger.warning(f"asked to stop: step {result.step} is saved; the same command goes on from there")
                 break
-    metrics.close()
     assert saved is not None, "a run has at least one step, done now or before"
     return TrainingSummary(
         step=engine.step_number,
@@ -117,9 +118,9 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, data_fingerprint:
         checkpoint.load_weights(engine.stage, info, run.model)
         engine.optimizer.reload_model_params()
         logger.info(f"starting from the weights of {origin}")
-    if topology.is_first_process:
-        path = Path(run.checkpoint.directory) / "run.yaml"
-        write_atomically(path, dump_yaml(run).encode(), CheckpointError)
+    path = Path(run.checkpoint.directory) / "run.yaml"
+    text = dump_yaml(run).encode()
+    together(lambda: write_atomically(path, text, CheckpointError) if topology.is_first_process else None)
     return 0, None
 
 

@@ -25,15 +25,10 @@ def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
 def allocate_state(optimizer: MegatronOptimizer) -> None:
     """Make the optimizer's state before its first step, so that a checkpoint can be loaded into it."""
     for part in _parts(optimizer):
+        part.init_state_fn(part.optimizer, part.config)  # zeros, for torch's AdamW and the fused ones
         if isinstance(part.optimizer, torch.optim.AdamW):
-            for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
-                part.optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        else:  # the fused optimizers of apex and transformer-engine
-            part.load_state_dict(part.state_dict())
+            for values in part.optimizer.state.values():
+                values["step"] = torch.zeros((), dtype=torch.float32)
 
 
 def sharded_state(optimizer: MegatronOptimizer, model_state: ShardedStateDict, *, is_loading: bool) -> OptimizerState:

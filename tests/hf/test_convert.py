@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steel_megatron.config import ParallelConfig, RunConfig, TrainingConfig
-from steel_megatron.errors import CheckpointError, DataError, SteelError
+from steel_megatron.config import ParallelConfig
+from steel_megatron.errors import CheckpointError
 from steel_megatron.hf import convert, mapping
 from steel_megatron.hf.configuration_steel import SteelConfig
 from steel_megatron.hf.modeling_steel import SteelForCausalLM
 from steel_megatron.train import checkpoint
 from tests.distributed import run_distributed
-from tests.hf import golden
+from tests.hf import golden, launched
 from tests.hf.test_mapping import BASE, random_tensors
 
 LAYOUTS = {
@@ -36,93 +32,19 @@ LAYOUTS = {
 }
 
 
-def refused(action: str, *args: Any, **kwargs: Any) -> str:
-    """Calls a function of ``convert`` that must raise; returns the message."""
-    try:
-        getattr(convert, action)(*args, **kwargs)
-    except SteelError as error:
-        return str(error)
-    return "no error"
-
-
-def import_all(shared_dir: Path, output: Path) -> dict[str, Path]:
-    return {name: convert.import_hf(shared_dir / "golden" / name, output / name) for name in golden.NAMES}
-
-
-def export_all(imported: dict[str, Path], output: Path) -> dict[str, Path]:
-    return {name: convert.export_hf(path, output / name) for name, path in imported.items()}
-
-
 @pytest.fixture(scope="module")
 def imported(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The golden models' checkpoints, by name."""
-    return run_distributed(import_all, 1, shared_dir, tmp_path_factory.mktemp("imported"))[0]
+    return run_distributed(launched.import_all, 1, shared_dir, tmp_path_factory.mktemp("imported"))[0]
 
 
 @pytest.fixture(scope="module")
 def exported(imported: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders exported from those checkpoints, by name."""
-    return run_distributed(export_all, 1, imported, tmp_path_factory.mktemp("exported"))[0]
+    return run_distributed(launched.export_all, 1, imported, tmp_path_factory.mktemp("exported"))[0]
 
 
-Pieces = dict[str, torch.Tensor]
-"""Parts of tensors, by name, offset and number of axes put in front."""
-
-
-def pieces(stage: Any, value_of: Any) -> Pieces:
-    """What ``value_of`` gives for each of a stage's weights, labelled with its place in the whole tensor."""
-    from steel_megatron.model.weights import sharded_weights
-
-    return {
-        f"{sharded.key}|{','.join(map(str, sharded.global_offset))}|{sharded.prepend_axis_num}": value_of(sharded.data)
-        for sharded in sharded_weights(stage).values()
-    }
-
-
-def training_gradients(
-    paths: dict[str, Path], parallel: ParallelConfig, inputs: dict[str, dict[str, torch.Tensor]]
-) -> dict[str, tuple[float, Pieces]]:
-    """For each checkpoint the loss of the training forward, and this process's gradients."""
-    from steel_megatron.parallel.topology import initialize
-
-    topology = initialize(parallel)
-    from steel_megatron.model.spec import build_model
-    from steel_megatron.train.engine import Engine
-    from steel_megatron.train.objective import Batch
-
-    results = {}
-    for name, path in paths.items():
-        info, given = checkpoint.read_info(path), inputs[name]
-        batch = len(given["input_ids"])
-        run = RunConfig(
-            model=info.model,
-            parallel=parallel,
-            training=TrainingConfig(micro_batch_size=batch, global_batch_size=batch * topology.data_parallel_size),
-        )
-        stage = build_model(info.model, topology)
-        checkpoint.load_weights(stage, info, info.model)
-        engine = Engine(run, topology, stage)
-        # Data-parallel processes all see the same batch: their mean is the fixture's.
-        ids, labels = given["input_ids"], given["labels"]
-        loss, _ = engine.accumulate_gradients([Batch(ids, labels, torch.ones(labels.shape))])
-        gather_gradients(engine.model)
-        by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in stage.parameters()}
-        results[name] = (loss, pieces(stage, lambda weight, of=by_storage: of[weight.data_ptr()].clone()))
-    return results
-
-
-def gather_gradients(model: Any) -> None:
-    """Every process's part of the reduced gradients, on all: the distributed optimizer reduces to one part each."""
-    import torch.distributed as dist
-
-    for buffer in [*model.buffers, *model.expert_parallel_buffers]:
-        group = buffer.data_parallel_group
-        for bucket in buffer.buckets:
-            own = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
-
-
-def assemble(parts: list[Pieces], model: Any) -> dict[str, torch.Tensor]:
+def assemble(parts: list[launched.Pieces], model: Any) -> dict[str, torch.Tensor]:
     """Whole tensors under published names from the processes' pieces."""
     whole = {
         rule.key: torch.zeros((model.num_layers, *rule.shape) if rule.per_layer else rule.shape)
@@ -146,7 +68,7 @@ def test_training_equals_the_published_model(layout: str, imported: dict[str, Pa
     processes, parallel = LAYOUTS[layout]
     inputs = {name: tensors["io"] for name, (_, tensors) in fixtures.items()}
     paths = {name: imported[name] for name in fixtures}
-    results = run_distributed(training_gradients, processes, paths, parallel, inputs)
+    results = run_distributed(launched.training_gradients, processes, paths, parallel, inputs)
     for name, (config, tensors) in fixtures.items():
         for result in results:
             assert result[name][0] == pytest.approx(tensors["io"]["loss"].item(), rel=1e-6), name
@@ -174,32 +96,15 @@ def test_export_gives_back_the_same_bits_and_transformers_loads_it(
 MODES = ("sequence", "block_causal", "token", "merged")
 
 
-def library_logits(models: list[Any], tokens: torch.Tensor) -> list[tuple[torch.Tensor, Pieces]]:
-    """What freshly initialised models of the library compute, and their weights."""
-    from steel_megatron.model.spec import build_model
-    from steel_megatron.parallel.topology import initialize
-
-    topology, results = initialize(ParallelConfig()), []
-    for model in models:
-        stage = build_model(model, topology, seed=5)
-        positions = torch.arange(tokens.size(1)).expand_as(tokens)
-        with torch.no_grad():
-            for layer in stage.decoder.layers:
-                layer.mlp.scale.fill_(4.0)
-                # Vectors of different lengths, so that scaling them to length 1 makes a difference.
-                layer.pre_mlp_layernorm.weight.copy_(torch.linspace(0.2, 3.0, model.hidden_size))
-            results.append((stage(tokens, positions, None), pieces(stage, lambda weight: weight.detach().clone())))
-    return results
-
-
 def test_the_exported_code_computes_what_the_library_trains() -> None:
     base = dataclasses.replace(BASE, block_length=6, init_method_std=0.3)
     models = [
         dataclasses.replace(base, routing_mode=mode, routing_mix=mix) for mode in MODES for mix in ("raw", "normalized")
     ]
     tokens = torch.randint(0, BASE.vocab_size, (2, 23), generator=torch.Generator().manual_seed(0))
-    different = []
-    for model, (logits, weights) in zip(models, run_distributed(library_logits, 1, models, tokens)[0], strict=True):
+    results = run_distributed(launched.library_logits, 1, models, tokens)[0]
+    different: list[torch.Tensor] = []
+    for model, (logits, weights) in zip(models, results, strict=True):
         exported = SteelForCausalLM(SteelConfig(**mapping.config_to_hf(model))).eval()
         exported.load_state_dict(assemble([weights], model))
         with torch.no_grad():
@@ -229,11 +134,11 @@ def test_a_folder_in_several_files(small_folder: Path, tmp_path: Path, monkeypat
     convert._write_weights(tmp_path, tensors)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 2 and not (tmp_path / "model.safetensors").exists()
-    again = convert._read_weights(tmp_path)
+    again = convert.read_weights(tmp_path)
     assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
     (tmp_path / files[1]).unlink()
     with pytest.raises(CheckpointError, match=rf"names {files[1]}, which is not there"):
-        convert._read_weights(tmp_path)
+        convert.read_weights(tmp_path)
 
 
 DAMAGES = [
@@ -284,26 +189,13 @@ def test_folders_that_cannot_be_imported(small_folder: Path, tmp_path: Path, dam
     else:
         (small_folder / "config.json").write_text("{")
         expected[damage] = "config.json is not JSON"
-    assert expected[damage] in refused("import_hf", small_folder, tmp_path / "out")
+    assert expected[damage] in launched.refused("import_hf", small_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-
-
-def convert_twice(folder: Path, output: Path) -> list[str]:
-    """Imports and exports with overwriting asked for and not; returns the messages."""
-    convert.import_hf(folder, output / "checkpoint")
-    messages = [refused("import_hf", folder, output / "checkpoint")]
-    convert.import_hf(folder, output / "checkpoint", overwrite=True)
-    convert.export_hf(output / "checkpoint", output / "hf", dtype="bfloat16")
-    messages.append(refused("export_hf", output / "checkpoint", output / "hf"))
-    convert.export_hf(output / "checkpoint", output / "hf", dtype="bfloat16", overwrite=True)
-    messages.append(refused("export_hf", output / "checkpoint", output / "checkpoint" / "hf"))
-    messages.append(refused("export_hf", output / "hf", output / "again"))
-    return messages
 
 
 def test_outputs_are_replaced_only_when_asked(small_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    messages = run_distributed(convert_twice, 1, small_folder, output)[0]
+    messages = run_distributed(launched.convert_twice, 1, small_folder, output)[0]
     assert "is already there" in messages[0] and "is already there" in messages[1]
     assert "lies inside" in messages[2] and "steel.json" in messages[3]
     assert sorted(path.name for path in output.iterdir()) == ["checkpoint", "hf"]
@@ -316,30 +208,9 @@ def test_outputs_are_replaced_only_when_asked(small_folder: Path, tmp_path: Path
     assert not info.has_optimizer and info.step == 0 and info.model == BASE
 
 
-def overwrite_what_must_stay(folder: Path, run: Path) -> list[str]:
-    """Conversions that would take something with them; returns the messages."""
-    from steel_megatron.files import exclusive_lock
-
-    saved = convert.import_hf(folder, run / "checkpoints" / "step_00000001")
-    (run / "thesis").mkdir()
-    (run / "thesis" / "thesis.tex").write_text("years of work")
-    (run / "link").symlink_to(run / "checkpoints")
-    messages = [
-        refused("export_hf", saved, run, overwrite=True),
-        refused("export_hf", saved, run / "link", overwrite=True),
-        refused("export_hf", saved, run / "thesis", overwrite=True),
-        refused("export_hf", saved, run / "thesis" / "thesis.tex", overwrite=True),
-        refused("import_hf", folder, run / "thesis", overwrite=True),
-        refused("import_hf", folder, folder.parent, overwrite=True),
-    ]
-    with exclusive_lock(run / "hf", CheckpointError):
-        messages.append(refused("export_hf", saved, run / "hf"))
-    return messages
-
-
 def test_nothing_else_is_replaced(small_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    messages = run_distributed(overwrite_what_must_stay, 1, small_folder, run)[0]
+    messages = run_distributed(launched.overwrite_what_must_stay, 1, small_folder, run)[0]
     assert all("which it would replace" in messages[number] for number in (0, 1, 5)), messages
     assert all("is not an earlier output" in messages[number] for number in (2, 3, 4)), messages
     assert "another job is writing" in messages[6]
@@ -349,17 +220,13 @@ def test_nothing_else_is_replaced(small_folder: Path, tmp_path: Path) -> None:
     assert (small_folder / "model.safetensors").is_file()
 
 
-def convert_types(folder: Path, output: Path) -> None:
-    convert.export_hf(convert.import_hf(folder, output / "checkpoint"), output / "hf")
-
-
 def test_every_weight_keeps_its_type(small_folder: Path, tmp_path: Path) -> None:
     tensors = {
         name: tensor if ".phi" in name or ".scale" in name else tensor.bfloat16()
         for name, tensor in load_file(small_folder / "model.safetensors").items()
     }
     save_file(tensors, small_folder / "model.safetensors")
-    run_distributed(convert_types, 1, small_folder, tmp_path / "out")
+    run_distributed(launched.convert_types, 1, small_folder, tmp_path / "out")
     again = load_file(tmp_path / "out/hf/model.safetensors")
     assert again.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -379,23 +246,6 @@ def small_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def export_with_tokenizers(folder: Path, output: Path, fitting: Path, too_large: Path) -> list[str]:
-    """Exports with a tokenizer that fits, with one that does not, and with one that fails halfway."""
-    saved = convert.import_hf(folder, output / "checkpoint")
-    convert.export_hf(saved, output / "hf", ("huggingface", str(fitting)))
-    messages = [refused("export_hf", saved, output / "too_large", ("huggingface", str(too_large)))]
-    loaded = convert.load_tokenizer("huggingface", fitting)
-
-    def fail(folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("half of it")
-        raise DataError("cannot be exported")
-
-    loaded.save_pretrained = fail  # type: ignore[method-assign]
-    convert.load_tokenizer = lambda *_: loaded
-    messages.append(refused("export_hf", saved, output / "failed", ("huggingface", str(fitting))))
-    return messages
-
-
 def test_the_tokenizer_goes_with_the_model(small_folder: Path, tmp_path: Path) -> None:
     fitting, output = small_tokenizer(tmp_path / "tokenizer"), tmp_path / "out"
     large = tmp_path / "large"
@@ -403,31 +253,16 @@ def test_the_tokenizer_goes_with_the_model(small_folder: Path, tmp_path: Path) -
     description = json.loads((large / "tokenizer.json").read_text())
     description["model"]["vocab"] |= {f"word{number}": number for number in range(30, 200)}
     (large / "tokenizer.json").write_text(json.dumps(description))
-    messages = run_distributed(export_with_tokenizers, 1, small_folder, output, fitting, large)[0]
+    messages = run_distributed(launched.export_with_tokenizers, 1, small_folder, output, fitting, large)[0]
     assert "200 ids" in messages[0] and messages[0].endswith("was trained with 100")
     assert messages[1] == "cannot be exported"
     assert sorted(path.name for path in output.iterdir()) == ["checkpoint", "hf"]
-    tokenizer = AutoTokenizer.from_pretrained(output / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(output / "hf", trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(output / "hf", trust_remote_code=True)
     assert model.generation_config.eos_token_id == 0 and tokenizer.eos_token_id == 0
     ids = tokenizer("a small text", return_tensors="pt").input_ids
     assert tokenizer.decode(ids[0]) == "a small text"
     assert model.generate(ids, max_new_tokens=4, pad_token_id=0).shape[0] == 1
-
-
-TOOL = Path(__file__).resolve().parents[2] / "tools/convert_checkpoint.py"
-
-
-def run_tool(calls: list[list[str]]) -> list[tuple[int, str]]:
-    """Exit code and stderr of each call of the script."""
-    results = []
-    for words in calls:
-        sys.argv = [str(TOOL), *words]
-        error = io.StringIO()
-        with contextlib.redirect_stderr(error), pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        results.append((stopped.value.code, error.getvalue()))
-    return results
 
 
 def test_the_script(small_folder: Path, tmp_path: Path) -> None:
@@ -443,7 +278,7 @@ def test_the_script(small_folder: Path, tmp_path: Path) -> None:
         [*to_hf, *tokenizer[:2]],
         [*to_hf, "--dtype", "bfloat16", *tokenizer, str(small_tokenizer(tmp_path / "tokenizer"))],
     ]
-    results = run_distributed(run_tool, 1, calls)[0]
+    results = run_distributed(launched.run_tool, 1, calls)[0]
     assert [code for code, _ in results] == [0, 2, 0, 2, 2, 0], results
     assert results[1][1].splitlines()[-1].startswith("error: ") and "is already there" in results[1][1]
     assert "are for --direction to-hf" in results[3][1] and "go together" in results[4][1]
@@ -452,6 +287,6 @@ def test_the_script(small_folder: Path, tmp_path: Path) -> None:
 
 
 def test_conversion_is_for_one_process(small_folder: Path, tmp_path: Path) -> None:
-    for message in run_distributed(refused, 2, "import_hf", small_folder, tmp_path / "out"):
+    for message in run_distributed(launched.refused, 2, "import_hf", small_folder, tmp_path / "out"):
         assert "this launch has 2" in message
     assert not (tmp_path / "out").exists()

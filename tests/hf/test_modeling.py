@@ -284,8 +284,11 @@ def test_speculation_only_where_tokens_can_be_taken_back() -> None:
     model = small_model("token")
     speculated = model.generate(ids, prompt_lookup_num_tokens=3, **settings)
     assert torch.equal(speculated, model.generate(ids, **settings))
+    model = small_model("merged")
+    with pytest.raises(ValueError, match="takes tokens back"):
+        model.generate(ids, prompt_lookup_num_tokens=3, **settings)
     with pytest.raises(NotImplementedError, match="running sums"):
-        small_model("merged").generate(ids, prompt_lookup_num_tokens=3, **settings)
+        model(ids, use_cache=True).past_key_values.crop(-2)
 
 
 @torch.no_grad()
@@ -323,6 +326,11 @@ def test_misuse_is_named() -> None:
     with pytest.raises(ValueError, match="of type 'yarn'"):
         SteelConfig(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6})
     assert SteelConfig(rope_parameters={"rope_type": "default", "rope_theta": 5000.0}).rope_theta == 5000.0
+    with pytest.raises(ValueError, match="at least one token"):
+        small_model("merged")(tokens()[:, :0])
+    embedded = small_model("sequence").model.embed_tokens(tokens())
+    with pytest.raises(ValueError, match="give input_ids"):
+        small_model("sequence").generate(inputs_embeds=embedded, max_new_tokens=2)
     with pytest.raises(ValueError, match="never stored"):
         small_model("merged")(tokens(), output_attentions=True)
     with pytest.raises(ValueError, match="must be a SteelCache"):

@@ -18,12 +18,17 @@ def test_torchrun_and_slurm_and_alone() -> None:
     assert read_launch({}) == Launch(0, 1, 0, "alone")
 
 
+def test_a_step_may_be_smaller_than_its_job() -> None:
+    step = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290"}
+    assert read_launch(step) == Launch(0, 1, 0, "slurm")
+
+
 def test_a_batch_script_outside_srun_is_alone() -> None:
     assert read_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "7"}).origin == "alone"
 
 
 def test_nonsense_is_named() -> None:
-    with pytest.raises(ConfigError, match="must be numbers"):
+    with pytest.raises(ConfigError, match="RANK='first' of the environment must be a number"):
         read_launch({"RANK": "first", "WORLD_SIZE": "2"})
     with pytest.raises(ConfigError, match="RANK=2 of the environment is not below WORLD_SIZE=2"):
         read_launch({"RANK": "2", "WORLD_SIZE": "2"})

@@ -134,6 +134,18 @@ def test_old_checkpoints_are_removed_when_asked(corpora: DataConfig, tmp_path: P
     assert sorted(path.name for path in run.checkpoints_dir.glob("step_*")) == ["step_00000005", "step_00000006"]
 
 
+def test_damaged_checkpoints_do_not_count_as_kept(corpora: DataConfig, tmp_path: Path) -> None:
+    run = make_run(corpora, tmp_path)
+    run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, save_interval=2, keep_last=1))
+    half = dataclasses.replace(run, training=dataclasses.replace(run.training, stop_after_step=2))
+    one(half)
+    damaged = run.checkpoints_dir / "step_00000005"
+    damaged.mkdir()
+    summary = one(dataclasses.replace(run, training=dataclasses.replace(run.training, stop_after_step=4)))
+    assert summary.checkpoint.name == "step_00000004" and summary.checkpoint.is_dir()
+    assert one(run).step == 6
+
+
 def test_weights_of_another_run_can_be_the_start(finished: tuple[RunConfig, TrainingSummary], tmp_path: Path) -> None:
     run, summary = finished
     begun = make_run(run.data, tmp_path, train_steps=1, stop_after_step=1)
@@ -145,14 +157,15 @@ def test_weights_of_another_run_can_be_the_start(finished: tuple[RunConfig, Trai
 
 
 def interrupted(run: RunConfig, at_step: int, on_rank: int) -> TrainingSummary:
-    """A run whose process gets SIGTERM during a step."""
+    """A run in which a process and its children get SIGTERM during a step, as launchers send it."""
+    os.setpgrp()
     from steel_megatron.train.engine import Engine
 
     plain_step = Engine.step
 
     def step(engine: Engine, batches: Any) -> Any:
         if engine.step_number + 1 == at_step and int(os.environ["RANK"]) == on_rank:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.killpg(os.getpgrp(), signal.SIGTERM)
         return plain_step(engine, batches)
 
     Engine.step = step  # type: ignore[method-assign]
@@ -164,9 +177,10 @@ def interrupted(run: RunConfig, at_step: int, on_rank: int) -> TrainingSummary:
 
 def test_a_preempted_job_saves_and_goes_on(finished: tuple[RunConfig, TrainingSummary], tmp_path: Path) -> None:
     run = make_run(finished[0].data, tmp_path, LAYOUTS["dp2"])
-    summaries = run_distributed(interrupted, 2, run, 2, 1)
-    assert [summary.step for summary in summaries] == [2, 2]
-    assert summaries[0].checkpoint.name == "step_00000002"
+    run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, save_interval=2))
+    summaries = run_distributed(interrupted, 2, run, 3, 1)  # after a first save, which leaves a helper process
+    assert [summary.step for summary in summaries] == [3, 3]
+    assert summaries[0].checkpoint.name == "step_00000003"
     assert run_distributed(outcome, 2, run)[0].finished
     for (step, ours), (_, theirs) in zip(losses(run), losses(finished[0]), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5), f"step {step}"
@@ -233,6 +247,14 @@ def test_a_validation_smaller_than_a_batch_counts_every_sample(corpora: DataConf
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
+def test_a_log_that_cannot_be_written_is_said(corpora: DataConfig, tmp_path: Path) -> None:
+    run = make_run(corpora, tmp_path / "run", LAYOUTS["dp2"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/tensorboard").write_text("not a folder")
+    messages = run_distributed(outcome, 2, run)
+    assert "cannot write" in messages[0] and "process 0 could not go on" in messages[1]
+
+
 def test_runs_that_cannot_begin(corpora: DataConfig, tmp_path: Path) -> None:
     assert "data.train is empty" in one(make_run(DataConfig(), tmp_path))
     assert "nowhere" in one(make_run(DataConfig(train=["nowhere"]), tmp_path))
@@ -242,7 +264,7 @@ def test_runs_that_cannot_begin(corpora: DataConfig, tmp_path: Path) -> None:
     small = make_run(corpora, tmp_path)
     small = dataclasses.replace(small, model=dataclasses.replace(small.model, vocab_size=50))
     assert "holds token id" in one(small)
-    assert not (tmp_path / "checkpoints").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_initial_checkpoint_that_is_not_there(corpora: DataConfig, tmp_path: Path) -> None:
