@@ -112,7 +112,7 @@ def save(engine: Engine, consumed_samples: int, data_fingerprint: str = "") -> P
     if engine.topology.is_first_process and run.checkpoint.keep_last is not None:
         # Later ones than this can only be damaged ones that a resume passed over; they do not count.
         older = sorted(path for path in run.checkpoints_dir.glob("step_*") if path.name < final.name)
-        for path in older[: len(older) - (run.checkpoint.keep_last - 1)]:
+        for path in older[: max(0, len(older) - (run.checkpoint.keep_last - 1))]:
             shutil.rmtree(path, ignore_errors=True)  # one that cannot be removed is no reason to stop training
     return final
 

@@ -41,8 +41,9 @@ class Metrics:
         self._flops_per_token = training_flops_per_token(run.model)
         self._loss_name = run.model.loss_name
         self._last_time = time.monotonic()
+        self._speaks = topology.is_first_process
         self._writer = None
-        if topology.is_first_process:
+        if self._speaks:
             # Scalars of steps that a killed run did after its last checkpoint are dropped: they come again.
             with disk_errors("write", run.tensorboard_dir, TrainingError):
                 self._writer = SummaryWriter(str(run.tensorboard_dir), purge_step=engine.step_number + 1)
@@ -58,7 +59,7 @@ class Metrics:
 
     def record(self, result: StepResult) -> None:
         """Take note of a step that has just been done."""
-        if self._writer is None:
+        if not self._speaks:
             return
         now = time.monotonic()
         tokens_per_second = result.tokens / (now - self._last_time)
@@ -82,7 +83,7 @@ class Metrics:
 
     def record_validation(self, step: int, loss: float) -> None:
         """Take note of a validation; its time does not count as training's."""
-        if self._writer is not None:
+        if self._speaks:
             self._write({f"validation/{self._loss_name}": loss}, step)
             logger.info(f"step {step:>6} validation {self._loss_name} {loss:.4f}")
         self.restart_clock()
@@ -98,8 +99,9 @@ class Metrics:
                 self._writer.close()
 
     def _write(self, scalars: dict[str, float], step: int) -> None:
-        """Curves are not worth a run: when they cannot be written, training goes on without."""
-        assert self._writer is not None
+        """Curves are not worth a run: when they cannot be written, training goes on without, and is logged on."""
+        if self._writer is None:
+            return
         try:
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, step)

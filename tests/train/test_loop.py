@@ -127,11 +127,14 @@ def test_damaged_checkpoints_are_not_trained_over(corpora: DataConfig, tmp_path:
     assert saved.is_dir()
 
 
-def test_old_checkpoints_are_removed_when_asked(corpora: DataConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("keep_last", "left"), [(2, [5, 6]), (5, [2, 3, 4, 5, 6]), (9, [1, 2, 3, 4, 5, 6])])
+def test_old_checkpoints_are_removed_when_asked(
+    corpora: DataConfig, tmp_path: Path, keep_last: int, left: list[int]
+) -> None:
     run = make_run(corpora, tmp_path)
-    kept = dataclasses.replace(run.checkpoint, save_interval=1, keep_last=2)
+    kept = dataclasses.replace(run.checkpoint, save_interval=1, keep_last=keep_last)
     one(dataclasses.replace(run, checkpoint=kept))
-    assert sorted(path.name for path in run.checkpoints_dir.glob("step_*")) == ["step_00000005", "step_00000006"]
+    assert sorted(path.name for path in run.checkpoints_dir.glob("step_*")) == [f"step_{step:08d}" for step in left]
 
 
 def test_damaged_checkpoints_do_not_count_as_kept(corpora: DataConfig, tmp_path: Path) -> None:
@@ -253,6 +256,36 @@ def test_a_log_that_cannot_be_written_is_said(corpora: DataConfig, tmp_path: Pat
     (tmp_path / "run/tensorboard").write_text("not a folder")
     messages = run_distributed(outcome, 2, run)
     assert "cannot write" in messages[0] and "process 0 could not go on" in messages[1]
+
+
+def without_curves(run: RunConfig) -> list[str]:
+    """A run whose TensorBoard log cannot be written to; returns the lines it logs."""
+    import logging
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    lines: list[str] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    SummaryWriter.add_scalar = fail  # type: ignore[method-assign]
+    logger = logging.getLogger("steel_megatron")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(Lines())
+    assert pretrain(run).finished
+    return lines
+
+
+def test_a_run_goes_on_and_speaks_on_without_curves(corpora: DataConfig, tmp_path: Path) -> None:
+    lines = run_distributed(without_curves, 1, make_run(corpora, tmp_path))[0]
+    assert sum("no more TensorBoard scalars" in line for line in lines) == 1
+    assert [line.split()[1] for line in lines if " of 6 " in line] == ["1", "2", "3", "4", "5", "6"]
+    assert sum("validation loss" in line for line in lines) == 2
 
 
 def test_runs_that_cannot_begin(corpora: DataConfig, tmp_path: Path) -> None:
