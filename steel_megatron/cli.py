@@ -16,8 +16,8 @@ import docstring_parser
 import jsonargparse
 
 from steel_megatron.config import RunConfig, TokenizerKind, from_dict
-from steel_megatron.errors import ConfigError, DataError, SteelError
-from steel_megatron.log import launched_rank, setup_logging
+from steel_megatron.errors import ConfigError, DataError
+from steel_megatron.log import exit_code
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -227,22 +227,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         the exit code: 0, or 2 when something that the user can mend went wrong.
     """
-    setup_logging()
-    try:
+
+    def command() -> None:
         name, options = _parse(sys.argv[1:] if arguments is None else arguments)
         if name == "pretrain":
             pretrain(from_dict(RunConfig, options, "the run's settings"))
         else:
             COMMANDS[name](**options)
-    except SteelError as error:
-        rank = launched_rank()
-        prefix = f"[rank {rank}] " if rank else ""
-        sys.stderr.write(f"{prefix}error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped\n")
-        return 130
-    return 0
+
+    return exit_code(command)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -21,6 +21,11 @@ Activation = Literal["double_swiglu", "swiglu"]
 RoutingMode = Literal["sequence", "token", "block_causal", "merged"]
 RoutingMix = Literal["normalized", "raw"]
 TokenizerKind = Literal["huggingface", "sentencepiece"]
+MEGATRON_TOKENIZER_TYPES: dict[str, TokenizerKind] = {
+    "HuggingFaceTokenizer": "huggingface",
+    "SentencePieceTokenizer": "sentencepiece",
+}
+"""What Megatron's --tokenizer-type calls them."""
 Precision = Literal["float32", "bfloat16"]
 
 

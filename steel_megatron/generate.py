@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
 
-from steel_megatron.config import ModelConfig, ParallelConfig, TokenizerKind
+from steel_megatron.config import ModelConfig, TokenizerKind
 from steel_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import CheckpointError, ConfigError, DataError
 from steel_megatron.hf.convert import read_config, read_weights
-from steel_megatron.hf.mapping import config_from_hf, config_to_hf, from_hf
-from steel_megatron.parallel.topology import initialize
+from steel_megatron.hf.mapping import check_tensors, config_from_hf, config_to_hf
+from steel_megatron.parallel.topology import initialize_alone
 from steel_megatron.platform import prepare
+
+if TYPE_CHECKING:
+    from steel_megatron.train.checkpoint import CheckpointInfo
 
 NextLogits = Callable[[torch.Tensor], torch.Tensor]
 
@@ -84,14 +89,15 @@ def generate(
     # Everything that can be wrong is looked at before the model is loaded.
     if (model / "config.json").is_file():
         settings = config_from_hf(read_config(model), str(model / "config.json"))
-        load = _load_exported
-        own_tokenizer: tuple[TokenizerKind, str] | None = ("huggingface", str(model))
+        loaded = load_tokenizer(*(tokenizer or ("huggingface", str(model))))
+        load = partial(_load_exported, model, settings)
     else:
-        settings = _read_checkpoint(model)
-        load, own_tokenizer = _load_checkpoint, None
-    loaded = load_tokenizer(*tokenizer) if tokenizer else _own_tokenizer(model, own_tokenizer)
+        info = _read_checkpoint(model)
+        settings = info.model
+        loaded = load_tokenizer(*tokenizer) if tokenizer else _tokenizer_of_run(model)
+        load = partial(_load_checkpoint, info)
     encoded = [_encode(prompt, settings, loaded, sampling) for prompt in prompts]
-    next_logits = load(model, settings)
+    next_logits = load()
     results = []
     for prompt, ids in zip(prompts, encoded, strict=True):
         new = _continue(ids, next_logits, settings.vocab_size, loaded.eod_id, sampling)
@@ -135,24 +141,22 @@ def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator
     return int(torch.multinomial((logits / sampling.temperature).softmax(-1), 1, generator=generator))
 
 
-def _read_checkpoint(path: Path) -> ModelConfig:
+def _read_checkpoint(path: Path) -> CheckpointInfo:
     prepare()  # before megatron-core is imported
     from steel_megatron.train import checkpoint
 
-    return checkpoint.read_info(path).model
+    return checkpoint.read_info(path)
 
 
-def _load_checkpoint(path: Path, model: ModelConfig) -> NextLogits:
+def _load_checkpoint(info: CheckpointInfo) -> NextLogits:
     """The library's own model, in this one process."""
     from steel_megatron.model.spec import build_model
     from steel_megatron.train import checkpoint
 
-    checkpoint.verify(path)
-    topology = initialize(ParallelConfig())
-    if topology.launch.world_size != 1:
-        raise ConfigError(f"generate runs in one process; this launch has {topology.launch.world_size}")
-    stage = build_model(model, topology)
-    checkpoint.load_weights(stage, checkpoint.read_info(path), model)
+    checkpoint.verify(info.path)
+    topology = initialize_alone("generate")
+    stage = build_model(info.model, topology)
+    checkpoint.load_weights(stage, info, info.model)
     stage.eval()
 
     @torch.no_grad()
@@ -170,7 +174,7 @@ def _load_exported(path: Path, model: ModelConfig) -> NextLogits:
     from steel_megatron.hf.modeling_steel import SteelForCausalLM
 
     weights = read_weights(path)
-    from_hf(weights, model, str(path))  # checks every name and shape
+    check_tensors(weights, model, str(path))
     exported: torch.nn.Module = SteelForCausalLM(SteelConfig(**config_to_hf(model)))
     exported.to(dtype=weights["lm_head.weight"].dtype).load_state_dict(weights)
     exported.eval()
@@ -182,10 +186,8 @@ def _load_exported(path: Path, model: ModelConfig) -> NextLogits:
     return next_logits
 
 
-def _own_tokenizer(path: Path, known: tuple[TokenizerKind, str] | None) -> Tokenizer:
-    """The tokenizer in an exported folder, or the one named in the settings beside a checkpoint."""
-    if known is not None:
-        return load_tokenizer(*known)
+def _tokenizer_of_run(path: Path) -> Tokenizer:
+    """The tokenizer named in the settings beside a checkpoint."""
     try:
         data = yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8"))["data"]
         kind, tokenizer_path = data["tokenizer_kind"], data["tokenizer_path"]

@@ -11,9 +11,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+from steel_megatron.errors import SteelError
 
 ROOT_LOGGER = "steel_megatron"
 
@@ -42,6 +44,26 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(self.format(record) + "\n")
         sys.stderr.flush()
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Run a command with logging set up; what a user can mend becomes one line on stderr, without a traceback.
+
+    Returns:
+        0, or 2 after a SteelError, or 130 after an interrupt.
+    """
+    setup_logging()
+    try:
+        command()
+    except SteelError as error:
+        rank = launched_rank()
+        prefix = f"[rank {rank}] " if rank else ""
+        sys.stderr.write(f"{prefix}error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        return 130
+    return 0
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -12,15 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from steel_megatron.config import TokenizerKind
-from steel_megatron.errors import SteelError
+from steel_megatron.config import MEGATRON_TOKENIZER_TYPES
 from steel_megatron.hf.convert import DTYPES, export_hf, import_hf
-from steel_megatron.log import setup_logging
-
-KINDS: dict[str, TokenizerKind] = {
-    "HuggingFaceTokenizer": "huggingface",
-    "SentencePieceTokenizer": "sentencepiece",
-}
+from steel_megatron.log import exit_code
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,7 +22,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--direction", choices=("to-hf", "from-hf"), required=True)
     parser.add_argument("--load", type=Path, required=True, help="checkpoint (step_...) or Hugging Face folder to read")
     parser.add_argument("--save", type=Path, required=True, help="folder to make; it appears only when it is complete")
-    parser.add_argument("--tokenizer-type", choices=sorted(KINDS), help="to-hf: the tokenizer to export with the model")
+    parser.add_argument(
+        "--tokenizer-type",
+        choices=sorted(MEGATRON_TOKENIZER_TYPES),
+        help="to-hf: the tokenizer to export with the model",
+    )
     parser.add_argument("--tokenizer-model", help="its folder or .model file")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="to-hf: type of the weights; as saved if not given")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of that name")
@@ -40,21 +38,15 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main() -> int:
+def main() -> None:
     arguments = parse_arguments()
-    setup_logging()
     kind = arguments.tokenizer_type
-    tokenizer = (KINDS[kind], arguments.tokenizer_model) if kind else None
-    try:
-        if arguments.direction == "to-hf":
-            export_hf(arguments.load, arguments.save, tokenizer, arguments.dtype, overwrite=arguments.overwrite)
-        else:
-            import_hf(arguments.load, arguments.save, overwrite=arguments.overwrite)
-    except SteelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    tokenizer = (MEGATRON_TOKENIZER_TYPES[kind], arguments.tokenizer_model) if kind else None
+    if arguments.direction == "to-hf":
+        export_hf(arguments.load, arguments.save, tokenizer, arguments.dtype, overwrite=arguments.overwrite)
+    else:
+        import_hf(arguments.load, arguments.save, overwrite=arguments.overwrite)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -12,23 +12,19 @@ import sys
 
 import numpy as np
 
-from steel_megatron.config import TokenizerKind
+from steel_megatron.config import MEGATRON_TOKENIZER_TYPES
 from steel_megatron.data.indexed import IndexedCorpus, open_indexed, verify
 from steel_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from steel_megatron.errors import DataError, SteelError
-from steel_megatron.log import setup_logging
+from steel_megatron.errors import DataError
+from steel_megatron.log import exit_code
 
-KINDS: dict[str, TokenizerKind] = {
-    "HuggingFaceTokenizer": "huggingface",
-    "SentencePieceTokenizer": "sentencepiece",
-}
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.99, 1.0)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefix", help="path of the corpus without .bin or .idx")
-    parser.add_argument("--tokenizer-type", choices=sorted(KINDS), default="HuggingFaceTokenizer")
+    parser.add_argument("--tokenizer-type", choices=sorted(MEGATRON_TOKENIZER_TYPES), default="HuggingFaceTokenizer")
     parser.add_argument(
         "--tokenizer-model", help="folder of a Hugging Face tokenizer, or a .model file; decodes samples"
     )
@@ -51,31 +47,23 @@ def show_samples(corpus: IndexedCorpus, tokenizer: Tokenizer, samples: int) -> N
         print(f"document {document} ({size:,} tokens): {text[:200]!r}")
 
 
-def main() -> int:
+def main() -> None:
     arguments = parse_arguments()
-    setup_logging()
-    try:
-        tokenizer = None
-        if arguments.tokenizer_model:
-            tokenizer = load_tokenizer(KINDS[arguments.tokenizer_type], arguments.tokenizer_model)
-        vocab_size = tokenizer.vocab_size if tokenizer else None
-        corpus = open_indexed(arguments.prefix, vocab_size)
-        print(f"{corpus.prefix}: {corpus.documents:,} documents, {corpus.tokens:,} tokens of {corpus.dtype}")
-        quantiles = np.quantile(corpus.sizes, QUANTILES, method="nearest")
-        print(
-            "tokens per document:", ", ".join(f"{q:.0%} {int(n):,}" for q, n in zip(QUANTILES, quantiles, strict=True))
-        )
-        if tokenizer:
-            show_samples(corpus, tokenizer, arguments.samples)
-        if arguments.verify:
-            result = verify(arguments.prefix, vocab_size)
-            checksums = "checksums match" if result.checksums else "no manifest, so no checksums to compare"
-            print(f"verified: structure in order, largest id {result.max_id}, {checksums}")
-    except SteelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    tokenizer = None
+    if arguments.tokenizer_model:
+        tokenizer = load_tokenizer(MEGATRON_TOKENIZER_TYPES[arguments.tokenizer_type], arguments.tokenizer_model)
+    vocab_size = tokenizer.vocab_size if tokenizer else None
+    corpus = open_indexed(arguments.prefix, vocab_size)
+    print(f"{corpus.prefix}: {corpus.documents:,} documents, {corpus.tokens:,} tokens of {corpus.dtype}")
+    quantiles = np.quantile(corpus.sizes, QUANTILES, method="nearest")
+    print("tokens per document:", ", ".join(f"{q:.0%} {int(n):,}" for q, n in zip(QUANTILES, quantiles, strict=True)))
+    if tokenizer:
+        show_samples(corpus, tokenizer, arguments.samples)
+    if arguments.verify:
+        result = verify(arguments.prefix, vocab_size)
+        checksums = "checksums match" if result.checksums else "no manifest, so no checksums to compare"
+        print(f"verified: structure in order, largest id {result.max_id}, {checksums}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -10,15 +10,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from steel_megatron.config import TokenizerKind
+from steel_megatron.config import MEGATRON_TOKENIZER_TYPES
 from steel_megatron.data.preprocess import preprocess
-from steel_megatron.errors import SteelError
-from steel_megatron.log import setup_logging
-
-KINDS: dict[str, TokenizerKind] = {
-    "HuggingFaceTokenizer": "huggingface",
-    "SentencePieceTokenizer": "sentencepiece",
-}
+from steel_megatron.log import exit_code
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
         "--input", nargs="+", required=True, help="files, folders or patterns: .jsonl, .jsonl.gz, .txt, code"
     )
     parser.add_argument("--output-prefix", required=True, help="begin of the output paths; _<key>_document is appended")
-    parser.add_argument("--tokenizer-type", choices=sorted(KINDS), required=True)
+    parser.add_argument("--tokenizer-type", choices=sorted(MEGATRON_TOKENIZER_TYPES), required=True)
     parser.add_argument("--tokenizer-model", required=True, help="folder of a Hugging Face tokenizer, or a .model file")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the rows to make corpora of")
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
@@ -39,32 +33,26 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
+def main() -> None:
     arguments = parse_arguments()
-    setup_logging()
-    try:
-        report = preprocess(
-            inputs=arguments.input,
-            output_prefix=arguments.output_prefix,
-            tokenizer_kind=KINDS[arguments.tokenizer_type],
-            tokenizer_path=arguments.tokenizer_model,
-            json_keys=arguments.json_keys,
-            workers=arguments.workers,
-            append_eod=arguments.append_eod,
-            valid_fraction=arguments.valid_fraction,
-            on_bad_row=arguments.on_bad_row,
-            overwrite=arguments.overwrite,
-            seed=arguments.seed,
-        )
-    except SteelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report = preprocess(
+        inputs=arguments.input,
+        output_prefix=arguments.output_prefix,
+        tokenizer_kind=MEGATRON_TOKENIZER_TYPES[arguments.tokenizer_type],
+        tokenizer_path=arguments.tokenizer_model,
+        json_keys=arguments.json_keys,
+        workers=arguments.workers,
+        append_eod=arguments.append_eod,
+        valid_fraction=arguments.valid_fraction,
+        on_bad_row=arguments.on_bad_row,
+        overwrite=arguments.overwrite,
+        seed=arguments.seed,
+    )
     for name, prefix in report.outputs.items():
         print(f"{name}: {prefix}  {report.split_documents[name]:,} documents, {report.split_tokens[name]:,} tokens")
     print(f"documents: {report.documents:,} written + {report.skipped:,} skipped")
     print(f"unigram entropy: {report.unigram_entropy:.4f} nats per token")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -14,8 +14,7 @@ from pathlib import Path
 from steel_megatron.data.sentencepiece_training import train_sentencepiece
 from steel_megatron.data.sources import CODE_SUFFIXES, BadRowPolicy, Document, expand_inputs, read_documents
 from steel_megatron.data.tokenizer import SentencePieceTokenizer
-from steel_megatron.errors import SteelError
-from steel_megatron.log import progress, setup_logging
+from steel_megatron.log import exit_code, progress
 
 ZH_SHARE = 0.2
 """A text with at least this share of Chinese characters counts as Chinese."""
@@ -53,34 +52,28 @@ def kind_of(document: Document) -> str:
     return "zh" if chinese >= ZH_SHARE * len(document.text) else "latin"
 
 
-def main() -> int:
+def main() -> None:
     arguments = parse_arguments()
-    setup_logging()
-    try:
-        paths = expand_inputs(arguments.input)
-        texts = documents(paths, arguments.json_key, arguments.on_bad_row, "read")
-        model = train_sentencepiece(
-            (document.text for document in texts),
-            arguments.output,
-            arguments.vocab_size,
-            character_coverage=arguments.character_coverage,
-            max_bytes=arguments.max_bytes,
-        )
-        tokenizer = SentencePieceTokenizer(model)
-        totals: dict[str, list[int]] = {}
-        for document in documents(paths, arguments.json_key, arguments.on_bad_row, "measure"):
-            total = totals.setdefault(kind_of(document), [0, 0, 0])
-            for index, amount in enumerate((1, len(document.text.encode()), len(tokenizer.encode(document.text)))):
-                total[index] += amount
-    except SteelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    paths = expand_inputs(arguments.input)
+    texts = documents(paths, arguments.json_key, arguments.on_bad_row, "read")
+    model = train_sentencepiece(
+        (document.text for document in texts),
+        arguments.output,
+        arguments.vocab_size,
+        character_coverage=arguments.character_coverage,
+        max_bytes=arguments.max_bytes,
+    )
+    tokenizer = SentencePieceTokenizer(model)
+    totals: dict[str, list[int]] = {}
+    for document in documents(paths, arguments.json_key, arguments.on_bad_row, "measure"):
+        total = totals.setdefault(kind_of(document), [0, 0, 0])
+        for index, amount in enumerate((1, len(document.text.encode()), len(tokenizer.encode(document.text)))):
+            total[index] += amount
     print(f"{model}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:16]}")
     print(f"{'kind':6} {'documents':>10} {'bytes':>14} {'tokens':>14} {'bytes/token':>12}")
     for kind, (count, size, tokens) in sorted(totals.items()):
         print(f"{kind:6} {count:>10,} {size:>14,} {tokens:>14,} {size / tokens:>12.3f}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

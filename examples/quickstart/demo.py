@@ -169,9 +169,7 @@ def summarize(checkpoint: Path, exported: Path, samples: list[dict[str, str]], s
         "documents": corpus["documents"],
         "tokens": corpus["tokens"],
         "parameters": parameters,
-        "layouts": [
-            json.loads((path / "steel.json").read_text())["layout"] for path in sorted(checkpoint.parent.glob("step_*"))
-        ],
+        "layouts": [layout_of(path) for path in sorted(checkpoint.parent.glob("step_*"))],
         "loss_first": scalars["train/loss"][0][1],
         "loss_last": scalars["train/loss"][-1][1],
         "validation_loss": scalars["validation/loss"][-1][1],

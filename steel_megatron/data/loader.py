@@ -178,11 +178,6 @@ class SequentialSamples:
         return self._text.read(number * self.sequence_length, self.sequence_length + 1)
 
 
-def sequential_samples(prefixes: Sequence[str | Path], sequence_length: int, vocab_size: int) -> SequentialSamples:
-    """Samples for validation, see :class:`SequentialSamples`."""
-    return SequentialSamples(prefixes, sequence_length, vocab_size)
-
-
 def micro_batches(
     stream: Samples,
     first_sample: int,

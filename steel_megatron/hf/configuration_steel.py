@@ -111,6 +111,11 @@ class SteelConfig(PretrainedConfig):
         return self.expert_intermediate_size or self.intermediate_size // self.mlp_div_ratio
 
     @property
+    def has_running_sums(self) -> bool:
+        """Whether decoding keeps sums over the tokens so far, out of which none can be taken again."""
+        return self.FFN_type != "raw" and self.routing_mode in ("block_causal", "merged")
+
+    @property
     def is_causal(self) -> bool:
         """Whether no token's output depends on a later token."""
         return self.FFN_type == "raw" or self.routing_mode != "sequence"

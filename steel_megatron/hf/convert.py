@@ -19,13 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from steel_megatron.config import ModelConfig, ParallelConfig, TokenizerKind
+from steel_megatron.config import ModelConfig, TokenizerKind
 from steel_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from steel_megatron.errors import CheckpointError, ConfigError
+from steel_megatron.errors import CheckpointError
 from steel_megatron.files import exclusive_lock, replace_folder
 from steel_megatron.hf import mapping
 from steel_megatron.log import get_logger, progress
-from steel_megatron.parallel.topology import Topology, initialize
+from steel_megatron.parallel.topology import initialize_alone
 from steel_megatron.platform import prepare
 
 logger = get_logger(__name__)
@@ -74,7 +74,7 @@ def export_hf(
             f"the tokenizer {tokenizer} has {loaded.vocab_size:,} ids; the model {checkpoint_path} was trained with "
             f"{info.model.vocab_size:,}"
         )
-    _one_process()
+    initialize_alone("a conversion")
     own = checkpoint.read_tensors(info, [rule.key for rule in mapping.rules(info.model)])
     tensors = mapping.to_hf(own, info.model)
     if dtype:
@@ -102,13 +102,6 @@ def _exported_config(model: ModelConfig, dtype: str, tokenizer: Tokenizer | None
     if tokenizer is not None:
         config |= {"bos_token_id": None, "eos_token_id": tokenizer.eod_id}
     return config
-
-
-def _one_process() -> Topology:
-    topology = initialize(ParallelConfig())
-    if topology.launch.world_size != 1:
-        raise ConfigError(f"a conversion runs in one process; this launch has {topology.launch.world_size}")
-    return topology
 
 
 def _check_output(output: Path, overwrite: bool, source: Path, mark: str) -> None:
@@ -227,7 +220,7 @@ def import_hf(folder: Path, output: Path, *, overwrite: bool = False) -> Path:
 
     from steel_megatron.train import checkpoint
 
-    topology = _one_process()
+    topology = initialize_alone("a conversion")
     state = {key: ShardedTensor.from_rank_offsets(key, tensor, replica_id=0) for key, tensor in tensors.items()}
     with exclusive_lock(output, CheckpointError):
         _check_output(output, overwrite, folder, CHECKPOINT_MARK)  # another job may have been faster

@@ -161,8 +161,8 @@ def published_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in to_hf(stacked, model).items()}
 
 
-def from_hf(tensors: Mapping[str, torch.Tensor], model: ModelConfig, origin: str) -> Tensors:
-    """Published tensors as the library keeps them.
+def check_tensors(tensors: Mapping[str, torch.Tensor], model: ModelConfig, origin: str) -> None:
+    """Make sure that published tensors are those of a model.
 
     Args:
         tensors: by published name.
@@ -184,14 +184,24 @@ def from_hf(tensors: Mapping[str, torch.Tensor], model: ModelConfig, origin: str
     unexpected = sorted(set(tensors) - set(shapes))
     if unexpected:
         raise CheckpointError(f"{origin} has a tensor {unexpected[0]}, which no model with its settings has")
+    for rule in rules(model):
+        _check_one_type(tensors, [name for of_layer in _names(rule, model) for name in of_layer], origin)
+
+
+def from_hf(tensors: Mapping[str, torch.Tensor], model: ModelConfig, origin: str) -> Tensors:
+    """Published tensors as the library keeps them; arguments and errors as :func:`check_tensors`."""
+    check_tensors(tensors, model, origin)
     own: Tensors = {}
     for rule in rules(model):
-        layers = range(model.num_layers) if rule.per_layer else (0,)
-        names = [[name.format(layer=layer) for name in rule.names] for layer in layers]
-        _check_one_type(tensors, [name for of_layer in names for name in of_layer], origin)
-        slices = [rule.join([tensors[name] for name in of_layer]) for of_layer in names]
+        slices = [rule.join([tensors[name] for name in of_layer]) for of_layer in _names(rule, model)]
         own[rule.key] = torch.stack(slices) if rule.per_layer else slices[0]
     return own
+
+
+def _names(rule: Rule, model: ModelConfig) -> list[list[str]]:
+    """The published names behind a rule's tensor, layer by layer."""
+    layers = range(model.num_layers) if rule.per_layer else (0,)
+    return [[name.format(layer=layer) for name in rule.names] for layer in layers]
 
 
 def _check_one_type(tensors: Mapping[str, torch.Tensor], names: list[str], origin: str) -> None:

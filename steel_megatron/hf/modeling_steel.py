@@ -61,7 +61,7 @@ class SteelCache(DynamicCache):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config=config)
         self.routing: list[RoutingState | None] = [None] * config.num_hidden_layers
-        self.has_running_sums = config.FFN_type != "raw" and config.routing_mode in ("block_causal", "merged")
+        self.has_running_sums = config.has_running_sums
 
     def reset(self) -> None:
         """Forget everything."""
@@ -497,7 +497,7 @@ class SteelModel(SteelPreTrainedModel):
             return None
         if given is None:
             return SteelCache(self.config) if use_cache else None
-        if not isinstance(given, SteelCache) and self.config.FFN_type != "raw" and self.config.routing_mode != "token":
+        if self.config.has_running_sums and not isinstance(given, SteelCache):
             raise ValueError(
                 f"past_key_values must be a SteelCache, which keeps the routing; it is {type(given).__name__}"
             )
@@ -565,7 +565,7 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
     ) -> Any:
         """Give generation a cache that also keeps the routing, or none where the model is not causal."""
         assisted = generation_config.prompt_lookup_num_tokens or model_kwargs.get("assistant_model") is not None
-        if assisted and self.config.routing_mode in ("block_causal", "merged") and self.config.FFN_type != "raw":
+        if assisted and self.config.has_running_sums:
             raise ValueError("assisted generation takes tokens back, which a routing state cannot: decode without it")
         if not self.config.is_causal:
             if model_kwargs.get("inputs_embeds") is not None:

@@ -38,6 +38,15 @@ def together(action: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
+def on_first_process(action: Callable[[], Result]) -> Result | None:
+    """Do ``action`` on the first process alone; if it raises a SteelError there, all of them raise.
+
+    Returns:
+        what it returned, on the first process; None on the others.
+    """
+    return together(action if dist.get_rank() == 0 else lambda: None)
+
+
 def any_process(condition: bool) -> bool:
     """Whether ``condition`` holds on at least one process."""
     flag = torch.tensor([int(condition)], device=probe().device)

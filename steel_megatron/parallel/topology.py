@@ -122,6 +122,18 @@ def initialize(parallel: ParallelConfig) -> Topology:
     return Topology(parallel=parallel, launch=launch, device=platform.device)
 
 
+def initialize_alone(task: str) -> Topology:
+    """Process groups of one process, for what needs no more.
+
+    Raises:
+        ConfigError: the launch has several.
+    """
+    launch = read_launch(os.environ)
+    if launch.world_size != 1:
+        raise ConfigError(f"{task} runs in one process; this launch has {launch.world_size}")
+    return initialize(ParallelConfig())
+
+
 def shutdown() -> None:
     """Leave the process groups."""
     if dist.is_initialized():

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from steel_megatron.config import RunConfig
-from steel_megatron.data.loader import SampleStream, micro_batches, sequential_samples
+from steel_megatron.data.loader import SampleStream, SequentialSamples, micro_batches
 from steel_megatron.errors import ConfigError
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.objective import Batch
@@ -36,7 +36,7 @@ class Batches:
         self._stream = SampleStream(run.data.train, length, seed=run.training.seed, vocab_size=vocab_size)
         self._validation = None
         if run.data.validation:
-            self._validation = sequential_samples(run.data.validation, length, vocab_size=vocab_size)
+            self._validation = SequentialSamples(run.data.validation, length, vocab_size=vocab_size)
         self.fingerprint = self._stream.fingerprint
 
     @property

@@ -31,7 +31,7 @@ from steel_megatron.errors import CheckpointError
 from steel_megatron.files import replace_folder, sha256_of
 from steel_megatron.log import get_logger
 from steel_megatron.model.weights import sharded_weights
-from steel_megatron.parallel.agreement import together
+from steel_megatron.parallel.agreement import on_first_process
 from steel_megatron.train.checkpoint_index import check_index
 from steel_megatron.train.engine import Engine
 from steel_megatron.train.optimizer_state import sharded_state
@@ -130,7 +130,6 @@ def write_checkpoint(
 ) -> Path:
     """Write a sharded state as the folder ``final``, which appears only when it is whole; every process calls it."""
     partial = final.with_name(f".{final.name}.partial")
-    main = dist.get_rank() == 0
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -142,11 +141,17 @@ def write_checkpoint(
         "model": to_dict(model),
     }
     # What the first process does alone fails on all of them, or the others would wait for it.
-    together(lambda: _begin(partial, final) if main else None)
+    on_first_process(lambda: _begin(partial, final))
     with _disk_errors(final, partial):
         dist_checkpointing.save(state, str(partial))
-    together(lambda: _finish(partial, final, manifest, run) if main else None)
+    on_first_process(lambda: _finish(partial, final, manifest, run))
     return final
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of an error: megatron-core's begin with the tracebacks of all processes."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 @contextmanager
@@ -155,9 +160,8 @@ def _disk_errors(final: Path, partial: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"could not write the checkpoint {final}: {reason}; earlier ones are untouched"
+            f"could not write the checkpoint {final}: {_reason(error)}; earlier ones are untouched"
         ) from error
 
 
@@ -286,8 +290,7 @@ def _loading_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointException, CheckpointingException) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"could not load the checkpoint {path}: {reason}") from error
+        raise CheckpointError(f"could not load the checkpoint {path}: {_reason(error)}") from error
 
 
 def load(engine: Engine, info: CheckpointInfo) -> None:

@@ -10,7 +10,7 @@ from steel_megatron.config import RunConfig, dump_yaml
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import exclusive_lock, write_atomically
 from steel_megatron.log import get_logger, progress
-from steel_megatron.parallel.agreement import any_process, first_process_says, together
+from steel_megatron.parallel.agreement import any_process, first_process_says, on_first_process, together
 from steel_megatron.parallel.topology import Topology, initialize, shutdown
 from steel_megatron.train import checkpoint
 from steel_megatron.train.batches import Batches
@@ -47,11 +47,8 @@ def pretrain(run: RunConfig) -> TrainingSummary:
     """
     topology = initialize(run.parallel)
     with ExitStack() as stack:
-        if topology.is_first_process:
-            lock = exclusive_lock(Path(run.checkpoint.directory) / "run", CheckpointError)
-            together(lambda: stack.enter_context(lock))
-        else:
-            together(lambda: None)
+        lock = exclusive_lock(Path(run.checkpoint.directory) / "run", CheckpointError)
+        on_first_process(lambda: stack.enter_context(lock))
         summary = _train(run, topology)
     shutdown()
     return summary
@@ -64,7 +61,7 @@ def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
     consumed, saved = _start(run, topology, engine, batches.fingerprint)
     metrics = together(lambda: Metrics(run, topology, engine))
     validation_loss = result = None
-    last_step = min(training.train_steps, training.stop_after_step or training.train_steps)
+    last_step = training.stop_after_step or training.train_steps
     remaining = max(0, last_step - engine.step_number)
     bar_of_steps = progress("training", remaining, "steps", plain=False)
     with closing(metrics), StopSignal() as signal, bar_of_steps as bar:
@@ -97,7 +94,7 @@ def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
 def _start(run: RunConfig, topology: Topology, engine: Engine, data_fingerprint: str) -> tuple[int, Path | None]:
     """Resume, or take initial weights from elsewhere, or begin; returns the samples consumed and the checkpoint."""
     # One process reads and compares all checksums; the others follow.
-    found = together(lambda: _find(run) if topology.is_first_process else None)
+    found = on_first_process(lambda: _find(run))
     step = first_process_says(found.step if found else -1)
     if step >= 0:
         path = checkpoint.path_of(run, step)
@@ -114,13 +111,13 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, data_fingerprint:
     if run.checkpoint.init_from:
         origin = Path(run.checkpoint.init_from)
         info = together(lambda: checkpoint.read_info(origin))
-        together(lambda: checkpoint.verify(origin) if topology.is_first_process else None)
+        on_first_process(lambda: checkpoint.verify(origin))
         checkpoint.load_weights(engine.stage, info, run.model)
         engine.optimizer.reload_model_params()
         logger.info(f"starting from the weights of {origin}")
     path = Path(run.checkpoint.directory) / "run.yaml"
     text = dump_yaml(run).encode()
-    together(lambda: write_atomically(path, text, CheckpointError) if topology.is_first_process else None)
+    on_first_process(lambda: write_atomically(path, text, CheckpointError))
     return 0, None
 
 

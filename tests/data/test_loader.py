@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steel_megatron.data.indexed_writer import IndexedWriter
-from steel_megatron.data.loader import SampleStream, micro_batches, sequential_samples
+from steel_megatron.data.loader import SampleStream, SequentialSamples, micro_batches
 from steel_megatron.errors import ConfigError, DataError
 
 
@@ -151,7 +151,7 @@ def test_batch_sizes_must_divide(prefixes: list[str]) -> None:
 
 
 def test_sequential_samples_walk_through_the_text(prefixes: list[str]) -> None:
-    samples = sequential_samples(prefixes, 20, 150)
+    samples = SequentialSamples(prefixes, 20, 150)
     assert len(samples) == 7
     for number in range(7):
         assert samples.sample(number).tolist() == list(range(number * 20, number * 20 + 21))
@@ -164,7 +164,7 @@ def test_sequential_samples_walk_through_the_text(prefixes: list[str]) -> None:
 
 def test_what_cannot_be_sampled(prefixes: list[str], tmp_path: Path) -> None:
     assert SampleStream(prefixes, 149, 0, 150).samples_per_epoch == 1
-    for make in (lambda length: SampleStream(prefixes, length, 0, 150), lambda n: sequential_samples(prefixes, n, 150)):
+    for make in (lambda length: SampleStream(prefixes, length, 0, 150), lambda n: SequentialSamples(prefixes, n, 150)):
         with pytest.raises(DataError, match=r"150 tokens make no sample of sequence_length \+ 1 = 151 tokens"):
             make(150)
         with pytest.raises(ConfigError, match="sequence_length is 0"):

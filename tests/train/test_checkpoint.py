@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -182,6 +183,14 @@ def test_tensors_can_be_read_without_the_model(saved: Path) -> None:
     }
 
 
+def failure_of_save(engine: Any) -> str:
+    try:
+        checkpoint.save(engine, 0)
+    except SteelError as error:
+        return str(error)
+    return "no error"
+
+
 def save_on_full_disk(run: CheckpointConfig) -> str:
     """Saves where only a small file fits; returns the error's message."""
     import resource
@@ -191,11 +200,7 @@ def save_on_full_disk(run: CheckpointConfig) -> str:
 
     engine = Engine(small_run(ALONE, run.directory), initialize(ALONE))
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    try:
-        checkpoint.save(engine, 0)
-    except CheckpointError as error:
-        return str(error)
-    return "no error"
+    return failure_of_save(engine)
 
 
 def test_a_save_that_fails_leaves_the_earlier_checkpoint(checkpoints: Path) -> None:
@@ -218,11 +223,7 @@ def save_with_a_first_process_that_cannot(directory: str) -> str:
             raise OSError(28, "No space left on device")
 
         checkpoint.replace_folder = fail  # type: ignore[assignment]
-    try:
-        checkpoint.save(engine, 0)
-    except SteelError as error:
-        return str(error)
-    return "no error"
+    return failure_of_save(engine)
 
 
 def test_a_save_that_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
