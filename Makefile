@@ -12,7 +12,7 @@ help:
 	@echo "make demo    the whole pipeline on two cores: corpus, tokenizer, training, Hugging Face export, text"
 	@echo "make test    the tests"
 	@echo "make check   ruff, mypy and the test of the layers"
-	@echo "make bench   the benchmarks"
+	@echo "make bench   the benchmarks that need no GPU"
 	@echo "make clean   removes what was built (.venv and runs/ too)"
 
 demo: setup
@@ -28,7 +28,7 @@ check: setup
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 bench: setup
-	@set -e; for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python "$$benchmark"; done
+	@set -e; for benchmark in $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python "$$benchmark"; done
 
 setup: $(VENV)/.ready
 

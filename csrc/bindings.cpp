@@ -8,6 +8,12 @@
 #include <ATen/ops/searchsorted.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "soft_moe_cpu.h"
 #ifdef WITH_CUDA
 #include <c10/cuda/CUDAException.h>
@@ -35,21 +41,53 @@ void check_shape(const Tensor& tensor, at::IntArrayRef shape, at::ScalarType typ
 }
 
 void check_type(const Tensor& tensor, const char* name) {
+  const at::ScalarType type = tensor.scalar_type();
   TORCH_CHECK(
-      tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16, "soft_moe: ", name, " is ",
-      tensor.scalar_type(), "; the kernels compute float32 and bfloat16");
+      type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "soft_moe: ", name, " is ", type,
+      "; the kernels compute float32, bfloat16 and float16");
 }
 
-// The ends are checked where that costs no wait for a device; the CUDA kernels stay within memory whatever they are.
-void check_ends(const Tensor& ends, int64_t length) {
-  if (!ends.is_cpu()) return;
-  const int64_t* end = ends.const_data_ptr<int64_t>();
-  for (int64_t k = 0; k < ends.numel(); ++k) {
-    const int64_t smallest = k == 0 ? 1 : end[k - 1];
+// Blocks are checked where that costs no wait for a device; the CUDA kernels stay within memory whatever they are.
+void check_blocks(const Tensor& starts, const Tensor& ends, const Sizes& n) {
+  if (!starts.is_cpu()) return;
+  const int64_t *start = starts.const_data_ptr<int64_t>(), *end = ends.const_data_ptr<int64_t>();
+  for (int64_t at = 0; at < n.plans * n.blocks; ++at) {
+    const int64_t k = at % n.blocks;
+    const bool within = 0 <= start[at] && start[at] <= end[at] && end[at] <= n.length;
+    const bool follows = k == 0 || (start[at] == start[at - 1] && end[at - 1] <= end[at]) || end[at - 1] <= start[at];
     TORCH_CHECK(
-        smallest <= end[k] && end[k] <= length, "soft_moe: refresh[", k, "] = ", end[k], "; it must be within ", smallest,
-        " and ", length, " (refresh points ascend and end within the sequence)");
+        within && follows, "soft_moe: block ", k, " of row ", at / n.blocks, " goes from starts = ", start[at], " to ends = ",
+        end[at], "; blocks must be within the ", n.length, " tokens, and either go on from the one before (the same start) ",
+        "or start at or after its end");
   }
+}
+
+// What a pass allocates at most is counted in int64: the sums of every piece, in bytes.
+void check_product(const Sizes& n) {
+  int64_t bytes = sizeof(float), pieces = 0;
+  const bool overflow = __builtin_mul_overflow(n.blocks, int64_t{2}, &pieces) || __builtin_add_overflow(pieces, n.length, &pieces) ||
+                        __builtin_add_overflow(pieces, int64_t{1}, &pieces) || __builtin_mul_overflow(bytes, pieces, &bytes) ||
+                        __builtin_mul_overflow(bytes, std::max<int64_t>(n.batch, 1), &bytes) ||
+                        __builtin_mul_overflow(bytes, 2 * n.slots, &bytes) ||
+                        __builtin_mul_overflow(bytes, std::max<int64_t>(n.width, 1), &bytes);
+  TORCH_CHECK(
+      !overflow, "soft_moe: [B, T, d, S, R] = [", n.batch, ", ", n.length, ", ", n.width, ", ", n.slots, ", ", n.blocks,
+      "] is more than memory can be addressed for");
+}
+
+// A new tensor. The system hands out memory in pages of 4 KiB, which takes longer than to fill them; it is asked for pages
+// of 2 MiB where a tensor is large (transparent huge pages, Linux).
+Tensor empty(at::IntArrayRef shape, const at::TensorOptions& options) {
+  Tensor tensor = at::empty(shape, options);
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  if (tensor.is_cpu() && tensor.nbytes() >= 4 * kPage) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+    const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + tensor.nbytes()) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only advice: whether it is taken is no matter
+  }
+#endif
+  return tensor;
 }
 
 // What the passes are called with: T's pointers, and a device's extra arguments.
@@ -63,91 +101,106 @@ T* out(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Calls pass(type tag) with float or BFloat16.
+// Calls pass(type tag) with float, BFloat16 or Float16.
 template <typename Pass>
 void for_type(const Tensor& x, const Pass& pass) {
   if (x.scalar_type() == at::kFloat) {
     pass(float());
+  } else if (x.scalar_type() == at::kHalf) {
+    pass(Float16());
   } else {
     pass(BFloat16());
   }
 }
 
 #ifdef WITH_CUDA
-Tensor scratch_for(const Sizes& sizes, const Tensor& x) {
-  return at::empty({cuda::scratch_bytes(sizes)}, x.options().dtype(at::kByte));
+Tensor scratch_for(cuda::Pass pass, const Sizes& sizes, const Tensor& x) {
+  return at::empty({cuda::scratch_bytes(pass, sizes)}, x.options().dtype(at::kByte));
 }
 #endif
 
-Sizes check_dispatch(const Tensor& x, const Tensor& keys, const Tensor& refresh) {
+Sizes check_dispatch(const Tensor& x, const Tensor& keys, const Tensor& starts, const Tensor& ends) {
   check_type(x, "x");
   TORCH_CHECK(x.dim() == 3 && x.size(1) >= 1, "soft_moe: x has shape ", x.sizes(), "; it must be [B, T >= 1, d]");
   TORCH_CHECK(keys.dim() == 2 && keys.size(1) >= 1, "soft_moe: keys have shape ", keys.sizes(), "; they must be [d, S >= 1]");
   TORCH_CHECK(
-      refresh.dim() == 1 && refresh.size(0) >= 1, "soft_moe: refresh has shape ", refresh.sizes(), "; it must be [R >= 1]");
+      starts.dim() == 2 && starts.size(1) >= 1 && (starts.size(0) == 1 || starts.size(0) == x.size(0)),
+      "soft_moe: starts has shape ", starts.sizes(), "; it must be [1 or B = ", x.size(0), ", R >= 1]");
   check_shape(keys, {x.size(2), keys.size(1)}, at::kFloat, "keys");
-  check_shape(refresh, refresh.sizes(), at::kLong, "refresh");
+  check_shape(starts, starts.sizes(), at::kLong, "starts");
+  check_shape(ends, starts.sizes(), at::kLong, "ends");
   check_same_device(x, keys, "keys");
-  check_same_device(x, refresh, "refresh");
-  return Sizes{x.size(0), x.size(1), x.size(2), keys.size(1), refresh.size(0)};
+  check_same_device(x, starts, "starts");
+  check_same_device(x, ends, "ends");
+  const Sizes sizes{x.size(0), x.size(1), x.size(2), keys.size(1), starts.size(1), starts.size(0)};
+  check_product(sizes);
+  return sizes;
 }
 
-std::tuple<Tensor, Tensor, Tensor> dispatch(const Tensor& x_, const Tensor& keys, const Tensor& refresh, bool mix_normalized) {
-  const Sizes n = check_dispatch(x_, keys, refresh);
-  const Tensor x = x_.contiguous(), rows = keys.t().contiguous(), ends = refresh.contiguous();
-  check_ends(ends, n.length);
-  Tensor slots = at::empty({n.batch, n.refreshes, n.slots, n.width}, float_like(x));
-  Tensor logits = at::empty({n.batch, n.length, n.slots}, float_like(x));
-  Tensor lse = at::empty({n.batch, n.refreshes, n.slots}, float_like(x));
+std::tuple<Tensor, Tensor, Tensor> dispatch(
+    const Tensor& x_, const Tensor& keys, const Tensor& starts_, const Tensor& ends_, bool mix_normalized) {
+  const Sizes n = check_dispatch(x_, keys, starts_, ends_);
+  const Tensor x = x_.contiguous(), rows = keys.t().contiguous(), starts = starts_.contiguous(), ends = ends_.contiguous();
+  check_blocks(starts, ends, n);
+  Tensor slots = empty({n.batch, n.blocks, n.slots, n.width}, float_like(x));
+  Tensor logits = empty({n.batch, n.length, n.slots}, float_like(x));
+  Tensor lse = empty({n.batch, n.blocks, n.slots}, float_like(x));
   for_type(x, [&](auto tag) {
     using T = decltype(tag);
 #ifdef WITH_CUDA
     if (x.is_cuda()) {
       const c10::cuda::CUDAGuard guard(x.device());
-      Tensor scratch = scratch_for(n, x);
+      Tensor scratch = scratch_for(cuda::Pass::kDispatchForward, n, x);
       C10_CUDA_CHECK(cuda::dispatch_forward<T>(
-          n, in<T>(x), in<float>(rows), in<int64_t>(ends), mix_normalized, out<float>(slots), out<float>(logits),
-          out<float>(lse), out<void>(scratch), c10::cuda::getCurrentCUDAStream()));
+          n, in<T>(x), in<float>(rows), in<int64_t>(starts), in<int64_t>(ends), mix_normalized, out<float>(slots),
+          out<float>(logits), out<float>(lse), out<void>(scratch), c10::cuda::getCurrentCUDAStream()));
       return;
     }
 #endif
     cpu::dispatch_forward<T>(
-        n, in<T>(x), in<float>(rows), in<int64_t>(ends), mix_normalized, out<float>(slots), out<float>(logits),
-        out<float>(lse));
+        n, in<T>(x), in<float>(rows), in<int64_t>(starts), in<int64_t>(ends), mix_normalized, out<float>(slots),
+        out<float>(logits), out<float>(lse));
   });
   return {slots, logits, lse};
 }
 
 std::tuple<Tensor, Tensor> dispatch_backward(
-    const Tensor& grad_slots_, const Tensor& grad_logits_, const Tensor& x_, const Tensor& keys, const Tensor& refresh,
-    bool mix_normalized, const Tensor& slots_, const Tensor& logits_, const Tensor& lse_) {
-  const Sizes n = check_dispatch(x_, keys, refresh);
-  check_shape(grad_slots_, {n.batch, n.refreshes, n.slots, n.width}, at::kFloat, "the gradient of slots");
+    const Tensor& grad_slots_, const Tensor& grad_logits_, const Tensor& grad_lse_, const Tensor& x_, const Tensor& keys,
+    const Tensor& starts_, const Tensor& ends_, bool mix_normalized, const Tensor& slots_, const Tensor& logits_,
+    const Tensor& lse_) {
+  const Sizes n = check_dispatch(x_, keys, starts_, ends_);
+  check_shape(grad_slots_, {n.batch, n.blocks, n.slots, n.width}, at::kFloat, "the gradient of slots");
   check_shape(grad_logits_, {n.batch, n.length, n.slots}, at::kFloat, "the gradient of logits");
+  check_shape(grad_lse_, {n.batch, n.blocks, n.slots}, at::kFloat, "the gradient of lse");
   check_shape(slots_, grad_slots_.sizes(), at::kFloat, "slots");
   check_shape(logits_, grad_logits_.sizes(), at::kFloat, "logits");
-  check_shape(lse_, {n.batch, n.refreshes, n.slots}, at::kFloat, "lse");
+  check_shape(lse_, grad_lse_.sizes(), at::kFloat, "lse");
+  for (const Tensor* tensor : {&grad_slots_, &grad_logits_, &grad_lse_, &slots_, &logits_, &lse_}) {
+    check_same_device(x_, *tensor, "a result or its gradient");
+  }
   const Tensor grad_slots = grad_slots_.contiguous(), grad_logits = grad_logits_.contiguous();
-  const Tensor x = x_.contiguous(), rows = keys.t().contiguous(), ends = refresh.contiguous();
+  const Tensor grad_lse = grad_lse_.contiguous(), x = x_.contiguous(), rows = keys.t().contiguous();
+  const Tensor starts = starts_.contiguous(), ends = ends_.contiguous();
   const Tensor slots = slots_.contiguous(), logits = logits_.contiguous(), lse = lse_.contiguous();
-  check_ends(ends, n.length);
-  Tensor grad_x = at::empty(x.sizes(), x.options()), grad_rows = at::empty(rows.sizes(), rows.options());
+  check_blocks(starts, ends, n);
+  Tensor grad_x = empty(x.sizes(), x.options()), grad_rows = empty(rows.sizes(), rows.options());
   for_type(x, [&](auto tag) {
     using T = decltype(tag);
 #ifdef WITH_CUDA
     if (x.is_cuda()) {
       const c10::cuda::CUDAGuard guard(x.device());
-      Tensor scratch = scratch_for(n, x);
+      Tensor scratch = scratch_for(cuda::Pass::kDispatchBackward, n, x);
       C10_CUDA_CHECK(cuda::dispatch_backward<T>(
-          n, in<float>(grad_slots), in<float>(grad_logits), in<T>(x), in<float>(rows), in<int64_t>(ends), mix_normalized,
-          in<float>(slots), in<float>(logits), in<float>(lse), out<T>(grad_x), out<float>(grad_rows), out<void>(scratch),
-          c10::cuda::getCurrentCUDAStream()));
+          n, in<float>(grad_slots), in<float>(grad_logits), in<float>(grad_lse), in<T>(x), in<float>(rows),
+          in<int64_t>(starts), in<int64_t>(ends), mix_normalized, in<float>(slots), in<float>(logits), in<float>(lse),
+          out<T>(grad_x), out<float>(grad_rows), out<void>(scratch), c10::cuda::getCurrentCUDAStream()));
       return;
     }
 #endif
     cpu::dispatch_backward<T>(
-        n, in<float>(grad_slots), in<float>(grad_logits), in<T>(x), in<float>(rows), in<int64_t>(ends), mix_normalized,
-        in<float>(slots), in<float>(logits), in<float>(lse), out<T>(grad_x), out<float>(grad_rows));
+        n, in<float>(grad_slots), in<float>(grad_logits), in<float>(grad_lse), in<T>(x), in<float>(rows),
+        in<int64_t>(starts), in<int64_t>(ends), mix_normalized, in<float>(slots), in<float>(logits), in<float>(lse),
+        out<T>(grad_x), out<float>(grad_rows));
   });
   return {grad_x, grad_rows.t().contiguous()};
 }
@@ -160,41 +213,52 @@ Sizes check_combine(const Tensor& outputs, const Tensor& logits, const Tensor& b
   TORCH_CHECK(
       logits.dim() == 3 && logits.size(1) >= 1, "soft_moe: logits have shape ", logits.sizes(), "; they must be [B, T >= 1, S]");
   check_shape(logits, {outputs.size(0), logits.size(1), outputs.size(2)}, at::kFloat, "logits");
-  check_shape(block_of_token, {logits.size(1)}, at::kLong, "block_of_token");
+  const bool rows_fit = block_of_token.dim() == 2 && (block_of_token.size(0) == 1 || block_of_token.size(0) == outputs.size(0));
+  TORCH_CHECK(
+      rows_fit, "soft_moe: block_of_token has shape ", block_of_token.sizes(), "; it must be [1 or B = ", outputs.size(0),
+      ", T = ", logits.size(1), "]");
+  check_shape(block_of_token, {block_of_token.size(0), logits.size(1)}, at::kLong, "block_of_token");
   check_same_device(outputs, logits, "logits");
   check_same_device(outputs, block_of_token, "block_of_token");
-  return Sizes{outputs.size(0), logits.size(1), outputs.size(3), outputs.size(2), outputs.size(1)};
+  const Sizes sizes{
+      outputs.size(0), logits.size(1), outputs.size(3), outputs.size(2), outputs.size(1), block_of_token.size(0)};
+  check_product(sizes);
+  return sizes;
 }
 
-// Where the tokens of each block end: [R]. The blocks of successive tokens ascend.
-Tensor ends_of_blocks(const Tensor& block_of_token, const Sizes& n) {
+// Where the tokens that read each block end: [N, R]. The blocks of successive tokens ascend.
+Tensor ends_of_readers(const Tensor& block_of_token, const Sizes& n) {
   const Tensor blocks = block_of_token.contiguous();
   if (blocks.is_cpu()) {
     const int64_t* block = blocks.const_data_ptr<int64_t>();
-    for (int64_t t = 0; t < n.length; ++t) {
+    for (int64_t at = 0; at < n.plans * n.length; ++at) {
+      const int64_t t = at % n.length;
       TORCH_CHECK(
-          (t == 0 ? 0 : block[t - 1]) <= block[t] && block[t] < n.refreshes, "soft_moe: block_of_token[", t, "] = ", block[t],
-          "; blocks must ascend from 0 and stay below R = ", n.refreshes);
+          (t == 0 ? 0 : block[at - 1]) <= block[at] && block[at] < n.blocks, "soft_moe: block_of_token[", at / n.length, ", ", t,
+          "] = ", block[at], "; blocks must ascend from 0 and stay below R = ", n.blocks);
     }
   }
-  return at::searchsorted(blocks, at::arange(n.refreshes, blocks.options()), /*out_int32=*/false, /*right=*/true);
+  const Tensor every = at::arange(n.blocks, blocks.options()).expand({n.plans, n.blocks}).contiguous();
+  return at::searchsorted(blocks, every, /*out_int32=*/false, /*right=*/true);
 }
 
 Tensor combine(const Tensor& outputs_, const Tensor& logits_, const Tensor& block_of_token) {
   const Sizes n = check_combine(outputs_, logits_, block_of_token);
-  const Tensor outputs = outputs_.contiguous(), logits = logits_.contiguous(), ends = ends_of_blocks(block_of_token, n);
-  Tensor y = at::empty({n.batch, n.length, n.width}, outputs.options());
+  const Tensor outputs = outputs_.contiguous(), logits = logits_.contiguous(), reads = ends_of_readers(block_of_token, n);
+  Tensor y = empty({n.batch, n.length, n.width}, outputs.options());
   for_type(outputs, [&](auto tag) {
     using T = decltype(tag);
 #ifdef WITH_CUDA
     if (outputs.is_cuda()) {
       const c10::cuda::CUDAGuard guard(outputs.device());
+      Tensor scratch = scratch_for(cuda::Pass::kCombineForward, n, outputs);
       C10_CUDA_CHECK(cuda::combine_forward<T>(
-          n, in<T>(outputs), in<float>(logits), in<int64_t>(ends), out<T>(y), c10::cuda::getCurrentCUDAStream()));
+          n, in<T>(outputs), in<float>(logits), in<int64_t>(reads), out<T>(y), out<void>(scratch),
+          c10::cuda::getCurrentCUDAStream()));
       return;
     }
 #endif
-    cpu::combine_forward<T>(n, in<T>(outputs), in<float>(logits), in<int64_t>(ends), out<T>(y));
+    cpu::combine_forward<T>(n, in<T>(outputs), in<float>(logits), in<int64_t>(reads), out<T>(y));
   });
   return y;
 }
@@ -203,24 +267,25 @@ std::tuple<Tensor, Tensor> combine_backward(
     const Tensor& grad_y_, const Tensor& outputs_, const Tensor& logits_, const Tensor& block_of_token) {
   const Sizes n = check_combine(outputs_, logits_, block_of_token);
   check_shape(grad_y_, {n.batch, n.length, n.width}, outputs_.scalar_type(), "the gradient of y");
+  check_same_device(outputs_, grad_y_, "the gradient of y");
   const Tensor grad_y = grad_y_.contiguous(), outputs = outputs_.contiguous(), logits = logits_.contiguous();
-  const Tensor ends = ends_of_blocks(block_of_token, n);
-  Tensor grad_outputs = at::empty(outputs.sizes(), outputs.options());
-  Tensor grad_logits = at::empty(logits.sizes(), logits.options());
+  const Tensor reads = ends_of_readers(block_of_token, n);
+  Tensor grad_outputs = empty(outputs.sizes(), outputs.options());
+  Tensor grad_logits = empty(logits.sizes(), logits.options());
   for_type(outputs, [&](auto tag) {
     using T = decltype(tag);
 #ifdef WITH_CUDA
     if (outputs.is_cuda()) {
       const c10::cuda::CUDAGuard guard(outputs.device());
-      Tensor scratch = scratch_for(n, outputs);
+      Tensor scratch = scratch_for(cuda::Pass::kCombineBackward, n, outputs);
       C10_CUDA_CHECK(cuda::combine_backward<T>(
-          n, in<T>(grad_y), in<T>(outputs), in<float>(logits), in<int64_t>(ends), out<T>(grad_outputs),
+          n, in<T>(grad_y), in<T>(outputs), in<float>(logits), in<int64_t>(reads), out<T>(grad_outputs),
           out<float>(grad_logits), out<void>(scratch), c10::cuda::getCurrentCUDAStream()));
       return;
     }
 #endif
     cpu::combine_backward<T>(
-        n, in<T>(grad_y), in<T>(outputs), in<float>(logits), in<int64_t>(ends), out<T>(grad_outputs),
+        n, in<T>(grad_y), in<T>(outputs), in<float>(logits), in<int64_t>(reads), out<T>(grad_outputs),
         out<float>(grad_logits));
   });
   return {grad_outputs, grad_logits};
@@ -230,11 +295,11 @@ std::tuple<Tensor, Tensor> combine_backward(
 
 TORCH_LIBRARY(steel_megatron, library) {
   library.def(
-      "soft_moe_dispatch(Tensor x, Tensor keys, Tensor refresh, bool mix_normalized) "
+      "soft_moe_dispatch(Tensor x, Tensor keys, Tensor starts, Tensor ends, bool mix_normalized) "
       "-> (Tensor slots, Tensor logits, Tensor lse)");
   library.def(
-      "soft_moe_dispatch_backward(Tensor grad_slots, Tensor grad_logits, Tensor x, Tensor keys, Tensor refresh, "
-      "bool mix_normalized, Tensor slots, Tensor logits, Tensor lse) -> (Tensor grad_x, Tensor grad_keys)");
+      "soft_moe_dispatch_backward(Tensor grad_slots, Tensor grad_logits, Tensor grad_lse, Tensor x, Tensor keys, "
+      "Tensor starts, Tensor ends, bool mix_normalized, Tensor slots, Tensor logits, Tensor lse) -> (Tensor grad_x, Tensor grad_keys)");
   library.def("soft_moe_combine(Tensor outputs, Tensor logits, Tensor block_of_token) -> Tensor y");
   library.def(
       "soft_moe_combine_backward(Tensor grad_y, Tensor outputs, Tensor logits, Tensor block_of_token) "

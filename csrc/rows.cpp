@@ -58,18 +58,22 @@ STEEL_FLATTEN void dots_block(const float* a, const float* b, int64_t width, flo
   }
 }
 
-template <int W, int I>
-STEEL_FLATTEN void dots_rows(const float* a, const float* b, int64_t rows_b, int64_t width, float* out) {
-  int64_t j = 0;
-  for (; j + 3 <= rows_b; j += 3) dots_block<W, I, 3>(a, b + j * width, width, out + j, rows_b);
-  for (; j < rows_b; ++j) dots_block<W, I, 1>(a, b + j * width, width, out + j, rows_b);
+// Rows of b outermost: they stay in the first-level cache while the rows of a go by.
+template <int W, int J>
+STEEL_FLATTEN void dots_columns(const float* a, int64_t rows_a, const float* b, int64_t width, float* out, int64_t out_stride) {
+  int64_t i = 0;
+  for (; i + 4 <= rows_a; i += 4) dots_block<W, 4, J>(a + i * width, b, width, out + i * out_stride, out_stride);
+  for (; i < rows_a; ++i) dots_block<W, 1, J>(a + i * width, b, width, out + i * out_stride, out_stride);
 }
 
 template <int W>
 STEEL_FLATTEN void dots(const float* a, int64_t rows_a, const float* b, int64_t rows_b, int64_t width, float* out) {
-  int64_t i = 0;
-  for (; i + 4 <= rows_a; i += 4) dots_rows<W, 4>(a + i * width, b, rows_b, width, out + i * rows_b);
-  for (; i < rows_a; ++i) dots_rows<W, 1>(a + i * width, b, rows_b, width, out + i * rows_b);
+  int64_t j = 0;
+  if (W == 16) {  // AVX-512 has registers for 4 x 6 results, others for 4 x 3
+    for (; j + 6 <= rows_b; j += 6) dots_columns<W, 6>(a, rows_a, b + j * width, width, out + j, rows_b);
+  }
+  for (; j + 3 <= rows_b; j += 3) dots_columns<W, 3>(a, rows_a, b + j * width, width, out + j, rows_b);
+  for (; j < rows_b; ++j) dots_columns<W, 1>(a, rows_a, b + j * width, width, out + j, rows_b);
 }
 
 template <int W>
@@ -116,6 +120,9 @@ STEEL_FLATTEN void mix_block(const Mix& mix, int64_t row, int64_t column) {
 template <int W, int V>
 STEEL_FLATTEN void mix_columns(const Mix& mix, int64_t column) {
   int64_t row = 0;
+  if (W == 16) {
+    for (; row + 6 <= mix.rows; row += 6) mix_block<W, 6, V>(mix, row, column);
+  }
   for (; row + 4 <= mix.rows; row += 4) mix_block<W, 4, V>(mix, row, column);
   for (; row + 2 <= mix.rows; row += 2) mix_block<W, 2, V>(mix, row, column);
   for (; row < mix.rows; ++row) mix_block<W, 1, V>(mix, row, column);
@@ -124,17 +131,60 @@ STEEL_FLATTEN void mix_columns(const Mix& mix, int64_t column) {
 template <int W>
 STEEL_FLATTEN void mix_all(const Mix& mix) {
   int64_t column = 0;
+  if (W == 16) {
+    for (; column + 4 * W <= mix.width; column += 4 * W) mix_columns<W, 4>(mix, column);
+  }
   for (; column + 3 * W <= mix.width; column += 3 * W) mix_columns<W, 3>(mix, column);
   for (; column + W <= mix.width; column += W) mix_columns<W, 1>(mix, column);
   for (; column < mix.width; ++column) mix_columns<1, 1>(mix, column);
 }
 
-STEEL_FLATTEN void widen(const BFloat16* from, float* to, int64_t count) {
+// ---- exponentials: 2^n * exp(r) with |r| <= ln(2) / 2, exp(r) by a polynomial (that of Cephes' expf) ----
+
+template <int W>
+STEEL_FLATTEN void exponentials_block(float* values) {
+  typedef int32_t Integers __attribute__((vector_size(W * sizeof(int32_t))));
+  typename Vector<W>::type x;
+  load<W>(x, values);
+  const Integers nothing = x < -87.0f;
+  x = x < -87.0f ? x - x - 87.0f : x;  // x - x keeps a NaN
+  x = x > 88.0f ? x - x + 88.0f : x;
+  const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves no digits behind the point
+  const typename Vector<W>::type shifted = x * 1.44269504f + round, n = shifted - round;
+  const typename Vector<W>::type r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  typename Vector<W>::type sum = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  sum = sum * r + 8.3334519073e-3f;
+  sum = sum * r + 4.1665795894e-2f;
+  sum = sum * r + 1.6666665459e-1f;
+  sum = sum * r + 5.0000001201e-1f;
+  sum = sum * (r * r) + r + 1.0f;
+  Integers power;
+  __builtin_memcpy(&power, &shifted, sizeof(power));
+  power = (power - 0x4b400000 + 127) << 23;
+  typename Vector<W>::type scale;
+  __builtin_memcpy(&scale, &power, sizeof(scale));
+  store<W>(values, nothing ? x - x : sum * scale);
+}
+
+template <int W>
+STEEL_FLATTEN void exponentials(float* values, int64_t count) {
+  int64_t at = 0;
+  for (; at + W <= count; at += W) exponentials_block<W>(values + at);
+  if (at == count) return;
+  float rest[W] = {};
+  for (int64_t i = 0; at + i < count; ++i) rest[i] = values[at + i];
+  exponentials_block<W>(rest);
+  for (int64_t i = 0; at + i < count; ++i) values[at + i] = rest[i];
+}
+
+template <typename T>
+STEEL_FLATTEN void widen(const T* from, float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
 }
 
-STEEL_FLATTEN void narrow(const float* from, BFloat16* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from_float<BFloat16>(from[i]);
+template <typename T>
+STEEL_FLATTEN void narrow(const float* from, T* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from_float<T>(from[i]);
 }
 
 // NAME: a namespace; WIDTH: floats of one vector; TARGET: the attribute that lets the compiler use the instruction set.
@@ -145,9 +195,13 @@ STEEL_FLATTEN void narrow(const float* from, BFloat16* to, int64_t count) {
   }                                                                                                              \
   TARGET float run_sum_of_squares(const float* row, int64_t width) { return sum_of_squares<WIDTH>(row, width); } \
   TARGET void run_mix(const Mix& mix) { mix_all<WIDTH>(mix); }                                                   \
+  TARGET void run_exponentials(float* values, int64_t count) { exponentials<WIDTH>(values, count); }             \
   TARGET void run_widen(const BFloat16* from, float* to, int64_t count) { widen(from, to, count); }              \
   TARGET void run_narrow(const float* from, BFloat16* to, int64_t count) { narrow(from, to, count); }            \
-  constexpr RowKernels kernels{run_dots, run_sum_of_squares, run_mix, run_widen, run_narrow};                    \
+  TARGET void run_widen_half(const Float16* from, float* to, int64_t count) { widen(from, to, count); }          \
+  TARGET void run_narrow_half(const float* from, Float16* to, int64_t count) { narrow(from, to, count); }        \
+  constexpr RowKernels kernels{run_dots,  run_sum_of_squares, run_mix,        run_exponentials,                  \
+                               run_widen, run_narrow,         run_widen_half, run_narrow_half};                  \
   }
 
 STEEL_ROW_KERNELS(plain, 4, )

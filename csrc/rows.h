@@ -25,8 +25,11 @@ struct RowKernels {
   void (*dots)(const float* a, int64_t rows_a, const float* b, int64_t rows_b, int64_t width, float* out);
   float (*sum_of_squares)(const float* row, int64_t width);
   void (*mix)(const Mix& mix);
+  void (*exponentials)(float* values, int64_t count);  // in place; below exp(-87) is 0
   void (*widen)(const BFloat16* from, float* to, int64_t count);
   void (*narrow)(const float* from, BFloat16* to, int64_t count);
+  void (*widen_half)(const Float16* from, float* to, int64_t count);
+  void (*narrow_half)(const float* from, Float16* to, int64_t count);
 };
 
 // The kernels for what the machine has; ATEN_CPU_CAPABILITY (default, avx2, avx512) holds them to less, as it does torch.

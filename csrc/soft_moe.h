@@ -2,13 +2,15 @@
 //
 // Notation (Soft MoE, arXiv 2308.00951, section 2.1; steel_megatron/ops/reference.py says the same in PyTorch):
 //   B, T, d   sequences, tokens of a sequence, hidden size
-//   S, R      slots, refresh points
+//   S, R      slots, blocks (sets of slots)
 //   x_t, u_t  token t's vector, and x_t / max(|x_t|, 1e-12)
 //   key_j     slot j's key
 //   l_tj      u_t . key_j
-//   ends      R ascending token positions that cut a sequence into groups: group k is [ends[k-1], ends[k]), and group R
-//             is what follows the last end. dispatch: ends are the refresh points, and slots k are a mean over groups
-//             0..k. combine: group k are the tokens that read the slots of refresh k.
+//   starts, ends   [N, R] with N = 1 (the same for all sequences) or B: the slots of block k are a mean over the tokens
+//             starts[k] <= t < ends[k]. Both ascend within a row, and a block either goes on from the one before (the same
+//             start) or starts at or after its end. So every token is added to the sums of one block at most: block k adds
+//             the tokens from block_begin() to ends[k] to what the block it goes on from had.
+//   reads     [N, R]: block k is read by the tokens reads[k-1] <= t < reads[k] (reads[-1] = 0, reads[R-1] = T).
 //
 // Everything is computed in float32, whatever the type of the tokens.
 #pragma once
@@ -26,7 +28,8 @@
 namespace steel {
 
 struct Sizes {
-  int64_t batch, length, width, slots, refreshes;  // B, T, d, S, R
+  int64_t batch, length, width, slots, blocks;  // B, T, d, S, R
+  int64_t plans;                                // N: rows of starts, ends and reads
 };
 
 // ---- bfloat16: the upper half of a float32, rounded to nearest even ----
@@ -59,6 +62,54 @@ STEEL_INLINE BFloat16 from_float<BFloat16>(float value) {
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;  // rounding could carry a NaN's bits over to infinity
   return BFloat16{static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+}
+
+// ---- float16: 5 bits of exponent, 10 of mantissa; by the processor's own instructions on a GPU ----
+
+struct Float16 {
+  uint16_t bits;
+};
+
+STEEL_INLINE float to_float(Float16 value) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+#else
+  const uint32_t exponent = (value.bits >> 10) & 0x1fu, mantissa = value.bits & 0x3ffu;
+  float result = static_cast<float>(mantissa) * 0x1p-24f;  // zero and subnormals
+  if (exponent != 0) {
+    const uint32_t bits = ((exponent == 0x1fu ? 0xffu : exponent + 112u) << 23) | (mantissa << 13);
+    memcpy(&result, &bits, sizeof(result));
+  }
+  return (value.bits & 0x8000u) != 0 ? -result : result;
+#endif
+}
+
+template <>
+STEEL_INLINE Float16 from_float<Float16>(float value) {
+#ifdef __CUDA_ARCH__
+  Float16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+#else
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  const uint32_t sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+  uint32_t half;
+  if (size > 0x7f800000u) {
+    half = 0x7e00u;  // NaN
+  } else if (size >= 0x477ff000u) {
+    half = 0x7c00u;  // 65520 and above are nearer to infinity than to the largest float16
+  } else if (size < 0x38800000u) {
+    const float shifted = fabsf(value) + 0.5f;  // whose last bit is worth that of a subnormal: the sum rounds to it
+    memcpy(&half, &shifted, sizeof(half));
+    half -= 0x3f000000u;
+  } else {
+    half = (size + 0xfffu + ((size >> 13) & 1u) - (112u << 23)) >> 13;
+  }
+  return Float16{static_cast<uint16_t>(sign | half)};
+#endif
 }
 
 // ---- vectors scaled to length 1 ----
@@ -100,24 +151,19 @@ STEEL_INLINE Factors merge(Running& running, Running part) {
   return factors;
 }
 
-// ---- groups of tokens, and their pieces ----
+// ---- blocks of tokens, and their pieces ----
 
-// A run of tokens of one group that is worked on at once. Pieces depend on the ends and a fixed longest piece only,
-// never on the number of threads, so neither does the order in which their results are added.
-struct Piece {
-  int64_t begin, end, group;
-};
+// Whether block k goes on from block k - 1, and does not begin a document.
+STEEL_INLINE bool goes_on(const int64_t* starts, int64_t k) { return k > 0 && starts[k] == starts[k - 1]; }
 
-STEEL_INLINE int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-
-// The most pieces that a sequence can have: groups 0..groups leave at most one unfilled piece each.
-STEEL_INLINE int64_t most_pieces(int64_t length, int64_t groups, int64_t longest) {
-  return divide_up(length, longest) + groups + 1;
+// The first token that block k adds to the sums of the block it goes on from.
+STEEL_INLINE int64_t block_begin(const int64_t* starts, const int64_t* ends, int64_t k) {
+  return k > 0 && ends[k - 1] > starts[k] ? ends[k - 1] : starts[k];
 }
 
-// The first group that ends after `token`; `groups` if none does.
-STEEL_INLINE int64_t group_of(const int64_t* ends, int64_t groups, int64_t token) {
-  int64_t low = 0, high = groups;
+// The first block that ends after `token`; `blocks` if none does. The token feeds it if it starts at or before the token.
+STEEL_INLINE int64_t block_after(const int64_t* ends, int64_t blocks, int64_t token) {
+  int64_t low = 0, high = blocks;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
     if (ends[middle] > token) {
@@ -129,22 +175,52 @@ STEEL_INLINE int64_t group_of(const int64_t* ends, int64_t groups, int64_t token
   return low;
 }
 
-// Cuts groups 0..groups into pieces of at most `longest` tokens. Pieces of group k are first_piece[k] up to
-// first_piece[k + 1]; first_piece has groups + 2 entries, the last of them the number of pieces. There are never more
-// than most_pieces(): an end before the one it follows, or past the sequence, is moved to the nearest that fits.
+// A run of tokens that is worked on at once: of one block, or of none (block = -1). Pieces depend on the blocks and a
+// fixed longest piece only, never on the number of threads, so neither does the order in which their results are added.
+struct Piece {
+  int64_t begin, end, block;
+};
+
+STEEL_INLINE int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// The most pieces that a sequence can have: R blocks and R + 1 gaps leave at most one unfilled piece each.
+STEEL_INLINE int64_t most_pieces(int64_t length, int64_t blocks, int64_t longest) {
+  return divide_up(length, longest) + 2 * blocks + 1;
+}
+
+STEEL_INLINE int64_t cut_run(int64_t begin, int64_t end, int64_t block, int64_t longest, Piece* pieces, int64_t count) {
+  for (; begin < end; begin += longest) {
+    pieces[count++] = Piece{begin, begin + longest < end ? begin + longest : end, block};
+  }
+  return count;
+}
+
+// Cuts one sequence into pieces of at most `longest` tokens, first those of the blocks, then the tokens that feed none
+// (what is left of a document after its last block). Pieces of block k are first[k] up to first[k + 1], those without
+// block first[R] up to first[R + 1], which is their number: never more than most_pieces(). Blocks that are out of order
+// or reach past the sequence are moved to the nearest place that fits, so that no memory but the sequence's is touched.
 STEEL_INLINE void cut_pieces(
-    const int64_t* ends, int64_t groups, int64_t length, int64_t longest, Piece* pieces, int64_t* first_piece) {
-  int64_t count = 0, begin = 0;
-  for (int64_t group = 0; group <= groups; ++group) {
-    first_piece[group] = count;
-    const int64_t group_end = group < groups && ends[group] < length ? ends[group] : length;
-    while (begin < group_end) {
-      const int64_t end = begin + longest < group_end ? begin + longest : group_end;
-      pieces[count++] = Piece{begin, end, group};
-      begin = end;
+    const int64_t* starts, const int64_t* ends, int64_t blocks, int64_t length, int64_t longest, Piece* pieces,
+    int64_t* first) {
+  for (int pass = 0; pass < 2; ++pass) {
+    int64_t count = pass == 0 ? 0 : first[blocks], reached = 0;
+    for (int64_t k = 0; k < blocks; ++k) {
+      const int64_t start = starts[k] < reached ? reached : (starts[k] < length ? starts[k] : length);
+      const int64_t end = ends[k] < start ? start : (ends[k] < length ? ends[k] : length);
+      if (pass == 0) {
+        first[k] = count;
+        count = cut_run(start, end, k, longest, pieces, count);
+      } else {
+        count = cut_run(reached, start, -1, longest, pieces, count);
+      }
+      reached = end;
+    }
+    if (pass == 0) {
+      first[blocks] = count;
+    } else {
+      first[blocks + 1] = cut_run(reached, length, -1, longest, pieces, count);
     }
   }
-  first_piece[groups + 1] = count;
 }
 
 }  // namespace steel

@@ -1,4 +1,4 @@
-"""The command line: ``steel-megatron preprocess | pretrain | export-hf | import-hf | generate``.
+"""The command line: ``steel-megatron preprocess | pretrain | export-hf | import-hf | generate | audit``.
 
 The functions below are the commands: their arguments are the options, their docstrings the help. Heavy modules
 are imported inside them, so that ``--help`` answers at once.
@@ -10,7 +10,7 @@ import inspect
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import docstring_parser
 import jsonargparse
@@ -169,25 +169,73 @@ def generate(
         sys.stdout.write(line + "\n")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
+def audit(
+    path: str,
+    length: int | None = None,
+    positions: list[int] = [],  # noqa: B006 (read by the parser, never changed)
+    seed: int = 0,
+    tolerance: float | None = None,
+    layers: int | None = None,
+    json: str | None = None,
+) -> int:
+    """Find out whether a model's tokens see later ones, layer by layer, and whether it decodes what it computes.
+
+    The exit code is 0 if it is causal, 1 if it leaks or computes different things in different ways.
+
+    Args:
+        path: a checkpoint's folder (step_...), a Hugging Face folder, or a YAML file with settings.
+        length: tokens of the random texts; two blocks and some more if not given.
+        positions: tokens to change; if not given, the first, the last, and those inside and at the edges of blocks.
+        seed: of texts and replacements, and of the weights where settings are audited.
+        tolerance: movement in standard deviations that counts as rounding; 1e-5 if not given.
+        layers: audit the first layers only, of a model that does not fit into memory.
+        json: file for the figures.
+    """
+    import os
+    from json import dumps
+    from pathlib import Path
+
+    from steel_megatron.files import write_atomically
+    from steel_megatron.platform import prepare
+
+    if json and os.path.isdir(json):
+        raise DataError(f"the report {json} is a folder; name a file")
+    prepare()  # before megatron-core is imported
+    from steel_megatron.audit import audit as run
+
+    report = run(Path(path), length=length, positions=positions, seed=seed, tolerance=tolerance, layers=layers)
+    if json:
+        write_atomically(json, (dumps(report.to_dict(), indent=1) + "\n").encode(), DataError)
+    sys.stdout.write(report.to_text())
+    return 0 if report.passed else 1
+
+
+COMMANDS: dict[str, Callable[..., int | None]] = {
     "preprocess": preprocess,
     "pretrain": pretrain,
     "export-hf": export_hf,
     "import-hf": import_hf,
     "generate": generate,
+    "audit": audit,
 }
 
 
-def _add_options(command: jsonargparse.ArgumentParser, function: Callable[..., None]) -> None:
-    """The arguments of ``function`` as options; lists as ``--prompts A B``, where jsonargparse alone has ``[A,B]``."""
+def _add_options(command: jsonargparse.ArgumentParser, function: Callable[..., object]) -> None:
+    """The arguments of ``function`` as options; lists as ``--prompts A B``, where jsonargparse alone has ``[A,B]``.
+
+    An argument called ``path`` is given without its name.
+    """
     hints = get_type_hints(function)
-    lists: set[str | int] = {name for name, hint in hints.items() if hint == list[str]}
+    lists: set[str | int] = {name for name, hint in hints.items() if hint in (list[str], list[int])}
     documented = {entry.arg_name: entry.description for entry in docstring_parser.parse(function.__doc__ or "").params}
     for name in sorted(map(str, lists)):
         default = inspect.signature(function).parameters[name].default
         required = default is inspect.Parameter.empty
         extra = {"required": True} if required else {"default": default}
-        command.add_argument(f"--{name}", nargs="+", type=str, help=documented[name], **extra)
+        command.add_argument(f"--{name}", nargs="+", type=get_args(hints[name])[0], help=documented[name], **extra)
+    if "path" in hints:
+        command.add_argument("path", type=str, metavar="PATH", help=documented["path"])
+        lists.add("path")
     command.add_function_arguments(function, None, as_positional=False, skip=lists)
 
 
@@ -203,8 +251,9 @@ def build_parser() -> jsonargparse.ArgumentParser:
     for name, function in COMMANDS.items():
         summary = (function.__doc__ or "").strip().splitlines()[0]
         # A usage line with every option of a run would fill a page before the help begins.
+        path = "PATH " if "path" in inspect.signature(function).parameters else ""
         command = jsonargparse.ArgumentParser(
-            usage=f"steel-megatron {name} [--config FILE] [--OPTION VALUE ...]",
+            usage=f"steel-megatron {name} [--config FILE] {path}[--OPTION VALUE ...]",
             description=summary,
             exit_on_error=False,
             allow_abbrev=False,
@@ -225,17 +274,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words of the command line; None takes the process's own.
 
     Returns:
-        the exit code: 0, or 2 when something that the user can mend went wrong.
+        the exit code: 0, or 1 when a command says so, or 2 when something that the user can mend went wrong.
     """
+    said = None
 
     def command() -> None:
+        nonlocal said
         name, options = _parse(sys.argv[1:] if arguments is None else arguments)
         if name == "pretrain":
             pretrain(from_dict(RunConfig, options, "the run's settings"))
         else:
-            COMMANDS[name](**options)
+            said = COMMANDS[name](**options)
 
-    return exit_code(command)
+    return exit_code(command) or said or 0
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:

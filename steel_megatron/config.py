@@ -8,6 +8,7 @@ every checkpoint, which is enough to run it again.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ import yaml
 
 from steel_megatron.errors import ConfigError
 
-FeedForward = Literal["soft_moe", "dense"]
+FeedForward = Literal["soft_moe", "dense", "none", "top_k_moe"]
 Activation = Literal["double_swiglu", "swiglu"]
 RoutingMode = Literal["sequence", "token", "block_causal", "merged"]
 RoutingMix = Literal["normalized", "raw"]
@@ -61,13 +62,13 @@ class ModelConfig:
     num_query_groups: int | None = None
     """Key and value heads (grouped-query attention); none means one per query head."""
     ffn: FeedForward = "soft_moe"
-    """Feed-forward layer: a Soft-MoE, or one dense network."""
+    """Feed-forward layer: a Soft-MoE, one dense network, none (attention only), or megatron-core's top-k MoE."""
     ffn_activation: Activation = "double_swiglu"
     """What an expert (or the dense network) computes: Steel's double SwiGLU ("senet"), or SwiGLU."""
     ffn_hidden_size: int = 256
     """Inner width of one expert, or of the dense network."""
     num_experts: int = 6
-    """Experts of a Soft-MoE layer."""
+    """Experts of an MoE layer."""
     slots_per_expert: int = 1
     """Slots that each expert computes per sequence or block."""
     routing_mode: RoutingMode | None = None
@@ -76,6 +77,12 @@ class ModelConfig:
     """What is mixed into slots: the tokens as they are, or scaled to length 1 (the published weights)."""
     block_length: int = 64
     """Tokens between two refreshes of the slots (block_causal), or of one segment (merged)."""
+    routing_scale_init: float = 1.0
+    """Initial length of the slots' keys: how sharp routing is before it is trained. Logits are at most this large."""
+    moe_top_k: int = 2
+    """Experts that each token of a top_k_moe passes through."""
+    moe_aux_loss_coeff: float = 0.01
+    """Weight of the loss that spreads a top_k_moe's tokens over its experts."""
     shared_expert_intermediate_size: int = 0
     """Inner width of one more expert that every token passes through; 0 for none."""
     vocab_size: int = 151936
@@ -90,15 +97,21 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     init_method_std: float = 0.02
     """Standard deviation of the initial weights."""
+    expert_init_method_std: float | None = None
+    """The same for experts, or for the dense network; none means init_method_std. Merging E experts evenly divides the
+    deviation by sqrt(E), which init_method_std * sqrt(E) makes up for."""
+    experts_alike: bool = False
+    """Start the experts of a layer as copies of one (sparse upcycling); routing then makes them different."""
 
     def __post_init__(self) -> None:
-        _one_of(("soft_moe", "dense"), self, "ffn")
+        _one_of(("soft_moe", "dense", "none", "top_k_moe"), self, "ffn")
         _one_of(("double_swiglu", "swiglu"), self, "ffn_activation")
         _one_of(("normalized", "raw"), self, "routing_mix")
         _at_least(1, self, "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
         _at_least(1, self, "num_experts", "slots_per_expert", "block_length", "vocab_size", "sequence_length")
-        _at_least(1, self, "make_vocab_size_divisible_by", "rotary_base")
+        _at_least(1, self, "make_vocab_size_divisible_by", "rotary_base", "moe_top_k")
         _at_least(0, self, "shared_expert_intermediate_size", "norm_epsilon", "init_method_std")
+        _at_least(0, self, "routing_scale_init", "moe_aux_loss_coeff", "expert_init_method_std")
         if self.ffn == "soft_moe":
             if self.routing_mode is None:
                 raise ConfigError(
@@ -106,12 +119,23 @@ class ModelConfig:
                     "published, not causal), block_causal, merged or token"
                 )
             _one_of(("sequence", "token", "block_causal", "merged"), self, "routing_mode")
+        if self.ffn == "top_k_moe":
+            self._check_top_k_moe()
         _divides(self.num_attention_heads, "num_attention_heads", self.hidden_size, "hidden_size")
         if self.head_dim % 2:
             raise ConfigError(
                 f"hidden_size / num_attention_heads = {self.head_dim}; the rotary embedding needs an even head size"
             )
         _divides(self.query_groups, "num_query_groups", self.num_attention_heads, "num_attention_heads")
+
+    def _check_top_k_moe(self) -> None:
+        if self.ffn_activation != "swiglu":
+            raise ConfigError(
+                f"ModelConfig.ffn_activation is {self.ffn_activation}; the experts of ffn = top_k_moe are "
+                "megatron-core's own, which compute swiglu"
+            )
+        if self.moe_top_k > self.num_experts:
+            raise ConfigError(f"ModelConfig.moe_top_k = {self.moe_top_k} is over num_experts = {self.num_experts}")
 
     @property
     def head_dim(self) -> int:
@@ -132,7 +156,7 @@ class ModelConfig:
     @property
     def causal(self) -> bool:
         """Whether no token's output depends on a later token."""
-        return self.ffn == "dense" or self.routing_mode != "sequence"
+        return self.ffn != "soft_moe" or self.routing_mode != "sequence"
 
     @property
     def loss_name(self) -> str:
@@ -149,42 +173,56 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are cut into (1F1B schedule)."""
     expert_model_parallel_size: int = 1
-    """Data-parallel processes that share the experts of each layer."""
+    """Data-parallel and context-parallel processes that share the experts of each layer."""
+    sequence_parallel: bool = False
+    """Whether tensor-parallel processes also share the tokens between attention and matrices (needs 2 or more)."""
+    context_parallel_size: int = 1
+    """Processes that share each sequence: process r has pieces r and 2 * size - 1 - r of 2 * size."""
 
     def __post_init__(self) -> None:
-        _at_least(
-            1,
-            self,
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "expert_model_parallel_size",
-        )
+        _at_least(1, self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        _at_least(1, self, "expert_model_parallel_size", "context_parallel_size")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError(
+                "ParallelConfig.sequence_parallel is true, but tensor_model_parallel_size is 1; it shares tokens among "
+                "tensor-parallel processes: set tensor_model_parallel_size to 2 or more, or sequence_parallel to false"
+            )
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        """Tensor-parallel processes that share the tokens of each sequence."""
+        return self.tensor_model_parallel_size if self.sequence_parallel else 1
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model in a launch of ``world_size`` processes.
+        """Copies of the model in a launch of ``world_size`` processes that read different samples.
 
         Raises:
             ConfigError: the launch does not fit the degrees.
         """
-        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        names, sizes = "tensor x pipeline", [self.tensor_model_parallel_size, self.pipeline_model_parallel_size]
+        if self.context_parallel_size > 1:
+            names, sizes = names + " x context", [*sizes, self.context_parallel_size]
+        model = math.prod(sizes)
         if world_size % model:
             raise ConfigError(
-                f"a launch of {world_size} processes does not fit tensor x pipeline parallel = "
-                f"{self.tensor_model_parallel_size} x {self.pipeline_model_parallel_size} = {model}; "
-                f"the number of processes must be a multiple of {model}"
+                f"a launch of {world_size} processes does not fit {names} parallel = "
+                f"{' x '.join(map(str, sizes))} = {model}; the number of processes must be a multiple of {model}"
             )
         data = world_size // model
-        if data % self.expert_model_parallel_size:
+        if data * self.context_parallel_size % self.expert_model_parallel_size:
+            context = f" x context_parallel_size {self.context_parallel_size}" if self.context_parallel_size > 1 else ""
             raise ConfigError(
                 f"expert_model_parallel_size = {self.expert_model_parallel_size} does not divide the data-parallel "
-                f"size {data} (= {world_size} processes / {model}); experts are shared among data-parallel processes"
+                f"size {data}{context} (= {world_size} processes / {model}); experts are shared among these processes"
             )
         return data
 
     def describe(self, world_size: int) -> str:
-        """The layout in one word, such as ``TP2 PP1 EP1 DP1``."""
+        """The layout in one word, such as ``TP2 PP1 EP1 DP1``, or with all there is ``TP2 SP PP1 CP2 EP1 DP1``."""
+        sequence = "SP " if self.sequence_parallel else ""
+        context = f"CP{self.context_parallel_size} " if self.context_parallel_size > 1 else ""
         return (
-            f"TP{self.tensor_model_parallel_size} PP{self.pipeline_model_parallel_size} "
+            f"TP{self.tensor_model_parallel_size} {sequence}PP{self.pipeline_model_parallel_size} {context}"
             f"EP{self.expert_model_parallel_size} DP{self.data_parallel_size(world_size)}"
         )
 
@@ -201,6 +239,9 @@ class DataConfig:
     """Which tokenizer made the corpora."""
     tokenizer_path: str | None = None
     """Its folder or file; copied into exported models."""
+    reset_at_eod: bool = False
+    """Keep the documents that share a sequence apart: attention and routing begin anew with each, and the token after
+    an end of document is not predicted. Not with context or sequence parallelism."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +344,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_layout(self.model, self.parallel)
+        context, sharing = self.parallel.context_parallel_size, self.parallel.sequence_parallel
+        if self.data.reset_at_eod and (context > 1 or sharing):
+            raise ConfigError(
+                f"data.reset_at_eod is true with context_parallel_size = {context} and sequence_parallel = {sharing}; "
+                "documents can be kept apart only where each process has whole sequences"
+            )
 
     @property
     def tensorboard_dir(self) -> Path:
@@ -337,10 +384,38 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     _divides(tensor, tensor_name, model.padded_vocab_size, "the padded vocabulary")
     _divides(parallel.pipeline_model_parallel_size, "pipeline_model_parallel_size", model.num_layers, "num_layers")
     expert = parallel.expert_model_parallel_size
+    context = parallel.context_parallel_size
+    if model.ffn == "top_k_moe" and max(tensor, expert, context) > 1:
+        raise ConfigError(
+            f"tensor, expert and context parallel sizes are {tensor}, {expert} and {context}; ffn = top_k_moe, a "
+            "baseline to compare with, is cut over pipeline stages and data-parallel processes only"
+        )
     if expert > 1 and model.ffn != "soft_moe":
         raise ConfigError(f"expert_model_parallel_size = {expert}, but ffn = {model.ffn} has no experts to share")
     if model.ffn == "soft_moe":
         _divides(expert, "expert_model_parallel_size", model.num_experts, "num_experts")
+    _check_pieces(model, parallel)
+
+
+def _check_pieces(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raise a ConfigError when sequences cannot be cut into the pieces of context and sequence parallelism."""
+    context, sharing = parallel.context_parallel_size, parallel.sequence_parallel_size
+    cuts = []  # numbers of equal pieces that sequences are cut into, with their names
+    if context > 1:
+        cuts.append((2 * context, f"2 x context_parallel_size = {2 * context}"))
+    if sharing > 1:
+        name = "tensor_model_parallel_size" if context == 1 else "tensor_model_parallel_size x context_parallel_size"
+        cuts.append((sharing * context, f"{name} = {sharing * context} (sequence_parallel)"))
+    for pieces, name in cuts:
+        if model.sequence_length % pieces:
+            raise ConfigError(f"sequence_length = {model.sequence_length} is not divisible by {name}")
+        piece = model.sequence_length // pieces
+        if model.ffn == "soft_moe" and model.routing_mode == "merged" and piece % model.block_length:
+            raise ConfigError(
+                f"block_length = {model.block_length} does not divide {piece}, the tokens of each of the {pieces} "
+                f"pieces that sequences are cut into by {name}; in routing_mode merged a segment of block_length "
+                "tokens lies on one process"
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Text from a model: a checkpoint of this library, or an exported Hugging Face folder.
 
 Both ways compute every new token from the whole text before it or an equal cached state, so greedy decoding gives
-the same tokens from both. Here a checkpoint is run without a cache: right in every routing mode, and meant for
-looking at samples; serve from the exported folder.
+the same tokens from both. A checkpoint is run without a cache: right in every routing mode, and meant for looking at
+samples. An exported folder decodes with one where its routing mode is causal.
 """
 
 from __future__ import annotations
@@ -177,11 +177,26 @@ def _load_exported(path: Path, model: ModelConfig) -> NextLogits:
     check_tensors(weights, model, str(path))
     exported: torch.nn.Module = SteelForCausalLM(SteelConfig(**config_to_hf(model)))
     exported.to(dtype=weights["lm_head.weight"].dtype).load_state_dict(weights)
-    exported.eval()
+    return with_cache(exported.eval())
+
+
+def with_cache(exported: torch.nn.Module) -> NextLogits:
+    """The logits after a text; what the model has computed of the last text is used again where this one goes on.
+
+    Args:
+        exported: an exported model; one that is not causal gives no cache, and computes each text anew.
+    """
+    seen, cache = torch.empty(1, 0, dtype=torch.int64), None
 
     @torch.no_grad()
     def next_logits(tokens: torch.Tensor) -> torch.Tensor:
-        return exported(input_ids=tokens, use_cache=False).logits[0, -1]
+        nonlocal seen, cache
+        length = seen.size(1)
+        if cache is None or tokens.size(1) <= length or not torch.equal(tokens[:, :length], seen):
+            length, cache = 0, None
+        out = exported(input_ids=tokens[:, length:], past_key_values=cache, logits_to_keep=1, use_cache=True)
+        seen, cache = tokens, out.past_key_values
+        return out.logits[0, -1]
 
     return next_logits
 

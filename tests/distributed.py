@@ -49,7 +49,7 @@ def _process(
         shutdown()
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 200.0) -> list[Any]:
     """Call ``function(*args)`` on ``world_size`` processes that see torchrun's variables.
 
     Args:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steel_megatron.config import DataConfig, ParallelConfig
@@ -13,8 +14,11 @@ from steel_megatron.data.preprocess import preprocess
 from steel_megatron.data.sentencepiece_training import train_sentencepiece
 from steel_megatron.data.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import CheckpointError, ConfigError
-from steel_megatron.generate import Generation, Sampling, generate
-from steel_megatron.hf.convert import export_hf
+from steel_megatron.generate import Generation, Sampling, generate, with_cache
+from steel_megatron.hf.configuration_steel import SteelConfig
+from steel_megatron.hf.convert import export_hf, read_config
+from steel_megatron.hf.mapping import config_from_hf
+from steel_megatron.hf.modeling_steel import SteelForCausalLM
 from steel_megatron.train.loop import pretrain
 from tests.distributed import run_distributed
 from tests.train.small_run import small_run
@@ -65,6 +69,38 @@ def test_all_ways_give_the_same_tokens(trained: Path) -> None:
         assert ours.new_tokens == [token for token in theirs if token != own.eod_id]
         assert ours.text == own.decode(own.encode(prompt) + ours.new_tokens)
         assert ours.text.startswith(prompt) and ours.prompt == prompt
+
+
+def test_exported_folders_decode_with_a_cache(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+    forward = SteelForCausalLM.forward
+
+    def counting(self: SteelForCausalLM, input_ids: torch.Tensor, **settings: object) -> object:
+        computed.append(input_ids.size(1))
+        return forward(self, input_ids=input_ids, **settings)
+
+    monkeypatch.setattr(SteelForCausalLM, "forward", counting)
+    model = config_from_hf(read_config(trained / "hf"), "the export")
+    # Two texts, of which the second goes on from the first's beginning only.
+    results = generate(trained / "hf", ["T", "The m"], Sampling(max_new_tokens=5))
+    prompts = [len(SentencePieceTokenizer(trained / "tokenizer.model").encode(text)) for text in ("T", "The m")]
+    expected = []
+    for prompt, result in zip(prompts, results, strict=True):
+        steps = min(len(result.new_tokens) + 1, 5)  # one more where the end of the text was the last
+        expected += [prompt] + [1 if model.causal else prompt + step for step in range(1, steps)]
+    assert computed == expected
+
+
+def test_a_cache_is_used_only_for_a_text_that_goes_on() -> None:
+    torch.manual_seed(0)
+    settings = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = SteelForCausalLM(SteelConfig(**settings, routing_mode="merged", routing_block_length=4)).eval()
+    next_logits = with_cache(model)
+    text = torch.randint(40, (1, 12))
+    other = (text + 1) % 40
+    for tokens in (text[:, :3], text[:, :4], text[:, :9], text[:, :9], text[:, :2], other[:, :5], text):
+        expected = model(tokens, use_cache=False).logits[0, -1]
+        torch.testing.assert_close(next_logits(tokens), expected, atol=1e-5, rtol=0)
 
 
 def test_draws_follow_the_seed(trained: Path) -> None:

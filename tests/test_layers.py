@@ -18,7 +18,7 @@ LAYERS = (
     ("model",),
     ("train",),
     ("hf",),
-    ("generate", "report"),
+    ("generate", "audit", "report"),
     ("cli",),
     ("__main__",),
 )

@@ -58,6 +58,43 @@ class _Concatenation:
         return tokens
 
 
+def document_starts(tokens: np.ndarray, eod_id: int) -> np.ndarray:
+    """For every token, the position of the first token of its document; a document ends with its end-of-document id.
+
+    Args:
+        tokens: int64 [B, T].
+        eod_id: the id.
+
+    Returns:
+        int64 [B, T].
+    """
+    begins = np.zeros_like(tokens)
+    begins[:, 1:] = np.where(tokens[:, :-1] == eod_id, np.arange(1, tokens.shape[1]), 0)
+    starts: np.ndarray = np.maximum.accumulate(begins, axis=1)
+    return starts
+
+
+def end_of_document_id(corpora: Sequence[IndexedCorpus]) -> int:
+    """The id with which the documents of all these corpora end.
+
+    Raises:
+        DataError: a corpus does not say, its documents were written without, or they differ.
+    """
+    ids: dict[int, str] = {}
+    for corpus in corpora:
+        manifest = corpus.manifest or {}
+        eod_id = manifest.get("tokenizer", {}).get("eod_id")
+        if not isinstance(eod_id, int) or not manifest.get("append_eod"):
+            raise DataError(
+                f"{corpus.prefix} has no manifest that says which id ends its documents, which data.reset_at_eod "
+                "needs; make it by preprocess with append_eod"
+            )
+        ids[eod_id] = corpus.prefix
+    if len(ids) != 1:
+        raise DataError(f"documents end with different ids: {', '.join(f'{id} in {at}' for id, at in ids.items())}")
+    return next(iter(ids))
+
+
 def _open(prefixes: Sequence[str | Path], sequence_length: int, vocab_size: int) -> tuple[list[IndexedCorpus], int]:
     """The corpora and how many whole samples they hold."""
     if sequence_length < 1:
@@ -165,8 +202,8 @@ class SequentialSamples:
 
     def __init__(self, prefixes: Sequence[str | Path], sequence_length: int, vocab_size: int) -> None:
         self.sequence_length = sequence_length
-        corpora, self._count = _open(prefixes, sequence_length, vocab_size)
-        self._text = _Concatenation(corpora, np.arange(sum(corpus.documents for corpus in corpora)))
+        self.corpora, self._count = _open(prefixes, sequence_length, vocab_size)
+        self._text = _Concatenation(self.corpora, np.arange(sum(corpus.documents for corpus in self.corpora)))
 
     def __len__(self) -> int:
         return self._count

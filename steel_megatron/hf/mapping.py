@@ -92,6 +92,14 @@ def _networks(key: str, prefixes: list[str], matrices: tuple[str, ...], shape: t
     )
 
 
+def _check_expressible(model: ModelConfig) -> None:
+    if model.ffn not in FFN_TYPES.values():
+        raise CheckpointError(
+            f"a model with ffn = {model.ffn} has no published form; only ffn = {' and '.join(FFN_TYPES.values())} "
+            "can be exported (the others are there to compare with)"
+        )
+
+
 def _feed_forward(key: str, prefixes: list[str], inner: int, model: ModelConfig) -> list[Rule]:
     double = model.ffn_activation == "double_swiglu"
     up = ("gate_up_proj", "up_proj") if double else ("gate_proj", "up_proj")
@@ -103,7 +111,12 @@ def _feed_forward(key: str, prefixes: list[str], inner: int, model: ModelConfig)
 
 
 def rules(model: ModelConfig) -> list[Rule]:
-    """The table for a model."""
+    """The table for a model.
+
+    Raises:
+        CheckpointError: the published form has no such feed-forward layer.
+    """
+    _check_expressible(model)
     hidden, layers, layer = model.hidden_size, "decoder.layers", "model.layers.{layer}"
     table = [
         _padded("embedding.word_embeddings.weight", model, "model.embed_tokens.weight"),
@@ -220,7 +233,12 @@ def _type_name(tensor: torch.Tensor) -> str:
 
 
 def config_to_hf(model: ModelConfig) -> dict[str, Any]:
-    """The settings under the published keys, and the routing's under ours."""
+    """The settings under the published keys, and the routing's under ours.
+
+    Raises:
+        CheckpointError: the published form has no such feed-forward layer.
+    """
+    _check_expressible(model)
     ffn_type = {ours: theirs for theirs, ours in FFN_TYPES.items()}[model.ffn]
     mlp_type = {ours: theirs for theirs, ours in MLP_TYPES.items()}[model.ffn_activation]
     return {

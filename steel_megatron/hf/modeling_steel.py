@@ -22,6 +22,8 @@ from transformers.utils import can_return_tuple
 
 from .configuration_steel import SteelConfig
 
+CHUNK_BYTES = 2**28  # of a prompt's largest intermediate results at a time, so that memory does not grow with it
+
 
 @dataclass
 class RoutingState:
@@ -270,10 +272,8 @@ class SteelSoftMoE(nn.Module):
 
     def _token(self, x: torch.Tensor) -> torch.Tensor:
         logits, mixed = self._route(x)
-        shares = logits.softmax(-1).unflatten(-1, (len(self.experts), -1)).sum(-1).to(x.dtype)
-        mixed = mixed.to(x.dtype)
-        results = torch.stack([expert(mixed) for expert in self.experts], dim=-2)
-        return (shares.unsqueeze(-1) * results).sum(-2)
+        results = torch.stack([expert(mixed.to(x.dtype)) for expert in self.experts], dim=-2)
+        return (self._shares(logits, x.dtype).unsqueeze(-1) * results).sum(-2)
 
     def _block_causal(
         self, x: torch.Tensor, real: torch.Tensor, keep: bool
@@ -289,8 +289,10 @@ class SteelSoftMoE(nn.Module):
         # The last refresh not after the token; the first token reads slots made of itself.
         block = (torch.searchsorted(refresh, position.clamp_min(1), right=True) - 1).clamp_min(0)
         rows = torch.arange(len(x), device=x.device)
-        by_token = wide(outputs[rows[:, None], block])  # [B, T, S, d]
-        y = torch.einsum("bts,btsd->btd", logits.softmax(-1), by_token).to(x.dtype)
+        chunk = max(1, CHUNK_BYTES // wide(outputs[:, 0]).nbytes)
+        parts = zip(logits.softmax(-1).split(chunk, 1), block.split(chunk, 1), strict=True)
+        pieces = [torch.einsum("bts,btsd->btd", share, wide(outputs[rows[:, None], read])) for share, read in parts]
+        y = torch.cat(pieces, 1).to(x.dtype)
         if not keep:
             return y, None
         visible = logits.masked_fill(~real.unsqueeze(-1), -1e30)
@@ -327,13 +329,19 @@ class SteelSoftMoE(nn.Module):
             state.outputs = torch.where(first[:, None, None], made, state.outputs)
         return torch.einsum("bs,bsd->bd", logits.softmax(-1), wide(state.outputs)).to(x.dtype)
 
-    def _merge(self, means: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """[N, d] to the merged matrices of N experts, by the routing of the means."""
-        logits, _ = self._route(means)
-        shares = logits.softmax(-1).unflatten(-1, (len(self.experts), -1)).sum(-1).to(dtype)  # [N, E]
+    def _shares(self, logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[..., S] to what each expert gets, [..., E]."""
+        return logits.softmax(-1).unflatten(-1, (len(self.experts), -1)).sum(-1).to(dtype)
+
+    def _stacked(self) -> tuple[torch.Tensor, ...]:
+        """The experts' matrices, [E, out, in] each."""
         experts: list[Any] = list(self.experts)
-        stacked = zip(*(expert.matrices() for expert in experts), strict=True)
-        return tuple(torch.einsum("ne,eij->nij", shares, torch.stack(matrices)) for matrices in stacked)
+        return tuple(torch.stack(matrices) for matrices in zip(*(one.matrices() for one in experts), strict=True))
+
+    def _merge(self, means: torch.Tensor, stacked: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """[N, d] to the merged matrices of N experts, by the routing of the means."""
+        shares = self._shares(self._route(means)[0], stacked[0].dtype)
+        return tuple((shares @ matrices.flatten(1)).unflatten(1, matrices.shape[1:]) for matrices in stacked)
 
     def _merged(self, x: torch.Tensor, real: torch.Tensor, keep: bool) -> tuple[torch.Tensor, RoutingState | None]:
         _, mixed = self._route(x)
@@ -348,14 +356,17 @@ class SteelSoftMoE(nn.Module):
         padding = (0, 0, 0, segments * self.block - length)
         sums = F.pad(packed, padding).unflatten(1, (segments, self.block)).sum(2)
         means = torch.cat((packed[:, :1], sums[:, :-1] / self.block), dim=1)
-        matrices = self._merge(means.flatten(0, 1), x.dtype)
         blocks = F.pad(packed_x, padding).view(batch * segments, self.block, width)
-        y = network(blocks, matrices).view(batch, segments * self.block, width)[:, :length]
+        stacked = self._stacked()
+        chunk = max(1, CHUNK_BYTES // sum(matrices[0].nbytes for matrices in stacked))  # segments
+        parts = zip(blocks.split(chunk), means.flatten(0, 1).split(chunk), strict=True)
+        y = torch.cat([network(part, self._merge(mean, stacked)) for part, mean in parts])
+        y = y.view(batch, segments * self.block, width)[:, :length]
         y = torch.zeros_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)
         if not keep:
             return y, None
         rows, last = torch.arange(batch, device=x.device), (count - 1).clamp_min(0) // self.block
-        kept = tuple(matrix.view(batch, segments, *matrix.shape[1:])[rows, last] for matrix in matrices)
+        kept = self._merge(means[rows, last], stacked)
         return y, RoutingState(count=count, segment=sums[rows, last], merged=kept)
 
     def _merged_step(self, x: torch.Tensor, real: torch.Tensor, state: RoutingState) -> torch.Tensor:
@@ -365,7 +376,7 @@ class SteelSoftMoE(nn.Module):
         fresh = real & (state.count % self.block == 0)
         if fresh.any():
             means = torch.where((state.count == 0).unsqueeze(-1), mixed, state.segment / self.block)
-            made = self._merge(means, x.dtype)
+            made = self._merge(means, self._stacked())
             pairs = zip(made, state.merged, strict=True)
             state.merged = tuple(torch.where(fresh[:, None, None], new, old) for new, old in pairs)
             state.segment = torch.where(fresh.unsqueeze(-1), torch.zeros_like(mixed), state.segment)

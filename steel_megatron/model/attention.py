@@ -6,9 +6,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from torch.nn.attention.bias import causal_lower_right
+
+from steel_megatron.model.documents import PackedDocuments
+from steel_megatron.parallel.collectives import gather_parts
+from steel_megatron.parallel.sequence import SequenceSplit
 
 
 class RMSNorm(torch.nn.Module):
@@ -49,12 +55,24 @@ class Float32(torch.nn.Module):
 class ScaledDotProductAttention(MegatronModule):
     """Causal attention by torch's fused kernel; megatron-core's own stores all scores.
 
-    Takes the arguments of megatron-core's ``core_attention`` slot.
+    Takes the arguments of megatron-core's ``core_attention`` slot. Under context parallelism keys and values of whole
+    sequences are gathered (their gradients are reduce-scattered): each piece of queries attends to the keys up to its
+    own end, so every process computes the same number of scores.
     """
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **unused: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        documents: PackedDocuments | None = None,
+        **unused: Any,
+    ) -> None:
         super().__init__(config=config)
+        self.documents = documents or PackedDocuments()
         self.softmax_scale = softmax_scale
+        assert pg_collection is not None
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -70,7 +88,30 @@ class ScaledDotProductAttention(MegatronModule):
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
         assert attn_mask_type in (None, AttnMaskType.causal)
         # The rotated queries and keys come in float32.
-        q, k, v = (tensor.to(value.dtype).permute(1, 2, 0, 3) for tensor in (query, key, value))
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if self.cp_group.size() == 1:
+            return self._attend(query, key, value)
+        split = SequenceSplit(query.size(0) * self.cp_group.size(), self.cp_group.size())
+        key, value = self._gather(torch.stack((key, value)), split)
+        held = split.pieces[self.cp_group.rank()]
+        queries = query.split([stop - start for start, stop in held])
+        outputs = [self._attend(q, key[:stop], value[:stop]) for q, (_, stop) in zip(queries, held, strict=True)]
+        return torch.cat(outputs)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """[n, B, heads, size] and [m, B, groups, size] to [n, B, heads * size]; queries are the last n of m tokens."""
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        rule: dict[str, Any] = {"is_causal": True}  # where all are queries
+        if q.size(2) != k.size(2):
+            rule = {"attn_mask": causal_lower_right(q.size(2), k.size(2))}
+        elif self.documents.attention_mask is not None:
+            rule = {"attn_mask": self.documents.attention_mask}
         grouped = q.size(1) != k.size(1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale, enable_gqa=grouped, **rule)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _gather(self, own: torch.Tensor, split: SequenceSplit) -> torch.Tensor:
+        """This process's keys and values [2, L, B, groups, size] to all [2, T, B, groups, size], in order."""
+        everyones = gather_parts(own, self.cp_group).transpose(0, 1).flatten(1, 2)
+        order = torch.cat([split.positions(rank) for rank in range(split.ranks)]).argsort()
+        return everyones[:, order.to(own.device)]

@@ -10,7 +10,7 @@ experts, N vectors per expert, I inner width of one expert, d hidden size; no bi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,18 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from steel_megatron.config import Activation
-from steel_megatron.parallel.collectives import gather_experts
+from steel_megatron.model.merged import merged_experts
+from steel_megatron.parallel.collectives import gather_rows, scatter_sums, sum_both_ways
+
+Rows = Literal["copied", "own", "common"]
+"""What tensor-parallel processes bring to an expert that they share.
+
+``copied``: the same vectors, and the same gradients of the results: tensor parallelism without sequence parallelism.
+``own``: each its own vectors (sequence parallelism); all are gathered before the expert, and each process gets the
+results of its own (reduce-scatter).
+``common``: the same vectors, but each process uses the results for its own tokens, so gradients are partial: nothing is
+gathered, results and their gradients are summed.
+"""
 
 
 class Experts(MegatronModule):
@@ -71,38 +82,59 @@ class Experts(MegatronModule):
         setattr(weight, "allreduce", self.ep_group is None)  # noqa: B010
         return weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[E, N, d] to [E, N, d]: expert e on its own N vectors."""
-        return self._compute(x, self.up, self.down)
-
-    def forward_merged(self, x: torch.Tensor, merge_weights: torch.Tensor) -> torch.Tensor:
-        """Merge all experts by given weights and compute the merged expert.
+    def forward(self, x: torch.Tensor, rows: Rows = "copied") -> torch.Tensor:
+        """Every expert on its own vectors.
 
         Args:
-            x: [M, N, d], M groups of N vectors.
-            merge_weights: [M, experts over all processes], the share of each expert in each group's expert.
+            x: [E, N, d], or [1, N, d] where all experts get the same vectors.
+            rows: how the vectors of the tensor-parallel processes, which share each expert, belong together: see
+                :data:`Rows`.
+
+        Returns:
+            [E, N, d]
+        """
+        return self._compute(x, self.up, self.down, rows)
+
+    def forward_merged(self, x: torch.Tensor, shares: torch.Tensor, equal_segments: bool = True) -> torch.Tensor:
+        """Merge all experts by given shares and compute the merged expert: :func:`merged_experts`.
+
+        Args:
+            x: [M, N, d], M segments of N tokens.
+            shares: [M, experts over all processes] in float32 or wider.
+            equal_segments: whether M is surely the same on all expert-parallel processes.
 
         Returns:
             [M, N, d]
         """
-        # Each tensor-parallel process sees its own part of the matrices: the gradients of the shares add up.
-        shares = copy_to_tensor_model_parallel_region(merge_weights.to(x.dtype), self.tp_group)
-        merged = [
-            (shares @ gather_experts(weight, self.ep_group).flatten(1)).view(-1, *weight.shape[1:])
-            for weight in (self.up, self.down)
-        ]
-        return self._compute(x, *merged)
+        groups = {"tp_group": self.tp_group, "ep_group": self.ep_group}
+        return merged_experts(x, shares, self.up, self.down, equal_segments=equal_segments, **groups)
 
-    def _compute(self, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        x = copy_to_tensor_model_parallel_region(x, self.tp_group)
+    def _compute(self, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, rows: Rows) -> torch.Tensor:
+        x = self._enter(x, rows).expand(up.size(0), -1, -1)
         gate, value = torch.bmm(x, up.flatten(1, 2).mT).chunk(2, dim=-1)
         inner = F.silu(gate) * value
         # The gate of the way down is not linear, so both products are summed over processes before it.
-        out = reduce_from_tensor_model_parallel_region(torch.bmm(inner, down.flatten(1, 2).mT), self.tp_group)
+        out = self._leave(torch.bmm(inner, down.flatten(1, 2).mT), rows)
         if not self.gated_down:
             return out
         gate, value = out.chunk(2, dim=-1)
         return F.silu(gate) * value
+
+    def _enter(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Vectors before matrices that are cut over the tensor-parallel processes."""
+        if self.tp_group.size() == 1 or rows == "common":
+            return x
+        return (
+            gather_rows(x, self.tp_group) if rows == "own" else copy_to_tensor_model_parallel_region(x, self.tp_group)
+        )
+
+    def _leave(self, partial: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The sums over the tensor-parallel processes, of the vectors that :meth:`_enter` was given."""
+        if self.tp_group.size() == 1:
+            return partial
+        if rows == "copied":
+            return reduce_from_tensor_model_parallel_region(partial, self.tp_group)
+        return (scatter_sums if rows == "own" else sum_both_ways)(partial, self.tp_group)
 
     def sharded_state_dict(
         self,

@@ -1,4 +1,4 @@
-"""How much arithmetic a token costs: the base of model FLOPs utilisation."""
+"""How much arithmetic a token costs: the base of model FLOPs utilisation, and of comparisons at equal FLOPs."""
 
 from __future__ import annotations
 
@@ -12,27 +12,48 @@ def training_flops_per_token(model: ModelConfig) -> float:
     Counts the products of matrices (a multiplication and an addition each; the backward pass is twice the forward
     pass) and causal attention at half its square; norms, softmax and the embedding are left out.
     """
-    hidden, length = model.hidden_size, model.sequence_length
-    attention = hidden * (model.num_attention_heads + 2 * model.query_groups) * model.head_dim + hidden * hidden
-    scores = length * hidden  # queries by keys, and weights by values, over half the sequence on average
-    layer = attention + scores + _feed_forward(model)
-    return 3 * 2 * (model.num_layers * layer + hidden * model.padded_vocab_size)
+    return 3 * 2 * sum(multiplications_per_token(model).values())
 
 
-def _feed_forward(model: ModelConfig) -> float:
-    """Multiplications of one feed-forward layer for one token."""
+def multiplications_per_token(model: ModelConfig) -> dict[str, float]:
+    """Multiplications of one token's forward pass at the model's sequence length, all layers together, by purpose.
+
+    Returns:
+        ``attention``: the four projections. ``scores``: queries by keys and weights by values, over half the sequence
+        on average. ``experts``: feed-forward networks of every kind, and the merging of their weights. ``routing``:
+        logits, dispatch and combine. ``output``: the logits of the next token.
+    """
+    hidden, length, layers = model.hidden_size, model.sequence_length, model.num_layers
+    projections = hidden * (model.num_attention_heads + 2 * model.query_groups) * model.head_dim + hidden * hidden
+    experts, routing = _feed_forward(model)
+    return {
+        "attention": layers * projections,
+        "scores": layers * length * hidden,
+        "experts": layers * experts,
+        "routing": layers * routing,
+        "output": hidden * model.padded_vocab_size,
+    }
+
+
+def _feed_forward(model: ModelConfig) -> tuple[float, float]:
+    """Multiplications of one feed-forward layer for one token: in experts, and in routing."""
     matrices = 4 if model.ffn_activation == "double_swiglu" else 3
     network = matrices * model.hidden_size * model.ffn_hidden_size
+    if model.ffn == "none":
+        return 0, 0
     if model.ffn == "dense":
-        return network
+        return network, 0
+    if model.ffn == "top_k_moe":
+        return model.moe_top_k * network, model.num_experts * model.hidden_size
     length, slots = model.sequence_length, model.num_experts * model.slots_per_expert
     shared = matrices * model.hidden_size * model.shared_expert_intermediate_size
-    route = slots * model.hidden_size  # one product with every slot's key
+    keys = slots * model.hidden_size  # one product with every slot's key
     if model.routing_mode == "token":
-        return shared + route + model.num_experts * network
+        return shared + model.num_experts * network, keys + model.num_experts * model.hidden_size
     if model.routing_mode == "merged":
-        segment = min(model.block_length, length)
-        return shared + network + (route + model.num_experts * network) / segment
+        segments = -(-length // model.block_length)
+        merging = segments * model.num_experts * network / length
+        return shared + network + merging, segments * keys / length
     refreshes = 1 if model.routing_mode == "sequence" else len(refresh_points(length, model.block_length))
-    # logits, dispatch and combine for each token; the experts once for each slot of each refresh
-    return shared + 3 * route + refreshes * slots * network / length
+    # the experts once for each slot of each refresh; logits, dispatch and combine for each token
+    return shared + refreshes * slots * network / length, 3 * keys

@@ -13,17 +13,21 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    get_cuda_rng_tracker,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from steel_megatron.config import ModelConfig, ParallelConfig, Precision
 from steel_megatron.model.attention import Float32, RMSNorm, ScaledDotProductAttention
+from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.soft_moe import DenseFeedForward, SoftMoE
+from steel_megatron.model.top_k_moe import TopKMoE, top_k_moe_settings
 from steel_megatron.model.weights import initialize_weights
 from steel_megatron.parallel.topology import Topology
 
@@ -46,7 +50,8 @@ def transformer_config(
         kv_channels=model.head_dim,
         ffn_hidden_size=model.ffn_hidden_size,
         # megatron-core asks for its own MoE's number of experts before it allows expert parallelism.
-        num_moe_experts=model.num_experts if parallel.expert_model_parallel_size > 1 else None,
+        **({"num_moe_experts": model.num_experts} if parallel.expert_model_parallel_size > 1 else {}),
+        **top_k_moe_settings(model),
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         init_method_std=model.init_method_std,
@@ -59,6 +64,8 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -75,13 +82,9 @@ def transformer_config(
     )
 
 
-def layer_spec(model: ModelConfig, groups: ProcessGroupCollection) -> ModuleSpec:
+def layer_spec(model: ModelConfig, groups: ProcessGroupCollection, documents: PackedDocuments) -> ModuleSpec:
     """One transformer layer: pre-norm attention with biases on q, k and v only, and the feed-forward layer."""
-    if model.ffn == "soft_moe":
-        mlp = ModuleSpec(module=SoftMoE, params={"model": model, "groups": groups})
-    else:
-        params = {"inner_size": model.ffn_hidden_size, "model": model, "groups": groups}
-        mlp = ModuleSpec(module=DenseFeedForward, params=params)
+    feed_forward = _feed_forward_spec(model, groups, documents)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -91,18 +94,33 @@ def layer_spec(model: ModelConfig, groups: ProcessGroupCollection) -> ModuleSpec
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=ScaledDotProductAttention,
+                    core_attention=ModuleSpec(module=ScaledDotProductAttention, params={"documents": documents}),
                     linear_proj=RowParallelLinear,
                     q_layernorm=Float32,
                     k_layernorm=Float32,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            # Without a feed-forward layer its norm and its residual connection go as well.
+            pre_mlp_layernorm=RMSNorm if feed_forward else IdentityOp,
+            mlp=feed_forward or IdentityOp,
+            mlp_bda=get_bias_dropout_add if feed_forward else IdentityFuncOp,
         ),
     )
+
+
+def _feed_forward_spec(
+    model: ModelConfig, groups: ProcessGroupCollection, documents: PackedDocuments
+) -> ModuleSpec | None:
+    """What stands in the ``mlp`` slot; None for attention alone."""
+    if model.ffn == "none":
+        return None
+    if model.ffn == "soft_moe":
+        return ModuleSpec(module=SoftMoE, params={"model": model, "groups": groups, "documents": documents})
+    if model.ffn == "top_k_moe":
+        return ModuleSpec(module=TopKMoE, params={"groups": groups})
+    params = {"inner_size": model.ffn_hidden_size, "model": model, "groups": groups}
+    return ModuleSpec(module=DenseFeedForward, params=params)
 
 
 def build_model(
@@ -121,8 +139,11 @@ def build_model(
         seed: of the initial weights; None leaves the matrices uninitialised, to be loaded.
     """
     config = transformer_config(model, topology.parallel, precision, topology.device)
+    if config.sequence_parallel:
+        _name_random_state()
     groups = topology.groups
-    spec = layer_spec(model, groups)
+    documents = PackedDocuments()
+    spec = layer_spec(model, groups, documents)
     # It warns of every feed-forward module that is not its own.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     block = TransformerBlockSubmodules(
@@ -140,10 +161,18 @@ def build_model(
         rotary_base=model.rotary_base,
         pg_collection=groups,
     )
+    stage.documents = documents  # set before each forward pass, see NextToken
     _mark_split_weights(stage)
     if seed is not None:
         initialize_weights(stage, model, seed)
     return stage
+
+
+def _name_random_state() -> None:
+    """megatron-core's layers run under a random state of this name where tokens are shared; nothing draws from it."""
+    tracker, name = get_cuda_rng_tracker(), "model-parallel-rng"
+    if name not in tracker.get_states():
+        tracker.add(name, 0)
 
 
 def _mark_split_weights(stage: GPTModel) -> None:

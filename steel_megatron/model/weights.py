@@ -28,9 +28,10 @@ def sharded_weights(stage: GPTModel) -> dict[str, ShardedTensor]:
 def initialize_weights(stage: GPTModel, model: ModelConfig, seed: int) -> None:
     """Set the weights of this process's part of the model.
 
-    Matrices are normal with standard deviation ``init_method_std`` (the published model's way: no scaling by
-    depth), norms and the routing scale are 1, biases 0. ``phi`` is only used by its direction. Rows of the
-    padded vocabulary are 0.
+    Matrices are normal with standard deviation ``init_method_std`` (the published model's way: no scaling by depth)
+    or, in experts, ``expert_init_method_std``; norms are 1, the routing scale is ``routing_scale_init``, biases are 0.
+    ``phi`` is only used by its direction. Rows of the padded vocabulary are 0. With ``experts_alike`` all experts of
+    a layer get the first one's.
     """
     with torch.no_grad():
         for name, sharded in sharded_weights(stage).items():
@@ -39,7 +40,10 @@ def initialize_weights(stage: GPTModel, model: ModelConfig, seed: int) -> None:
 
 def _fill(sharded: ShardedTensor, name: str, model: ModelConfig, seed: int) -> None:
     weight = sharded.data
-    if name.endswith("norm.weight") or name.endswith("layernorm.weight") or name.endswith("mlp.scale"):
+    if name.endswith("mlp.scale"):
+        weight.fill_(model.routing_scale_init)
+        return
+    if name.endswith("norm.weight") or name.endswith("layernorm.weight"):
         weight.fill_(1.0)
         return
     if name.endswith(".bias"):
@@ -50,7 +54,12 @@ def _fill(sharded: ShardedTensor, name: str, model: ModelConfig, seed: int) -> N
     generator = torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "little") >> 1
     )
-    whole = torch.empty(sharded.global_shape[prepended:]).normal_(0.0, model.init_method_std, generator=generator)
+    std = model.init_method_std
+    if model.expert_init_method_std is not None and (".mlp.experts." in name or ".mlp.network." in name):
+        std = model.expert_init_method_std
+    whole = torch.empty(sharded.global_shape[prepended:]).normal_(0.0, std, generator=generator)
+    if model.experts_alike and ".mlp.experts." in name:
+        whole[1:] = whole[0].clone()
     if whole.size(0) == model.padded_vocab_size:
         whole[model.vocab_size :] = 0.0
     own = zip(sharded.global_offset[prepended:], sharded.local_shape, strict=True)

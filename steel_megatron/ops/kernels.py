@@ -18,7 +18,7 @@ from steel_megatron.log import get_logger
 
 logger = get_logger(__name__)
 
-TYPES = (torch.float32, torch.bfloat16)
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -49,20 +49,24 @@ def supports(x: Tensor) -> bool:
     return available() and x.dtype in TYPES and on_device
 
 
-def dispatch(x: Tensor, keys: Tensor, refresh: Tensor, mix_normalized: bool) -> tuple[Tensor, Tensor, Tensor]:
+def dispatch(
+    x: Tensor, keys: Tensor, starts: Tensor, ends: Tensor, mix_normalized: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mix tokens into slots; differentiable in ``x`` and ``keys``, once.
 
     Args:
-        x: [B, T, d] tokens, float32 or bfloat16.
+        x: [B, T, d] tokens, float32, bfloat16 or float16.
         keys: [d, S], the slots' keys.
-        refresh: int64 [R], ascending: the tokens each block's slots are a mean over; [T] for the whole sequence.
+        starts: int64 [B or 1, R], the first token that each block's slots are a mean over.
+        ends: int64 [B or 1, R], the token after the last. Both ascend; a block either goes on from the one before (the
+            same start) or starts at or after its end.
         mix_normalized: mix tokens scaled to length 1, not the tokens.
 
     Returns:
-        slots [B, R, S, d] in the type of ``x``; logits [B, T, S] in float32; log-sum-exp [B, R, S] of the logits over
-        each block's tokens in float32, without gradient.
+        slots [B, R, S, d] in the type of ``x``, 0 where a block is empty; logits [B, T, S] in float32; log-sum-exp
+        [B, R, S] of the logits over each block's tokens in float32, minus infinity where it is empty.
     """
-    slots, logits, lse = torch.ops.steel_megatron.soft_moe_dispatch(x, keys.float(), refresh, mix_normalized)
+    slots, logits, lse = torch.ops.steel_megatron.soft_moe_dispatch(x, keys.float(), starts, ends, mix_normalized)
     return slots.to(x.dtype), logits, lse
 
 
@@ -70,9 +74,9 @@ def combine(outputs: Tensor, logits: Tensor, block_of_token: Tensor) -> Tensor:
     """Give every token its mean of the slots' results; differentiable in ``outputs`` and ``logits``, once.
 
     Args:
-        outputs: [B, R, S, d], what the experts made of the slots, float32 or bfloat16.
+        outputs: [B, R, S, d], what the experts made of the slots, float32, bfloat16 or float16.
         logits: [B, T, S] from :func:`dispatch`.
-        block_of_token: int64 [T], ascending: which of the R refreshes each token reads.
+        block_of_token: int64 [B or 1, T], ascending: which of the R blocks each token reads.
 
     Returns:
         [B, T, d] in the type of ``outputs``.
@@ -81,28 +85,29 @@ def combine(outputs: Tensor, logits: Tensor, block_of_token: Tensor) -> Tensor:
     return y
 
 
-def _dispatch_shapes(x: Tensor, keys: Tensor, refresh: Tensor, mix_normalized: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _dispatch_shapes(
+    x: Tensor, keys: Tensor, starts: Tensor, ends: Tensor, mix_normalized: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = x.shape
-    slots, refreshes = keys.size(1), refresh.size(0)
+    slots, blocks = keys.size(1), ends.size(1)
     return (
-        x.new_empty((batch, refreshes, slots, width), dtype=torch.float32),
+        x.new_empty((batch, blocks, slots, width), dtype=torch.float32),
         x.new_empty((batch, length, slots), dtype=torch.float32),
-        x.new_empty((batch, refreshes, slots), dtype=torch.float32),
+        x.new_empty((batch, blocks, slots), dtype=torch.float32),
     )
 
 
 def _dispatch_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, keys, refresh, ctx.mix_normalized = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(x, keys, refresh, *output)
+    x, keys, starts, ends, ctx.mix_normalized = inputs
+    ctx.save_for_backward(x, keys, starts, ends, *output)
 
 
-def _dispatch_backward(ctx: Any, grad_slots: Tensor, grad_logits: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, keys, refresh, slots, logits, lse = ctx.saved_tensors
+def _dispatch_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    x, keys, starts, ends, slots, logits, lse = ctx.saved_tensors
     grad_x, grad_keys = torch.ops.steel_megatron.soft_moe_dispatch_backward(
-        grad_slots, grad_logits, x, keys, refresh, ctx.mix_normalized, slots, logits, lse
+        *gradients, x, keys, starts, ends, ctx.mix_normalized, slots, logits, lse
     )
-    return grad_x, grad_keys, None, None
+    return grad_x, grad_keys, None, None, None
 
 
 def _combine_shapes(outputs: Tensor, logits: Tensor, block_of_token: Tensor) -> Tensor:
@@ -139,7 +144,9 @@ def _register() -> None:
         torch.library.register_autograd(name + backward, _refuse, setup_context=_keep_nothing)
 
     @torch.library.register_fake(name + "dispatch_backward")
-    def _(grad_slots: Tensor, grad_logits: Tensor, x: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def _(
+        grad_slots: Tensor, grad_logits: Tensor, grad_lse: Tensor, x: Tensor, keys: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x, memory_format=torch.contiguous_format), keys.new_empty(keys.shape)
 
     @torch.library.register_fake(name + "combine_backward")

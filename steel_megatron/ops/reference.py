@@ -4,7 +4,7 @@ Notation (Soft MoE, arXiv 2308.00951, section 2; Steel-LLM, section 3.1):
 
     B, T, d     sequences, tokens of a sequence, hidden size
     E, P, S     experts, slots per expert, S = E * P slots
-    R           refresh points: slots are made anew there; slots k are a mean over the tokens before refresh[k]
+    R           blocks: sets of slots, each a mean over tokens starts[k] <= t < ends[k] (:mod:`steel_megatron.ops.plan`)
     u, v        tokens scaled to length 1; what is mixed into slots (u, or the tokens themselves)
 
 All of it is computed in float32, or in float64 if the tokens are.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 SMALLEST_NORM = 1e-12
+LEAST = -1e30  # for softmax over nothing, where minus infinity would give NaN
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -57,28 +58,31 @@ def block_of_token(length: int, refresh: list[int]) -> list[int]:
 
 
 def dispatch(
-    x: torch.Tensor, keys: torch.Tensor, refresh: torch.Tensor, mix_normalized: bool
+    x: torch.Tensor, keys: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, mix_normalized: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mix tokens into slots.
 
     Args:
         x: [B, T, d] tokens.
         keys: [d, S] from :func:`slot_keys`.
-        refresh: int64 [R], the tokens each block's slots are a mean over; [T] for the whole sequence.
+        starts: int64 [B or 1, R], the first token that each block's slots are a mean over.
+        ends: int64 [B or 1, R], the token after the last.
         mix_normalized: mix tokens scaled to length 1, not the tokens.
 
     Returns:
-        slots [B, R, S, d] in the type of ``x``; logits [B, T, S]; log-sum-exp [B, R, S] of the logits over each
-        block's tokens.
+        slots [B, R, S, d] in the type of ``x``, 0 where a block is empty; logits [B, T, S]; log-sum-exp [B, R, S] of
+        the logits over each block's tokens, minus infinity where it is empty.
     """
     tokens = wide(x)
     normalized = unit(tokens)
     logits = normalized @ keys
     positions = torch.arange(x.size(1), device=x.device)
-    later = positions >= refresh.to(x.device).unsqueeze(1)  # [R, T]
-    seen = logits.unsqueeze(1).masked_fill(later[None, :, :, None], float("-inf"))  # [B, R, T, S]
-    slots = torch.einsum("brts,btd->brsd", seen.softmax(2), normalized if mix_normalized else tokens)
-    return slots.to(x.dtype), logits, seen.logsumexp(2)
+    seen = (positions >= starts.to(x.device).unsqueeze(-1)) & (positions < ends.to(x.device).unsqueeze(-1))
+    seen = seen.unsqueeze(-1)  # [B or 1, R, T, 1]
+    weights = logits.unsqueeze(1).masked_fill(~seen, LEAST).softmax(2) * seen  # [B, R, T, S]
+    slots = torch.einsum("brts,btd->brsd", weights, normalized if mix_normalized else tokens)
+    lse = logits.unsqueeze(1).masked_fill(~seen, float("-inf")).logsumexp(2)
+    return slots.to(x.dtype), logits, lse
 
 
 def combine(outputs: torch.Tensor, logits: torch.Tensor, block_of_token: torch.Tensor) -> torch.Tensor:
@@ -87,11 +91,12 @@ def combine(outputs: torch.Tensor, logits: torch.Tensor, block_of_token: torch.T
     Args:
         outputs: [B, R, S, d], what the experts made of the slots.
         logits: [B, T, S] from :func:`dispatch`.
-        block_of_token: int64 [T], which of the R refreshes each token reads.
+        block_of_token: int64 [B or 1, T], which of the R blocks each token reads.
 
     Returns:
         [B, T, d] in the type of ``outputs``.
     """
     weights = logits.softmax(-1)  # [B, T, S]
-    blocks = torch.nn.functional.one_hot(block_of_token.to(logits.device), outputs.size(1)).to(weights.dtype)  # [T, R]
-    return torch.einsum("bts,tr,brsd->btd", weights, blocks, wide(outputs)).to(outputs.dtype)
+    blocks = torch.nn.functional.one_hot(block_of_token.to(logits.device), outputs.size(1)).to(weights.dtype)
+    blocks = blocks.expand(len(outputs), -1, -1)  # [B, T, R]
+    return torch.einsum("bts,btr,brsd->btd", weights, blocks, wide(outputs)).to(outputs.dtype)

@@ -13,6 +13,7 @@ import torch
 from steel_megatron.errors import ConfigError
 from steel_megatron.log import get_logger
 from steel_megatron.ops import kernels, reference
+from steel_megatron.ops.plan import SegmentPlan, block_plan, check_segment_starts, segment_plan
 
 logger = get_logger(__name__)
 
@@ -23,11 +24,12 @@ class Routing:
 
     Attributes:
         logits: [B, T, S] in float32 or wider.
-        block_of_token: int64 [T], which block's slots each token reads.
+        block_of_token: int64 [B or 1, T], which block's slots each token reads; None in mode ``token``, where each
+            token has slots of its own.
     """
 
     logits: torch.Tensor
-    block_of_token: torch.Tensor
+    block_of_token: torch.Tensor | None
 
 
 @functools.cache
@@ -43,25 +45,21 @@ def _backend(x: torch.Tensor) -> object:
     return kernels if kernels.supports(x) else reference
 
 
-@functools.lru_cache(maxsize=64)
-def _plan(length: int, block_length: int | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Refresh points and each token's block; one block over everything for no block length."""
-    if block_length is None:
-        refresh, blocks = [length], [0] * length
-    else:
-        refresh = reference.refresh_points(length, block_length)
-        blocks = reference.block_of_token(length, refresh)
-    return torch.tensor(refresh, device=device), torch.tensor(blocks, device=device)
-
-
 def _check(x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor, mix: str) -> None:
-    if x.dim() != 3 or phi.dim() != 3 or x.size(2) != phi.size(0) or x.size(1) < 1:
+    if x.dim() != 3 or phi.dim() != 3 or x.size(2) != phi.size(0) or 0 in (x.size(1), *phi.shape):
         raise ConfigError(
-            f"routing needs tokens [B, T >= 1, d] and phi [d, experts, slots]; got {list(x.shape)} "
+            f"routing needs tokens [B, T >= 1, d >= 1] and phi [d, experts >= 1, slots >= 1]; got {list(x.shape)} "
             f"and {list(phi.shape)}"
         )
     if scale.numel() != 1:
         raise ConfigError(f"the routing scale is one number; got a tensor of {list(scale.shape)}")
+    for name, tensor in (("the tokens", x), ("phi", phi), ("the scale", scale)):
+        if not tensor.dtype.is_floating_point:
+            raise ConfigError(f"routing computes with floating point numbers; {name} are {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ConfigError(
+                f"routing needs its tensors on one device; the tokens are on {x.device}, {name} on {tensor.device}"
+            )
     if mix not in ("normalized", "raw"):
         raise ConfigError(f"routing mix is {mix!r}; it must be normalized or raw")
 
@@ -70,10 +68,10 @@ def dispatch(
     x: torch.Tensor,
     phi: torch.Tensor,
     scale: torch.Tensor,
-    *,
-    mode: str | None,
-    mix: str,
+    mode: str = "sequence",
+    mix: str = "normalized",
     block_length: int | None = None,
+    segment_starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Routing]:
     """Mix tokens into the slots of the experts.
 
@@ -81,27 +79,34 @@ def dispatch(
         x: [B, T, d] tokens.
         phi: [d, E, P] directions of the slots' keys.
         scale: [1] length of the keys.
-        mode: ``sequence`` (one set of slots over all tokens, not causal) or ``block_causal``.
-        mix: ``raw`` mixes the tokens, ``normalized`` the tokens scaled to length 1.
+        mode: ``sequence`` (one set of slots over all tokens of a document, not causal), ``block_causal``, or ``token``
+            (every token is its own slots).
+        mix: ``raw`` mixes the tokens, ``normalized`` (as in the published weights) the tokens scaled to length 1.
         block_length: tokens between two refreshes in ``block_causal``.
+        segment_starts: int64 [B, T], for each token the position of the first token of its document, where sequences
+            hold several; nothing passes from one document to another.
 
     Returns:
-        slots [B, blocks, E, P, d], and what :func:`combine` needs.
+        slots [B, blocks, E, P, d], and what :func:`combine` needs. ``sequence`` has a block for every document,
+        ``block_causal`` for every refresh, ``token`` for every token (a view: nothing is copied).
 
     Raises:
         ConfigError: an argument's value or shape is wrong.
     """
     _check(x, phi, scale, mix)
-    if mode == "sequence":
-        block_length = None
-    elif mode != "block_causal":
-        raise ConfigError(f"routing mode {mode!r} has no slots; dispatch takes sequence or block_causal")
-    elif block_length is None or block_length < 1:
+    if segment_starts is not None:
+        check_segment_starts(segment_starts, *x.shape[:2])
+    if mode == "token":
+        slots = mixed_tokens(x, mix)[:, :, None, None].expand(-1, -1, *phi.shape[1:], -1)
+        return slots, Routing(_logits(x, phi, scale), None)
+    if mode not in ("sequence", "block_causal"):
+        raise ConfigError(f"routing mode is {mode!r}; slots are there in sequence, block_causal and token")
+    if mode == "block_causal" and (block_length is None or block_length < 1):
         raise ConfigError(f"block_length is {block_length}; block_causal needs at least 1 token per block")
-    refresh, blocks = _plan(x.size(1), block_length, x.device)
+    plan = block_plan(x.size(1), block_length if mode == "block_causal" else None, x.device, segment_starts)
     keys = reference.slot_keys(phi, scale)
-    slots, logits, _ = _backend(x).dispatch(x, keys, refresh, mix == "normalized")  # type: ignore[attr-defined]
-    return slots.unflatten(2, phi.shape[1:]), Routing(logits, blocks)
+    slots, logits, _ = _backend(x).dispatch(x, keys, plan.starts, plan.ends, mix == "normalized")  # type: ignore[attr-defined]
+    return slots.unflatten(2, phi.shape[1:]), Routing(logits, plan.block_of_token)
 
 
 def combine(expert_outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -113,10 +118,33 @@ def combine(expert_outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
 
     Returns:
         [B, T, d] in the type of ``expert_outputs``.
+
+    Raises:
+        ConfigError: the outputs' shape, type or device does not fit the routing.
     """
+    batch, length, slots = routing.logits.shape
+    shape = expert_outputs.shape
+    if expert_outputs.dim() != 5 or shape[0] != batch or shape[2] * shape[3] != slots:
+        raise ConfigError(
+            "combine needs the experts' outputs shaped as their slots, [B, blocks, experts, slots, d], for the routing "
+            f"of [B, T, experts * slots] = {[batch, length, slots]}; got {list(shape)}"
+        )
+    if not expert_outputs.dtype.is_floating_point or expert_outputs.device != routing.logits.device:
+        raise ConfigError(
+            f"the experts' outputs are {expert_outputs.dtype} on {expert_outputs.device}; they must be floating point "
+            f"numbers on {routing.logits.device}, where the routing is"
+        )
     outputs = expert_outputs.flatten(2, 3)
+    if routing.block_of_token is None:
+        weights = routing.logits.softmax(-1).unsqueeze(2)  # [B, T, 1, S]
+        return (weights @ reference.wide(outputs)).squeeze(2).to(outputs.dtype)
     backend = _backend(outputs)
     return backend.combine(outputs, routing.logits, routing.block_of_token)  # type: ignore[attr-defined]
+
+
+def _logits(x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """[B, T, S] in float32 or wider."""
+    return reference.unit(reference.wide(x)) @ reference.slot_keys(phi, scale)
 
 
 def expert_weights(x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -125,37 +153,60 @@ def expert_weights(x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor) -> t
     In float32 or wider; sums to 1 over the experts. This is all that mode ``token`` needs of routing.
     """
     _check(x, phi, scale, "raw")
-    logits = reference.unit(reference.wide(x)) @ reference.slot_keys(phi, scale)
-    return logits.softmax(-1).unflatten(-1, phi.shape[1:]).sum(-1)
+    return _logits(x, phi, scale).softmax(-1).unflatten(-1, phi.shape[1:]).sum(-1)
 
 
 def merge_weights(
-    x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor, *, mix: str, block_length: int
+    x: torch.Tensor,
+    phi: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    mix: str,
+    block_length: int,
+    segment_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The share of each expert in each segment's merged expert (Lory, arXiv 2405.03133, section 3.2).
 
     Segment s is computed with the routing of the mean token of segment s - 1, so nothing depends on a later token.
-    The first segment has nothing before it; it takes the routing of its first token, where Lory takes its own mean
-    without gradient: that would let its tokens see later ones.
+    The first segment of a document has nothing before it; it takes the routing of its first token, where Lory takes
+    its own mean without gradient: that would let its tokens see later ones.
 
     Args:
         x: [B, T, d] tokens.
         phi: [d, E, P].
         scale: [1].
         mix: what the mean is taken of: ``raw`` tokens, or ``normalized`` ones.
-        block_length: tokens of a segment; the last one may be shorter.
+        block_length: tokens of a segment; the last one of a document may be shorter.
+        segment_starts: int64 [B, T], for each token the position of the first token of its document, where sequences
+            hold several; segments begin anew with each, as in :func:`~steel_megatron.ops.plan.segment_plan`.
 
     Returns:
-        [B, segments, E] in float32 or wider; sums to 1 over the experts.
+        [B, segments, E] in float32 or wider; sums to 1 over the experts. With documents, rows with fewer segments than
+        others are filled up with zeros.
     """
     _check(x, phi, scale, mix)
     if block_length < 1:
         raise ConfigError(f"block_length is {block_length}; a segment needs at least 1 token")
     tokens = reference.wide(x)
     mixed = reference.unit(tokens) if mix == "normalized" else tokens
+    if segment_starts is not None:
+        check_segment_starts(segment_starts, *x.shape[:2])
+        return _merge_weights_of_documents(mixed, phi, scale, segment_plan(segment_starts.to(x.device), block_length))
     whole = (x.size(1) - 1) // block_length  # segments that another one follows
     means = mixed[:, : whole * block_length].unflatten(1, (whole, block_length)).mean(2) if whole else mixed[:, :0]
     return expert_weights(torch.cat((mixed[:, :1], means), dim=1), phi, scale)
+
+
+def _merge_weights_of_documents(
+    mixed: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor, plan: SegmentPlan
+) -> torch.Tensor:
+    segments = plan.to_segments(mixed)
+    means = segments.sum(1) / plan.lengths[plan.real].unsqueeze(-1)
+    # A segment that follows another one is never the first of its row, so the one before is the one in the list before.
+    vectors = torch.where(plan.follows[plan.real].unsqueeze(-1), means.roll(1, 0), segments[:, 0])
+    shares = expert_weights(vectors.unsqueeze(0), phi, scale).squeeze(0)
+    empty = shares.new_zeros(*plan.real.shape, shares.size(-1))
+    return empty.masked_scatter(plan.real.unsqueeze(-1), shares)
 
 
 def mixed_tokens(x: torch.Tensor, mix: str) -> torch.Tensor:

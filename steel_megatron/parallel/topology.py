@@ -115,6 +115,7 @@ def initialize(parallel: ParallelConfig) -> Topology:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         create_gloo_process_groups=True,
         distributed_timeout_minutes=int(timeout.total_seconds() // 60),
@@ -177,6 +178,13 @@ class Topology:
         return self.parallel.data_parallel_size(self.launch.world_size)
 
     @property
+    def context_parallel_rank(self) -> int:
+        """This process's number among those that read different pieces of the same samples."""
+        from megatron.core import parallel_state
+
+        return parallel_state.get_context_parallel_rank()
+
+    @property
     def is_first_process(self) -> bool:
         """Whether this is rank 0 of the launch, which speaks and writes for all."""
         return self.launch.rank == 0
@@ -203,5 +211,5 @@ class Topology:
         return parallel_state.get_pipeline_model_parallel_last_rank()
 
     def describe(self) -> str:
-        """The layout in one word, such as ``TP2 PP1 EP1 DP1``."""
+        """The layout in one word, such as ``TP2 SP PP1 CP2 EP1 DP1``."""
         return self.parallel.describe(self.launch.world_size)

@@ -34,6 +34,10 @@ MODULES = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.tensor_parallel",
     "megatron.core.tensor_parallel.random",
+    "megatron.core.transformer.moe.moe_layer",
+    "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.transformer.moe.router",
+    "megatron.core.transformer.moe.token_dispatcher",
     "megatron.core.transformer.transformer_block",
     "megatron.core.transformer.transformer_layer",
 )
@@ -42,13 +46,14 @@ FACTORIES = ("arange", "as_tensor", "empty", "full", "ones", "rand", "randn", "s
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``factory`` with a CUDA device argument turned into the CPU."""
+    """``factory`` with a CUDA device argument turned into the CPU, and without pinned memory."""
 
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)  # for faster copies to a device that is not there
         return factory(*args, **kwargs)
 
     return make
@@ -129,4 +134,6 @@ def install() -> None:
     # These two reach below torch.cuda, into its generators.
     random.__dict__["_get_cuda_rng_state"] = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random.__dict__["_set_cuda_rng_state"] = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    # The router asks whether transformer-engine's matrix product is there by a name that is only there if it is.
+    sys.modules["megatron.core.transformer.moe.moe_utils"].__dict__.setdefault("te_general_gemm", None)
     _patch_tensor_methods()

@@ -6,7 +6,13 @@ import numpy as np
 import torch
 
 from steel_megatron.config import RunConfig
-from steel_megatron.data.loader import SampleStream, SequentialSamples, micro_batches
+from steel_megatron.data.loader import (
+    SampleStream,
+    SequentialSamples,
+    document_starts,
+    end_of_document_id,
+    micro_batches,
+)
 from steel_megatron.errors import ConfigError
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.objective import Batch
@@ -33,10 +39,14 @@ class Batches:
         run.num_micro_batches(topology.launch.world_size)  # checks the batch before anything is read
         self._run, self._topology = run, topology
         length, vocab_size = run.model.sequence_length, run.model.vocab_size
+        self._eod_id = None
         self._stream = SampleStream(run.data.train, length, seed=run.training.seed, vocab_size=vocab_size)
         self._validation = None
         if run.data.validation:
             self._validation = SequentialSamples(run.data.validation, length, vocab_size=vocab_size)
+        if run.data.reset_at_eod:
+            validation = self._validation.corpora if self._validation else []
+            self._eod_id = end_of_document_id([*self._stream.corpora, *validation])
         self.fingerprint = self._stream.fingerprint
 
     @property
@@ -78,8 +88,13 @@ class Batches:
     def _batch(self, samples: np.ndarray, counts: torch.Tensor | None = None) -> Batch:
         tokens = torch.from_numpy(samples.astype(np.int64, copy=False))
         mask = torch.ones(tokens.size(0), tokens.size(1) - 1)
+        starts = None
+        if self._eod_id is not None:
+            starts = torch.from_numpy(document_starts(samples[:, :-1], self._eod_id))
+            mask = (tokens[:, :-1] != self._eod_id).float()  # no document says how another one begins
         return Batch(
             tokens=tokens[:, :-1].contiguous(),
             labels=tokens[:, 1:].contiguous(),
             loss_mask=mask if counts is None else mask * counts,
-        ).to(self._topology.device)
+            segment_starts=starts,
+        ).part(self._topology)

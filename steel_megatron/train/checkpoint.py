@@ -270,6 +270,7 @@ def check_model(info: CheckpointInfo, model: ModelConfig) -> None:
     Settings that weights do not depend on (routing mode, block length, sequence length) may differ.
     """
     free = {"routing_mode", "routing_mix", "block_length", "sequence_length", "init_method_std", "norm_epsilon"}
+    free |= {"routing_scale_init", "moe_top_k", "moe_aux_loss_coeff", "expert_init_method_std", "experts_alike"}
     for field in dataclasses.fields(ModelConfig):
         if field.name in free or field.name == "num_query_groups":
             continue

@@ -19,6 +19,7 @@ from steel_megatron.config import RunConfig
 from steel_megatron.errors import TrainingError
 from steel_megatron.model.spec import DTYPES, build_model
 from steel_megatron.parallel.topology import Topology
+from steel_megatron.train.diagnosis import where_backward_fails, where_forward_fails
 from steel_megatron.train.objective import Batch, NextToken, infer_shape
 from steel_megatron.train.optimizer_state import OptimizerState, allocate_state, load_state
 
@@ -56,7 +57,7 @@ class Engine:
         self.groups = topology.groups
         self.stage = stage or build_model(run.model, topology, run.training.precision, seed=run.training.seed)
         self.config = self.stage.config
-        self.objective = NextToken(run.model.vocab_size, self.groups)
+        self.objective = NextToken(run.model.vocab_size, self.groups, self.stage.documents)
         self.step_number = 0
         self.model = DistributedDataParallel(
             config=self.config,
@@ -137,13 +138,17 @@ class Engine:
         loss, tokens = self.accumulate_gradients(batches)
         step = self.step_number + 1
         if not math.isfinite(loss):
-            raise TrainingError(f"step {step}: the loss is {loss}; stopped before the update, nothing was changed")
+            where = where_forward_fails(self.stage, lambda: self.evaluate(batches))
+            raise TrainingError(
+                f"step {step}: the loss is {loss}; stopped before the update, nothing was changed. The first number "
+                f"that is not finite: {where}"
+            )
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise TrainingError(
                 f"step {step}: the gradient's norm is {norm} at a loss of {loss:.4f}; stopped before the update, "
-                "nothing was changed"
+                f"nothing was changed. Nearest to the loss: {where_backward_fails(self.stage)}"
             )
         self.scheduler.step(increment=1)  # so that step n uses the rate of step n, not of step n - 1
         lr = max(group["lr"] for group in self.optimizer.param_groups)
@@ -171,7 +176,7 @@ class Engine:
             model=[self.model],
             num_microbatches=len(batches),
             forward_only=forward_only,
-            **infer_shape(batches[0]),
+            **infer_shape(batches[0], self.config.context_parallel_size),
         )
         # Only the last stage has reports; the others add nothing.
         device = self.topology.device

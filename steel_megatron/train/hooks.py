@@ -16,6 +16,7 @@ from steel_megatron.config import RunConfig
 from steel_megatron.errors import TrainingError
 from steel_megatron.files import disk_errors
 from steel_megatron.log import get_logger
+from steel_megatron.model.causality import audit_model, stage_outputs
 from steel_megatron.model.flops import training_flops_per_token
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.platform import probe
@@ -53,8 +54,9 @@ class Metrics:
             )
             if not run.model.causal:
                 logger.warning(
-                    "routing_mode sequence is not causal: tokens see later ones through the slots, so this loss is not "
-                    "a language model's loss and is reported as 'loss (non-causal)'"
+                    f"routing_mode {run.model.routing_mode} is not causal: tokens see later ones through the slots "
+                    f"({_leak(run, topology, engine)}), so this loss is not a language model's loss and is reported as "
+                    f"'{run.model.loss_name}'"
                 )
 
     def record(self, result: StepResult) -> None:
@@ -114,6 +116,22 @@ class Metrics:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / GIB
         return psutil.Process().memory_info().rss / GIB
+
+
+def _leak(run: RunConfig, topology: Topology, engine: Engine) -> str:
+    """What a short audit of the model measures as it stands; only where this process holds all of it."""
+    cut = run.parallel
+    degrees = (cut.tensor_model_parallel_size, cut.pipeline_model_parallel_size, cut.expert_model_parallel_size)
+    if max(*degrees, cut.context_parallel_size) > 1 or run.model.sequence_length < 2:
+        return "by its settings; `steel-megatron audit CHECKPOINT` measures it"
+    found = audit_model(
+        stage_outputs(engine.stage, run.model.vocab_size),
+        vocab_size=run.model.vocab_size,
+        length=min(run.model.sequence_length, 32),
+        texts=1,
+        device=topology.device,
+    )
+    return f"measured with the weights it starts from: {found.figure}"
 
 
 class StopSignal:

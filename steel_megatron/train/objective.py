@@ -11,26 +11,45 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+from steel_megatron.model.documents import PackedDocuments
+from steel_megatron.parallel.sequence import SequenceSplit
+from steel_megatron.parallel.topology import Topology
+
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro batch of B sequences of T tokens.
+    """A micro batch of B sequences of T tokens; under context parallelism, this process's T of them.
 
     Attributes:
         tokens: int64 [B, T].
         labels: int64 [B, T]; labels[:, t] is the token to be predicted at position t (already shifted).
         loss_mask: float32 [B, T]; 0 where a label does not count.
+        segment_starts: int64 [B, T], for each token the position of the first token of its document; None where
+            documents that share a sequence see each other.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
+    segment_starts: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        return Batch(self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device))
+        starts = None if self.segment_starts is None else self.segment_starts.to(device)
+        return Batch(self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device), starts)
+
+    def part(self, topology: Topology) -> Batch:
+        """What this process has of whole sequences, on its device: all of them, or its pieces of each."""
+        context_size = topology.parallel.context_parallel_size
+        assert context_size == 1 or self.segment_starts is None  # check_layout refuses it
+        if context_size == 1:
+            return self.to(topology.device)
+        positions = SequenceSplit(self.tokens.size(1), context_size).positions(topology.context_parallel_rank)
+        return Batch(self.tokens[:, positions], self.labels[:, positions], self.loss_mask[:, positions]).to(
+            topology.device
+        )
 
 
 class NextToken:
@@ -39,17 +58,20 @@ class NextToken:
     Args:
         vocab_size: ids from here on are padding of the embedding matrix and get no probability.
         groups: the process groups.
+        documents: what the stage's modules look at to keep packed documents apart.
     """
 
-    def __init__(self, vocab_size: int, groups: ProcessGroupCollection) -> None:
-        self.vocab_size = vocab_size
-        self.tp_group = groups.tp
+    def __init__(self, vocab_size: int, groups: ProcessGroupCollection, documents: PackedDocuments) -> None:
+        self.vocab_size, self.documents = vocab_size, documents
+        self.tp_group, self.cp_group = groups.tp, groups.cp
 
     def forward_step(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
         """One forward of one pipeline stage; signature and result as megatron-core's schedules want them."""
         batch = next(batches)
         batch_size, length = batch.tokens.shape
-        positions = torch.arange(length, device=batch.tokens.device).expand(batch_size, length)
+        split = SequenceSplit(length * self.cp_group.size(), self.cp_group.size())
+        positions = split.positions(self.cp_group.rank()).to(batch.tokens.device).expand(batch_size, length)
+        self.documents.set(batch.segment_starts)
         output = model(batch.tokens, positions, None)
         return output, partial(self.loss, batch)
 
@@ -70,6 +92,6 @@ class NextToken:
         return total, count.int(), torch.stack((total.detach(), count)).double()
 
 
-def infer_shape(batch: Batch) -> dict[str, Any]:
-    """The sizes that megatron-core's schedules ask for."""
-    return {"seq_length": batch.tokens.size(1), "micro_batch_size": batch.tokens.size(0)}
+def infer_shape(batch: Batch, context_parallel_size: int) -> dict[str, Any]:
+    """The sizes that megatron-core's schedules ask for: those of whole sequences."""
+    return {"seq_length": batch.tokens.size(1) * context_parallel_size, "micro_batch_size": batch.tokens.size(0)}

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from steel_megatron.hf import modeling_steel
 from steel_megatron.hf.configuration_steel import SteelConfig
 from steel_megatron.hf.modeling_steel import SteelCache, SteelForCausalLM, SteelSoftMoE, is_refresh, network
 from steel_megatron.ops.reference import refresh_points
@@ -140,7 +141,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(mode: str, mix: str, bloc
     model, ids = small_model(mode, mix, routing_block_length=block).double(), tokens()
     full = model(ids, use_cache=False).logits
     assert full.std() > 0.5
-    for prompt in (1, 2, 3, 5, 6, 7, 12, 22):
+    for prompt in range(1, min(2 * block + 3, LENGTH - 1) + 1):  # all places in a block, and the edges of two
         torch.testing.assert_close(decode(model, ids, prompt), full, atol=1e-11, rtol=0)
 
 
@@ -189,14 +190,50 @@ def test_padding_takes_no_part(mode: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", CAUSAL)
-@pytest.mark.parametrize("prompt", [3, 6, 11])
-def test_decoding_a_left_padded_batch(mode: str, prompt: int) -> None:
-    model, ids = small_model(mode).double(), tokens()
+def test_decoding_a_left_padded_batch(mode: str) -> None:
+    model, ids = small_model(mode).double(), tokens(3)
     mask = torch.ones_like(ids)
-    mask[1, :5] = 0
-    logits = decode(model, ids, prompt, mask)
-    torch.testing.assert_close(logits[1, 5:], model(ids[1:, 5:], use_cache=False).logits[0], atol=1e-11, rtol=0)
-    torch.testing.assert_close(logits[0], model(ids[:1], use_cache=False).logits[0], atol=1e-11, rtol=0)
+    padding = (0, 2, 5)
+    for row, columns in enumerate(padding):
+        mask[row, :columns] = 0
+    alone = [model(ids[row : row + 1, columns:], use_cache=False).logits[0] for row, columns in enumerate(padding)]
+    for prompt in range(1, 2 * 6 + 4):  # the last row begins after some of these prompts
+        logits = decode(model, ids, prompt, mask)
+        for row, columns in enumerate(padding):
+            torch.testing.assert_close(logits[row, columns:], alone[row], atol=1e-11, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", CAUSAL)
+def test_rows_may_be_reordered_while_decoding(mode: str) -> None:
+    # As beam search does: after each token the rows are chosen anew, some twice, some not at all.
+    model, ids = small_model(mode).double(), tokens(3)
+    mask = torch.ones_like(ids)
+    mask[2, :3] = 0
+    generator = torch.Generator().manual_seed(3)
+    for prompt in range(4, 2 * 6 + 4):
+        text, seen = ids[:, :prompt], mask[:, :prompt]
+        out = model(text, attention_mask=seen, use_cache=True)
+        for position in range(prompt, LENGTH):
+            rows = torch.randint(3, (3,), generator=generator)
+            out.past_key_values.reorder_cache(rows)
+            text = torch.cat((text[rows], ids[:, position : position + 1]), 1)
+            seen = torch.cat((seen[rows], mask[:, position : position + 1]), 1)
+            out = model(text[:, -1:], attention_mask=seen, past_key_values=out.past_key_values)
+        full = model(text, attention_mask=seen, use_cache=False).logits[:, -1:]
+        torch.testing.assert_close(out.logits, full, atol=1e-11, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", CAUSAL)
+def test_rows_may_be_repeated_and_dropped(mode: str) -> None:
+    model, ids = small_model(mode).double(), tokens()
+    full = model(ids, use_cache=False).logits
+    cache = model(ids[:, :9], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    logits = model(ids[[1, 0], 9:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, full[[1, 0], 9:], atol=1e-11, rtol=0)
 
 
 @torch.no_grad()
@@ -291,16 +328,51 @@ def test_speculation_only_where_tokens_can_be_taken_back() -> None:
         model(ids, use_cache=True).past_key_values.crop(-2)
 
 
+def routing_bytes(cache: SteelCache) -> int:
+    """Of everything that a cache holds beside attention's keys and values."""
+    states = [vars(state).values() for state in cache.routing if state is not None]
+    values = [part for state in states for value in state for part in (value if isinstance(value, tuple) else (value,))]
+    return sum(value.nbytes for value in values if value is not None)
+
+
 @torch.no_grad()
 def test_the_state_does_not_grow() -> None:
+    slots, width, inner, layers, rows = 6, 32, 24, 2, 2
+    expected = {  # float32, and an int64 count for each row and layer
+        "token": 0,
+        "block_causal": layers * rows * (8 + 4 * slots * (2 + 2 * width)),
+        "merged": layers * rows * (8 + 4 * (width + 4 * width * inner)),
+    }
     for mode in CAUSAL:
-        model, sizes = small_model(mode), []
-        for length in (8, 20):
-            cache = model(tokens(1, length), use_cache=True).past_key_values
-            state = cache.routing[0]
-            parts = [] if state is None else [state.weighted, state.outputs, state.segment, *(state.merged or ())]
-            sizes.append(sum(part.numel() for part in parts if part is not None))
-        assert sizes[0] == sizes[1]
+        model, ids = small_model(mode), tokens(rows, 60)
+        out = model(ids[:, :5], use_cache=True)
+        for position in range(5, 60):
+            one = ids[:, position : position + 1]
+            out = model(one, past_key_values=out.past_key_values)
+            assert routing_bytes(out.past_key_values) == expected[mode]
+        assert routing_bytes(model(ids, use_cache=True).past_key_values) == expected[mode]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["block_causal", "merged"])
+def test_a_prompt_s_memory_is_bounded(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = small_model(mode).double(), tokens(2, 60)
+    whole = model(ids, use_cache=False).logits
+    # Room for three segments' merged matrices, or for some tokens' slots.
+    limit = 3 * 8 * 4 * 32 * 24
+    monkeypatch.setattr(modeling_steel, "CHUNK_BYTES", limit)
+    sizes = []
+
+    def note(x: torch.Tensor, matrices: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        sizes.append(sum(matrix.nbytes for matrix in matrices))
+        return network(x, matrices)
+
+    monkeypatch.setattr(modeling_steel, "network", note)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, whole, atol=1e-11, rtol=0)
+    assert sizes and max(sizes) <= limit
+    if mode == "merged":
+        assert max(sizes) == limit
+    torch.testing.assert_close(decode(model, ids[:, :23], 17), whole[:, :23], atol=1e-11, rtol=0)
 
 
 def test_refresh_points_are_the_library_s() -> None:

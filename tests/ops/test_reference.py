@@ -76,15 +76,30 @@ def test_dispatch_and_combine_are_their_definition(mode: str, block_length: int 
 
 
 @pytest.mark.parametrize("mix", ["raw", "normalized"])
-@pytest.mark.parametrize("mode", ["sequence", "block_causal"])
-def test_gradients(mode: str, mix: str) -> None:
-    tensors = [tensor.requires_grad_() for tensor in inputs(1, 6, 4, 2, 2)]
+@pytest.mark.parametrize("mode", ["sequence", "block_causal", "token"])
+@pytest.mark.parametrize("documents", [None, [[0, 0, 0, 3, 3, 3], [0, 1, 1, 1, 1, 5]]])
+def test_gradients(mode: str, mix: str, documents: list[list[int]] | None) -> None:
+    batch, segment_starts = (1, None) if documents is None else (2, torch.tensor(documents))
+    tensors = [tensor.requires_grad_() for tensor in inputs(batch, 6, 4, 2, 2)]
 
     def layer(x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        slots, routing = dispatch(x, phi, scale, mode=mode, mix=mix, block_length=2)
+        slots, routing = dispatch(x, phi, scale, mode=mode, mix=mix, block_length=2, segment_starts=segment_starts)
         return combine(torch.tanh(slots), routing)
 
     assert torch.autograd.gradcheck(layer, tensors)
+
+
+@pytest.mark.parametrize("mix_normalized", [True, False])
+def test_gradients_of_every_result(mix_normalized: bool) -> None:
+    """Slots, logits and log-sum-exp, with a gap, an empty block and two documents."""
+    x, phi, scale = (tensor.requires_grad_() for tensor in inputs(2, 6, 4, 2, 1))
+    starts, ends = torch.tensor([[0, 0, 3, 3], [1, 1, 1, 6]]), torch.tensor([[1, 2, 3, 6], [2, 2, 5, 6]])
+
+    def results(x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        slots, logits, lse = reference.dispatch(x, reference.slot_keys(phi, scale), starts, ends, mix_normalized)
+        return slots, logits, lse[lse.isfinite()]
+
+    assert torch.autograd.gradcheck(results, (x, phi, scale))
 
 
 @settings(deadline=None, max_examples=40)
@@ -149,7 +164,7 @@ def test_extreme_values_stay_finite(dtype: torch.dtype) -> None:
 
 def test_bad_arguments_are_named() -> None:
     x, phi, scale = inputs(1, 4, 4, 2, 1)
-    with pytest.raises(ConfigError, match="routing mode 'blocks'"):
+    with pytest.raises(ConfigError, match="routing mode is 'blocks'"):
         dispatch(x, phi, scale, mode="blocks", mix="raw")
     with pytest.raises(ConfigError, match="routing mix is 'both'"):
         dispatch(x, phi, scale, mode="sequence", mix="both")
@@ -163,6 +178,36 @@ def test_bad_arguments_are_named() -> None:
         dispatch(x[:, :0], phi, scale, mode="sequence", mix="raw")
     with pytest.raises(ConfigError, match=r"\[2\]"):
         dispatch(x, phi, torch.ones(2), mode="sequence", mix="raw")
+    with pytest.raises(ConfigError, match=r"phi are torch.int64"):
+        dispatch(x, phi.long(), scale)
+    with pytest.raises(ConfigError, match=r"phi on meta"):
+        dispatch(x, phi.to("meta"), scale)
+    with pytest.raises(ConfigError, match=r"\[4, 0, 1\]"):
+        dispatch(x, phi[:, :0], scale)
+    with pytest.raises(ConfigError, match=r"segment_starts is torch.int64 \[1, 3\]"):
+        dispatch(x, phi, scale, segment_starts=torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=r"segment_starts\[0, 2\] = 1; it must be 2"):
+        dispatch(x, phi, scale, segment_starts=torch.tensor([[0, 0, 1, 1]]))
+    slots, routing = dispatch(x, phi, scale)
+    with pytest.raises(ConfigError, match=r"got \[1, 1, 3, 1, 4\]"):
+        combine(slots.new_ones(1, 1, 3, 1, 4), routing)
+    with pytest.raises(ConfigError, match=r"outputs are torch.int64"):
+        combine(slots.long(), routing)
+
+
+@pytest.mark.parametrize("mode", ["sequence", "block_causal", "token"])
+def test_no_sequences_give_no_results(mode: str) -> None:
+    x, phi, scale = (tensor.float() for tensor in inputs(0, 5, 4, 3, 1))
+    slots, routing = dispatch(x, phi, scale, mode=mode, block_length=2)
+    assert combine(slots, routing).shape == (0, 5, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_parameters_of_another_type_are_computed_in_float32(dtype: torch.dtype) -> None:
+    x, phi, scale = inputs(2, 9, 4, 3, 1)
+    mixed, _ = dispatch(x.to(dtype), phi, scale.half(), mode="block_causal", mix="raw", block_length=4)
+    same, _ = dispatch(x.to(dtype), phi.float(), scale.float(), mode="block_causal", mix="raw", block_length=4)
+    torch.testing.assert_close(mixed, same)
 
 
 def test_without_the_extension_everything_works_and_is_said_once(

@@ -15,6 +15,7 @@ from steel_megatron.config import (
     RunConfig,
     TrainingConfig,
 )
+from steel_megatron.data.loader import document_starts
 
 MODEL = ModelConfig(
     num_layers=4,
@@ -40,6 +41,25 @@ LAYOUTS = {
     "tp2 ep2": ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2),
 }
 PROCESSES = {"tp2": 2, "pp2": 2, "ep2": 2, "dp2": 2, "tp2 pp2": 4, "tp2 ep2": 4}
+# Layouts in which processes share the tokens of a sequence.
+SHARED_LAYOUTS = {
+    "tp2 sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    "cp2": ParallelConfig(context_parallel_size=2),
+    "cp2 ep2": ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2),
+    "cp4": ParallelConfig(context_parallel_size=4),
+    "cp2 dp2": ParallelConfig(context_parallel_size=2),
+    "cp2 tp2": ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=2),
+    "cp2 tp2 sp": ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True),
+    "cp2 pp2": ParallelConfig(context_parallel_size=2, pipeline_model_parallel_size=2),
+    "tp2 sp pp2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2),
+    "tp2 sp ep2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2),
+    "cp2 tp2 sp ep2": ParallelConfig(
+        context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2
+    ),
+    "cp2 dp2 ep4": ParallelConfig(context_parallel_size=2, expert_model_parallel_size=4),
+}
+LAYOUTS |= SHARED_LAYOUTS
+PROCESSES |= {name: 2 if name in ("tp2 sp", "cp2", "cp2 ep2") else 4 for name in SHARED_LAYOUTS}
 
 
 def small_run(parallel: ParallelConfig, directory: str = "unused", steps: int = 10, **model: Any) -> RunConfig:
@@ -63,14 +83,28 @@ def global_batch(run: RunConfig, step: int) -> torch.Tensor:
 
 
 def own_batches(run: RunConfig, step: int, topology: Any) -> list[Any]:
-    """This process's micro batches of a step; every fifth label of a sequence does not count."""
+    """This process's micro batches of a step; every fifth label of a sequence does not count.
+
+    With ``data.reset_at_eod`` the tokens 3 and 50 are taken for ends of documents.
+    """
     from steel_megatron.train.objective import Batch
+
+    def starts(tokens: torch.Tensor) -> torch.Tensor | None:
+        if not run.data.reset_at_eod:
+            return None
+        ends = torch.where(tokens == 50, 3, tokens)
+        return torch.from_numpy(document_starts(ends.numpy(), eod_id=3))
 
     tokens = global_batch(run, step)
     own = tokens.view(-1, topology.data_parallel_size, run.training.micro_batch_size, tokens.size(1))
     mask = (torch.arange(run.model.sequence_length) % 5 != 4).float()
     return [
-        Batch(micro[:, :-1].contiguous(), micro[:, 1:].contiguous(), mask.expand(micro.size(0), -1).contiguous())
+        Batch(
+            micro[:, :-1].contiguous(),
+            micro[:, 1:].contiguous(),
+            mask.expand(micro.size(0), -1).contiguous(),
+            starts(micro[:, :-1]),
+        ).part(topology)
         for micro in own[:, topology.data_parallel_rank]
     ]
 

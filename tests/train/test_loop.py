@@ -190,7 +190,11 @@ def test_a_preempted_job_saves_and_goes_on(finished: tuple[RunConfig, TrainingSu
 
 
 def poisoned(run: RunConfig, gradient_only: bool) -> tuple[str, bool]:
-    """One step of an engine with a NaN in its weights, or only in a gradient; the message, and whether weights kept."""
+    """One step of an engine with a NaN in its third layer's weights, or only in their gradient.
+
+    Returns:
+        the message, and whether the weights are what they were.
+    """
     import torch
 
     from steel_megatron.parallel.topology import initialize
@@ -200,12 +204,12 @@ def poisoned(run: RunConfig, gradient_only: bool) -> tuple[str, bool]:
     from tests.train.small_run import own_batches
 
     engine = Engine(run, topology)
-    weight = dict(engine.stage.named_parameters())["decoder.layers.0.mlp.experts.up"]
-    if gradient_only:
-        weight.register_hook(lambda gradient: gradient * float("nan"))
-    else:
-        with torch.no_grad():
-            weight[0, 0, 0, 0] = float("nan")
+    for layer in engine.stage.decoder.layers:
+        if layer.layer_number == 2 and gradient_only:
+            layer.mlp.experts.up.register_hook(lambda gradient: gradient * float("nan"))
+        elif layer.layer_number == 2:
+            with torch.no_grad():
+                layer.mlp.experts.up[0, 0, 0, 0] = float("nan")
     before = {name: parameter.detach().clone() for name, parameter in engine.stage.named_parameters()}
     try:
         engine.step(own_batches(run, 0, topology))
@@ -221,9 +225,38 @@ def poisoned(run: RunConfig, gradient_only: bool) -> tuple[str, bool]:
 def test_what_is_not_finite_stops_before_the_update(layout: str, gradient_only: bool) -> None:
     parallel, processes = (ALONE, 1) if layout == "alone" else (LAYOUTS[layout], 2)
     results = run_distributed(poisoned, processes, small_run(parallel), gradient_only)
-    for message, unchanged in results[:1] if layout == "pp2" else results:
+    for message, unchanged in results:
         assert unchanged
         assert message.startswith("step 1: the gradient's norm is nan" if gradient_only else "step 1: the loss is nan")
+        assert "mlp.experts.up" in message and "layer 2" in message
+
+
+def overflowing(run: RunConfig) -> str:
+    """The message of a step whose second layer's feed-forward gives infinities from finite inputs and weights."""
+    import torch
+
+    from steel_megatron.parallel.topology import initialize
+
+    topology = initialize(run.parallel)
+    from steel_megatron.train.engine import Engine
+    from tests.train.small_run import own_batches
+
+    engine = Engine(run, topology)
+    for layer in engine.stage.decoder.layers:
+        if layer.layer_number == 2:
+            with torch.no_grad():
+                layer.mlp.experts.down.fill_(1e30)
+    try:
+        engine.step(own_batches(run, 0, topology))
+    except TrainingError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(("layout", "processes"), [("dp2", 2), ("pp2", 2), ("tp2", 2)])
+def test_the_layer_that_overflows_is_named(layout: str, processes: int) -> None:
+    for message in run_distributed(overflowing, processes, small_run(LAYOUTS[layout])):
+        assert "the mlp of layer 2" in message and "from finite inputs" in message and "token" in message
 
 
 def test_the_non_causal_loss_is_called_so(corpora: DataConfig, tmp_path: Path) -> None:

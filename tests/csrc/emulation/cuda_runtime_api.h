@@ -24,6 +24,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __shared__ static
+#define __launch_bounds__(...)
 
 struct dim3 {
   unsigned x, y, z;
@@ -31,13 +32,18 @@ struct dim3 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719
+};
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
-constexpr int kWarpSize = 32, kBlockThreads = 128, kStackBytes = 64 * 1024;
+constexpr int kWarpSize = 32, kStackBytes = 64 * 1024;
 
 struct Barrier {
   int expected = 0, arrived = 0;
@@ -46,7 +52,7 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
-  uint64_t exchanged[kWarpSize];
+  uint64_t exchanged[2][kWarpSize];
 };
 
 struct Fiber {
@@ -55,17 +61,20 @@ struct Fiber {
   const Barrier* waits_for = nullptr;
   long until_after = 0;
   bool done = false;
+  int exchanges = 0;
 
   bool can_run() const { return !done && (waits_for == nullptr || waits_for->generation > until_after); }
 };
 
 struct Block {
   ucontext_t scheduler;
-  std::vector<Fiber> fibers{kBlockThreads};
-  std::vector<Warp> warps{kBlockThreads / kWarpSize};
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
   Barrier barrier;
   int running = 0;
   std::function<void()> kernel;
+
+  explicit Block(unsigned threads) : fibers(threads), warps(threads / kWarpSize) {}
 };
 
 inline Block* block = nullptr;
@@ -110,11 +119,12 @@ inline bool run_warp(int first_thread) {
 // Runs all threads of one block, each warp as far ahead of the others as barriers let it; false if some wait for ever.
 inline bool run_block(const std::function<void()>& kernel) {
   block->kernel = kernel;
-  block->barrier = Barrier{kBlockThreads};
+  block->barrier = Barrier{static_cast<int>(block->fibers.size())};
   for (Warp& warp : block->warps) warp.barrier = Barrier{kWarpSize};
   for (Fiber& fiber : block->fibers) {
     fiber.done = false;
     fiber.waits_for = nullptr;
+    fiber.exchanges = 0;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -134,36 +144,31 @@ inline bool run_block(const std::function<void()>& kernel) {
 }
 
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 blocks, cudaStream_t, Arguments... arguments) {
-  Block whole;
+void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Arguments... arguments) {
+  Block whole(threads);
   block = &whole;
-  gridDim = blocks;
-  blockDim = dim3(kBlockThreads);
-  for (unsigned z = 0; z < blocks.z; ++z) {
-    for (unsigned y = 0; y < blocks.y; ++y) {
-      for (unsigned x = 0; x < blocks.x; ++x) {
-        blockIdx = dim3(x, y, z);
-        if (!run_block([&] { kernel(arguments...); })) {
-          std::fprintf(stderr, "cuda emulation: threads of block (%u, %u, %u) wait for ever\n", x, y, z);
-          last_error = cudaErrorLaunchFailure;
-          block = nullptr;
-          return;
-        }
-      }
+  gridDim = dim3(blocks);
+  blockDim = dim3(threads);
+  for (unsigned index = 0; index < blocks && last_error == cudaSuccess; ++index) {
+    blockIdx = dim3(index, 0, 0);
+    if (!run_block([&] { kernel(arguments...); })) {
+      std::fprintf(stderr, "cuda emulation: threads of block %u wait for ever\n", index);
+      last_error = cudaErrorLaunchFailure;
     }
   }
   block = nullptr;
 }
 
-// What lane `source` of this thread's warp hands in; the lanes meet before it is read and again before the next exchange.
+// What lane `source` of this thread's warp hands in. Two exchanges in turn have places of their own: no lane begins the
+// one after the next before all have read this one's.
 template <typename T>
 T exchange(T value, int source) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   Warp& warp = block->warps[block->running / kWarpSize];
-  std::memcpy(&warp.exchanged[block->running % kWarpSize], &value, sizeof(T));
+  uint64_t(&places)[kWarpSize] = warp.exchanged[block->fibers[block->running].exchanges++ % 2];
+  std::memcpy(&places[block->running % kWarpSize], &value, sizeof(T));
   wait(warp.barrier);
-  std::memcpy(&value, &warp.exchanged[source % kWarpSize], sizeof(T));
-  wait(warp.barrier);
+  std::memcpy(&value, &places[source % kWarpSize], sizeof(T));
   return value;
 }
 

@@ -1,0 +1,128 @@
+"""Packed documents (data.reset_at_eod): each is computed as if it were alone, under every layout that allows it."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from steel_megatron.config import DataConfig, ParallelConfig, RunConfig
+from steel_megatron.data.indexed_writer import IndexedWriter
+from steel_megatron.data.loader import document_starts
+from steel_megatron.errors import ConfigError
+from tests.distributed import run_distributed
+from tests.train.small_run import LAYOUTS, PROCESSES, small_run, train
+from tests.train.test_loop import make_run, outcome
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "block_causal": {"block_length": 4},
+    "sequence": {"routing_mode": "sequence"},
+    "token": {"routing_mode": "token"},
+    "merged": {"routing_mode": "merged", "block_length": 4},
+    "dense": {"ffn": "dense", "routing_mode": None},
+}
+
+
+def packed_run(parallel: ParallelConfig, variant: str, steps: int = 3) -> RunConfig:
+    run = small_run(parallel, steps=steps, **VARIANTS[variant])
+    return dataclasses.replace(run, data=DataConfig(reset_at_eod=True))
+
+
+def together_and_alone(variant: str, lengths: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits of documents packed into one sequence, and of each in a sequence of its own."""
+    from steel_megatron.parallel.topology import initialize
+
+    run = packed_run(ParallelConfig(), variant)
+    topology = initialize(run.parallel)
+    from steel_megatron.model.spec import build_model
+
+    stage = build_model(run.model, topology, seed=1)
+
+    def logits(tokens: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
+        stage.documents.set(starts)
+        positions = torch.arange(tokens.size(1)).unsqueeze(0)
+        with torch.no_grad():
+            return stage(tokens, positions, None)[0]
+
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(0, 90, (1, length), generator=generator) for length in lengths]
+    firsts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    starts = firsts.repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
+    packed = logits(torch.cat(documents, dim=1), starts).split(lengths)
+    return [(ours, logits(document, None)) for ours, document in zip(packed, documents, strict=True)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_packed_document_is_computed_as_if_alone(variant: str) -> None:
+    for ours, alone in run_distributed(together_and_alone, 1, variant, [7, 1, 11, 5])[0]:
+        torch.testing.assert_close(ours, alone, atol=1e-5, rtol=1e-5)
+
+
+@cache
+def alone(variant: str) -> list[tuple[float, float]]:
+    return run_distributed(train, 1, packed_run(ParallelConfig(), variant))[0]
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "ep2", "tp2 ep2"])
+@pytest.mark.parametrize("variant", ["block_causal", "sequence", "merged"])
+def test_layouts_equal_one_process(layout: str, variant: str) -> None:
+    for together in run_distributed(train, PROCESSES[layout], packed_run(LAYOUTS[layout], variant)):
+        for ours, theirs in zip(together, alone(variant), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_documents_begin_after_each_end() -> None:
+    tokens = np.array([[5, 0, 7, 0, 0, 8], [1, 2, 3, 4, 5, 0]])
+    assert document_starts(tokens, eod_id=0).tolist() == [[0, 0, 2, 2, 4, 5], [0] * 6]
+
+
+def write(prefix: Path, facts: dict[str, Any]) -> str:
+    random = np.random.default_rng(0)
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for _ in range(60):
+            writer.add_document(np.append(random.integers(1, 90, random.integers(5, 30)), 0))
+        writer.finalize(facts)
+    return str(prefix)
+
+
+FACTS = {"tokenizer": {"eod_id": 0}, "append_eod": True}
+
+
+def test_a_run_keeps_documents_apart(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "corpus", FACTS)
+    losses = []
+    for reset in (True, False):
+        data = DataConfig(train=[corpus], validation=[corpus], reset_at_eod=reset)
+        summary = run_distributed(outcome, 1, make_run(data, tmp_path / str(reset), train_steps=2))[0]
+        losses.append(summary.validation_loss)
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"tokenizer": {"eod_id": 0}, "append_eod": False}, "which data.reset_at_eod needs"),
+        ({}, "which data.reset_at_eod needs"),
+        ({"tokenizer": {"eod_id": 1}, "append_eod": True}, "different ids: 0 in .*, 1 in .*"),
+    ],
+    ids=str,
+)
+def test_corpora_that_do_not_say_how_documents_end_are_refused(
+    facts: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    corpora = [write(tmp_path / "good", FACTS), write(tmp_path / "bad", facts)]
+    run = make_run(DataConfig(train=corpora, reset_at_eod=True), tmp_path / "run")
+    refused = run_distributed(outcome, 1, run)[0]
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(refused)
+
+
+@pytest.mark.parametrize("layout", ["cp2", "tp2 sp"])
+def test_shared_sequences_are_refused(layout: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.reset_at_eod"):
+        packed_run(LAYOUTS[layout], "block_causal")
