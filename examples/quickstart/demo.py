@@ -156,7 +156,7 @@ def summarize(checkpoint: Path, exported: Path, samples: list[dict[str, str]], s
     scalars = read_scalars(RUN / "model/tensorboard")
     picture = RUN / "loss.png"
     entropy = corpus["unigram_entropy"]
-    plot_loss(scalars, picture, unigram_entropy=entropy, title="Quickstart: 4 layers, block_causal Soft-MoE")
+    plot_loss(scalars, picture, unigram_entropy=entropy, title="Quickstart: 4 layers, merged Soft-MoE")
     with safe_open(exported / "model.safetensors", framework="numpy") as weights:
         sizes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 (not a dictionary)
     parameters = 0
