@@ -218,12 +218,12 @@ def _future(rows: list[Row]) -> list[str]:
 
 
 def _missing(rows: list[Row], failed: list[str]) -> list[str]:
-    """What is not in the table: runs that failed, and variants with fewer seeds than the others."""
-    most = max(len(row.results) for row in rows)
-    fewer = [f"{row.variant.title} ({len(row.results)})" for row in rows if len(row.results) < most]
-    lines = [f"Every figure is over {most} seed{'s' if most > 1 else ''}."]
-    if fewer:
-        lines.append(f"With fewer seeds: {', '.join(fewer)}.")
+    """How many seeds stand behind the figures, and what failed."""
+    usual = statistics.mode(len(row.results) for row in rows)
+    others = [f"{row.variant.title} ({len(row.results)})" for row in rows if len(row.results) != usual]
+    lines = [f"{'Most' if others else 'All'} figures are over {usual} seed{'s' if usual > 1 else ''}."]
+    if others:
+        lines.append(f"Over another number of seeds: {'; '.join(others)}.")
     lines += [f"Failed: {failure}." for failure in failed]
     return [*lines, ""]
 
