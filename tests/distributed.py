@@ -5,22 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from steel_megatron.parallel.topology import free_port
+
 # Imported once in the fork server, so that a test's processes start at once.
 PRELOAD = ["steel_megatron.train.engine", "steel_megatron.train.checkpoint"]
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def _process(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from steel_megatron.config import dump_yaml
-from tests.distributed import free_port
+from steel_megatron.parallel.topology import free_port
 from tests.train.small_run import LAYOUTS, small_run
 from tests.train.test_loop import write_corpus
 

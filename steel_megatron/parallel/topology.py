@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import os
+import secrets
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,10 @@ from steel_megatron.platform import prepare
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+PORTS = range(20000, 32000)
+"""Below those that the kernel hands out: none of them becomes the near end of somebody's connection meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +82,26 @@ def _rendezvous(launch: Launch) -> None:
         # The first node of the step's list; srun starts processes, but gives them no meeting point.
         nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "localhost"))
         os.environ.setdefault("MASTER_ADDR", first_host(nodes))
-        # Steps of jobs that share a node get different ports, below the range that the kernel hands out.
+        # Steps of jobs that share a node get different ports.
         number = _number(os.environ, "SLURM_JOB_ID") * 37 + _number(os.environ, "SLURM_STEP_ID")
-        os.environ.setdefault("MASTER_PORT", str(20000 + number % 12000))
+        os.environ.setdefault("MASTER_PORT", str(PORTS[number % len(PORTS)]))
     elif launch.origin == "alone":
         os.environ["MASTER_ADDR"] = "localhost"
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+        os.environ["MASTER_PORT"] = str(free_port())
+
+
+def free_port() -> int:
+    """A TCP port that nobody on this machine listens on, of :data:`PORTS`.
+
+    Raises:
+        ConfigError: a hundred of them are taken.
+    """
+    for _ in range(100):
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise ConfigError(f"no free TCP port found from {PORTS[0]} to {PORTS[-1]} on this machine")
 
 
 def first_host(node_list: str) -> str:
