@@ -1,13 +1,16 @@
 """Which documents the sequences of the current micro batch hold.
 
 Layers get tokens' vectors, not tokens: where documents are packed (``data.reset_at_eod``), the modules of a stage that
-must keep them apart share one of these, and each forward pass begins by setting it.
+must keep them apart share one of these, and each forward pass begins by setting it. What depends on the documents alone
+is made by the first layer that asks, and kept for the others.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+
+from steel_megatron.ops.plan import BlockPlan, SegmentPlan, block_plan, segment_plan
 
 
 class PackedDocuments:
@@ -21,20 +24,41 @@ class PackedDocuments:
     """
 
     def __init__(self) -> None:
-        self.segment_starts: torch.Tensor | None = None
-        self.attention_mask: torch.Tensor | None = None
+        self.set(None)
 
     def set(self, segment_starts: torch.Tensor | None) -> None:
         """Take the documents of the next micro batch."""
-        self.segment_starts, self.attention_mask = segment_starts, None
+        self.segment_starts: torch.Tensor | None = segment_starts
+        self.attention_mask: torch.Tensor | None = None
+        self._block_plan: BlockPlan | None = None
+        self._segment_plan: SegmentPlan | None = None
         if segment_starts is not None:
             keys = torch.arange(segment_starts.size(1), device=segment_starts.device)
             seen = (keys <= keys.unsqueeze(1)) & (keys >= segment_starts.unsqueeze(-1))
             self.attention_mask = seen.unsqueeze(1)
 
+    def block_plan(self, block_length: int | None, ep_group: dist.ProcessGroup) -> BlockPlan:
+        """The blocks of the packed documents, as many for each process of ``ep_group``: they exchange slots.
 
-def largest(number: int, group: dist.ProcessGroup, device: torch.device) -> int:
-    """The largest of all processes' numbers."""
-    agreed = torch.tensor([number], device=device)
-    dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=group)
-    return int(agreed.item())
+        Args:
+            block_length: of ``block_causal``; None for ``sequence``. The same for all layers of a stage.
+            ep_group: the processes that share the experts; all of them call it for the same layer.
+        """
+        if self._block_plan is None:
+            assert self.segment_starts is not None
+            plan = block_plan(
+                self.segment_starts.size(1), block_length, self.segment_starts.device, self.segment_starts
+            )
+            if ep_group.size() > 1:
+                most = torch.tensor([plan.starts.size(1)], device=plan.starts.device)
+                dist.all_reduce(most, op=dist.ReduceOp.MAX, group=ep_group)
+                plan = plan.filled_up(int(most.item()))
+            self._block_plan = plan
+        return self._block_plan
+
+    def segment_plan(self, block_length: int) -> SegmentPlan:
+        """The segments of the packed documents in mode ``merged``; ``block_length`` is the same for all layers."""
+        if self._segment_plan is None:
+            assert self.segment_starts is not None
+            self._segment_plan = segment_plan(self.segment_starts, block_length)
+        return self._segment_plan

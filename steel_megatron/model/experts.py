@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
@@ -26,7 +25,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from steel_megatron.config import Activation
-from steel_megatron.model.merged import merged_experts
+from steel_megatron.model.merged import gated, merged_experts
 from steel_megatron.parallel.collectives import gather_rows, scatter_sums, sum_both_ways
 
 Rows = Literal["copied", "own", "common"]
@@ -111,14 +110,10 @@ class Experts(MegatronModule):
 
     def _compute(self, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, rows: Rows) -> torch.Tensor:
         x = self._enter(x, rows).expand(up.size(0), -1, -1)
-        gate, value = torch.bmm(x, up.flatten(1, 2).mT).chunk(2, dim=-1)
-        inner = F.silu(gate) * value
+        inner = gated(torch.bmm(x, up.flatten(1, 2).mT))
         # The gate of the way down is not linear, so both products are summed over processes before it.
         out = self._leave(torch.bmm(inner, down.flatten(1, 2).mT), rows)
-        if not self.gated_down:
-            return out
-        gate, value = out.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return gated(out) if self.gated_down else out
 
     def _enter(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Vectors before matrices that are cut over the tensor-parallel processes."""

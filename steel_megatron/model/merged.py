@@ -86,14 +86,16 @@ def merged_experts(
         # Every process gets the shares of its own experts in all processes' segments: [R source, M, E / R].
         by_holder = shares.reshape(x.size(0), ranks, -1).transpose(0, 1).contiguous()
         shares = all_to_all(ep_group, by_holder)
-    gate, value = merged_linear(x, shares, up.flatten(1, 2), ep_group, chunk_bytes).chunk(2, dim=-1)
-    inner = F.silu(gate) * value
+    inner = gated(merged_linear(x, shares, up.flatten(1, 2), ep_group, chunk_bytes))
     out = merged_linear(inner, shares, down.flatten(1, 2), ep_group, chunk_bytes)
     # The gate of the way down is not linear, so both products are summed over processes before it.
     out = reduce_from_tensor_model_parallel_region(out, tp_group)
-    if down.size(1) == 1:
-        return out
-    gate, value = out.chunk(2, dim=-1)
+    return out if down.size(1) == 1 else gated(out)
+
+
+def gated(pair: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * value: [..., 2 n], gate and value side by side, to [..., n]."""
+    gate, value = pair.chunk(2, dim=-1)
     return F.silu(gate) * value
 
 

@@ -14,11 +14,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from steel_megatron.config import ModelConfig
-from steel_megatron.model.documents import PackedDocuments, largest
+from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.experts import Experts, Rows
 from steel_megatron.model.split_routing import dispatch_split, local_plan_of_one_document, merge_weights_split
-from steel_megatron.ops import Routing, combine, dispatch, expert_weights, merge_weights, mixed_tokens
-from steel_megatron.ops.plan import segment_plan
+from steel_megatron.ops import Routing, combine, expert_weights, merge_weights, mixed_tokens
+from steel_megatron.ops.plan import block_plan
+from steel_megatron.ops.soft_moe import dispatch_blocks, merge_weights_of_documents
 from steel_megatron.parallel.collectives import gather_copies, own_part, slots_from_experts, slots_to_experts
 from steel_megatron.parallel.sequence import SequenceSplit
 
@@ -128,28 +129,24 @@ class SoftMoE(MegatronModule):
 
     def _through_slots(self, x: torch.Tensor) -> torch.Tensor:
         slots, routing = self._dispatch(x)
-        own_blocks = slots.size(1)
-        if self.documents.segment_starts is not None and self.ep_group.size() > 1:
-            # Other processes' documents make more or fewer blocks, but all send equally many.
-            blocks = largest(own_blocks, self.ep_group, slots.device)
-            slots = F.pad(slots, (0, 0, 0, 0, 0, 0, 0, blocks - own_blocks))
         batch, blocks, experts, per_expert, width = slots.shape
         by_expert = slots.permute(2, 0, 1, 3, 4).reshape(experts, -1, width)
         # In mode sequence all processes that share a sequence have the same slots.
         rows = self._rows("common" if self.model.routing_mode == "sequence" else "own")
         results = self._run_experts(by_expert, rows).reshape(experts, batch, blocks, per_expert, width)
-        return combine(results.permute(1, 2, 0, 3, 4)[:, :own_blocks], routing)
+        return combine(results.permute(1, 2, 0, 3, 4), routing)
 
     def _dispatch(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
-        mode, mix = self.model.routing_mode, self.model.routing_mix
-        assert mode is not None
+        mix = self.model.routing_mix
+        block_length = self.model.block_length if self.model.routing_mode == "block_causal" else None
+        if self.documents.segment_starts is not None:
+            return dispatch_blocks(x, self.phi, self.scale, mix, self.documents.block_plan(block_length, self.ep_group))
         if self.sequence_group.size() == 1:
-            starts = self.documents.segment_starts
-            return dispatch(x, self.phi, self.scale, mode, mix, self.model.block_length, starts)
+            return dispatch_blocks(x, self.phi, self.scale, mix, block_plan(x.size(1), block_length, x.device))
         plan = local_plan_of_one_document(
             self._split(x.size(1)),
             self.sequence_group.rank(),
-            self.model.block_length if mode == "block_causal" else None,
+            block_length,
             # Where slots are exchanged, all processes send equally many.
             equal_blocks=self.sequence_parallel or self.ep_group.size() > 1,
             device=x.device,
@@ -171,7 +168,7 @@ class SoftMoE(MegatronModule):
         batch, length, width = x.shape
         mix = self.model.routing_mix
         if self.documents.segment_starts is not None:
-            return self._merged_documents(x, self.documents.segment_starts)
+            return self._merged_documents(x)
         if self.sequence_group.size() == 1:
             block = min(self.model.block_length, length)
             shares = merge_weights(x, self.phi, self.scale, mix=mix, block_length=block)
@@ -185,19 +182,11 @@ class SoftMoE(MegatronModule):
         y = self._run_merged(padded, shares.flatten(0, 1))
         return y.reshape(batch, segments * block, width)[:, :length]
 
-    def _merged_documents(self, x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    def _merged_documents(self, x: torch.Tensor) -> torch.Tensor:
         """The same where sequences hold several documents: segments begin anew with each."""
-        model = self.model
-        plan = segment_plan(starts, model.block_length)
-        shares = merge_weights(
-            x,
-            self.phi,
-            self.scale,
-            mix=model.routing_mix,
-            block_length=model.block_length,
-            segment_starts=starts,
-        )
-        results = self.experts.forward_merged(plan.to_segments(x), shares[plan.real], equal_segments=False)
+        plan = self.documents.segment_plan(self.model.block_length)
+        shares = merge_weights_of_documents(x, self.phi, self.scale, self.model.routing_mix, plan)
+        results = self.experts.forward_merged(plan.to_segments(x), shares, equal_segments=False)
         return plan.from_segments(results)
 
     def _run_merged(self, segments: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:

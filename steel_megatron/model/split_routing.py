@@ -25,8 +25,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from steel_megatron.ops import Routing, expert_weights, kernels, reference
+from steel_megatron.ops import Routing, expert_weights, mixed_tokens, reference
 from steel_megatron.ops.plan import BlockPlan, block_plan
+from steel_megatron.ops.soft_moe import backend_of
 from steel_megatron.parallel.collectives import gather_parts
 from steel_megatron.parallel.sequence import Piece, SequenceSplit
 
@@ -89,9 +90,7 @@ class _Row:
         return sorted({k for blocks in read for k in blocks})
 
 
-def local_plan(
-    plan: BlockPlan, split: SequenceSplit, rank: int, *, equal_blocks: bool, least_blocks: int = 0
-) -> LocalPlan:
+def local_plan(plan: BlockPlan, split: SequenceSplit, rank: int, *, equal_blocks: bool) -> LocalPlan:
     """What one of the processes that share sequences does of a plan for whole sequences.
 
     Args:
@@ -99,14 +98,12 @@ def local_plan(
         split: who holds which tokens.
         rank: this process's number among those that share a sequence.
         equal_blocks: fill up with empty blocks until all processes have equally many.
-        least_blocks: fill up to at least so many; for processes that exchange slots of other sequences, which may have
-            more documents.
     """
     rows = [_Row(plan, number, split) for number in range(len(plan.starts))]
     per_piece = max(len(exports) for row in rows for exports in row.exports)
     held = split.pieces[rank]
     counts = [len(row.blocks_of(pieces)) for row in rows for pieces in (split.pieces if equal_blocks else [held])]
-    blocks = max(least_blocks, *counts)
+    blocks = max(counts)
     parts = max(1, max(sum(map(len, _held(row.parts, split, rank))) for row in rows))
     local = [_local_row(row, split, rank, per_piece, parts) for row in rows]
     sets = max(len(row.sets) for row in local)
@@ -238,8 +235,7 @@ def partial_means(
     """
     keys = reference.slot_keys(phi, scale)
     tokens = reference.wide(x)  # so that slots come in float32 as well
-    backend = kernels if kernels.available() and kernels.supports(tokens) else reference
-    means, logits, lse = backend.dispatch(tokens, keys, plan.starts, plan.ends, mix == "normalized")
+    means, logits, lse = backend_of(tokens).dispatch(tokens, keys, plan.starts, plan.ends, mix == "normalized")
     return F.pad(torch.cat((means, lse.unsqueeze(-1)), dim=-1), (0, 0, 0, 0, 0, 1)), logits
 
 
@@ -317,8 +313,7 @@ def merge_weights_split(
     Returns:
         [B, L / block_length, E] in float32 or wider.
     """
-    tokens = reference.wide(x)
-    mixed = reference.unit(tokens) if mix == "normalized" else tokens
+    mixed = mixed_tokens(reference.wide(x), mix)
     means = mixed.unflatten(1, (-1, block_length)).mean(2)
     held = split.pieces[group.rank()]
     offsets, total = [], 0

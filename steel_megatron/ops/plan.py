@@ -12,6 +12,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from steel_megatron.errors import ConfigError
 
@@ -32,6 +33,12 @@ class BlockPlan:
     starts: torch.Tensor
     ends: torch.Tensor
     block_of_token: torch.Tensor
+
+    def filled_up(self, blocks: int) -> BlockPlan:
+        """The same with empty blocks at the end, that nobody reads, until there are ``blocks``."""
+        missing, length = blocks - self.starts.size(1), self.block_of_token.size(1)
+        starts, ends = (F.pad(tensor, (0, missing), value=length) for tensor in (self.starts, self.ends))
+        return BlockPlan(starts, ends, self.block_of_token)
 
 
 def is_refresh(position: torch.Tensor, block_length: int) -> torch.Tensor:

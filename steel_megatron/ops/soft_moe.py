@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
 from steel_megatron.errors import ConfigError
 from steel_megatron.log import get_logger
 from steel_megatron.ops import kernels, reference
-from steel_megatron.ops.plan import SegmentPlan, block_plan, check_segment_starts, segment_plan
+from steel_megatron.ops.plan import BlockPlan, SegmentPlan, block_plan, check_segment_starts, segment_plan
 
 logger = get_logger(__name__)
 
@@ -37,8 +38,8 @@ def _say_once_that_kernels_are_missing() -> None:
     logger.info("routing runs on the PyTorch reference: the compiled extension is not there (pip install . builds it)")
 
 
-def _backend(x: torch.Tensor) -> object:
-    """The module whose ``dispatch`` and ``combine`` compute ``x``."""
+def backend_of(x: torch.Tensor) -> ModuleType:
+    """The module whose ``dispatch`` and ``combine`` compute ``x``: the kernels where they fit, else the reference."""
     if not kernels.available():
         _say_once_that_kernels_are_missing()
         return reference
@@ -104,8 +105,15 @@ def dispatch(
     if mode == "block_causal" and (block_length is None or block_length < 1):
         raise ConfigError(f"block_length is {block_length}; block_causal needs at least 1 token per block")
     plan = block_plan(x.size(1), block_length if mode == "block_causal" else None, x.device, segment_starts)
+    return dispatch_blocks(x, phi, scale, mix, plan)
+
+
+def dispatch_blocks(
+    x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor, mix: str, plan: BlockPlan
+) -> tuple[torch.Tensor, Routing]:
+    """:func:`dispatch` by a plan at hand, for layers that share one; empty blocks have slots of zeros."""
     keys = reference.slot_keys(phi, scale)
-    slots, logits, _ = _backend(x).dispatch(x, keys, plan.starts, plan.ends, mix == "normalized")  # type: ignore[attr-defined]
+    slots, logits, _ = backend_of(x).dispatch(x, keys, plan.starts, plan.ends, mix == "normalized")
     return slots.unflatten(2, phi.shape[1:]), Routing(logits, plan.block_of_token)
 
 
@@ -138,8 +146,8 @@ def combine(expert_outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
     if routing.block_of_token is None:
         weights = routing.logits.softmax(-1).unsqueeze(2)  # [B, T, 1, S]
         return (weights @ reference.wide(outputs)).squeeze(2).to(outputs.dtype)
-    backend = _backend(outputs)
-    return backend.combine(outputs, routing.logits, routing.block_of_token)  # type: ignore[attr-defined]
+    y: torch.Tensor = backend_of(outputs).combine(outputs, routing.logits, routing.block_of_token)
+    return y
 
 
 def _logits(x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -187,26 +195,26 @@ def merge_weights(
     _check(x, phi, scale, mix)
     if block_length < 1:
         raise ConfigError(f"block_length is {block_length}; a segment needs at least 1 token")
-    tokens = reference.wide(x)
-    mixed = reference.unit(tokens) if mix == "normalized" else tokens
     if segment_starts is not None:
         check_segment_starts(segment_starts, *x.shape[:2])
-        return _merge_weights_of_documents(mixed, phi, scale, segment_plan(segment_starts.to(x.device), block_length))
+        plan = segment_plan(segment_starts.to(x.device), block_length)
+        shares = merge_weights_of_documents(x, phi, scale, mix, plan)
+        return shares.new_zeros(*plan.real.shape, shares.size(-1)).masked_scatter(plan.real.unsqueeze(-1), shares)
+    mixed = mixed_tokens(reference.wide(x), mix)
     whole = (x.size(1) - 1) // block_length  # segments that another one follows
     means = mixed[:, : whole * block_length].unflatten(1, (whole, block_length)).mean(2) if whole else mixed[:, :0]
     return expert_weights(torch.cat((mixed[:, :1], means), dim=1), phi, scale)
 
 
-def _merge_weights_of_documents(
-    mixed: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor, plan: SegmentPlan
+def merge_weights_of_documents(
+    x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor, mix: str, plan: SegmentPlan
 ) -> torch.Tensor:
-    segments = plan.to_segments(mixed)
+    """:func:`merge_weights` by a plan at hand, for layers that share one: [M, E], for each of the plan's segments."""
+    segments = plan.to_segments(mixed_tokens(reference.wide(x), mix))
     means = segments.sum(1) / plan.lengths[plan.real].unsqueeze(-1)
     # A segment that follows another one is never the first of its row, so the one before is the one in the list before.
     vectors = torch.where(plan.follows[plan.real].unsqueeze(-1), means.roll(1, 0), segments[:, 0])
-    shares = expert_weights(vectors.unsqueeze(0), phi, scale).squeeze(0)
-    empty = shares.new_zeros(*plan.real.shape, shares.size(-1))
-    return empty.masked_scatter(plan.real.unsqueeze(-1), shares)
+    return expert_weights(vectors.unsqueeze(0), phi, scale).squeeze(0)
 
 
 def mixed_tokens(x: torch.Tensor, mix: str) -> torch.Tensor:

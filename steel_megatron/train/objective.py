@@ -43,7 +43,7 @@ class Batch:
     def part(self, topology: Topology) -> Batch:
         """What this process has of whole sequences, on its device: all of them, or its pieces of each."""
         context_size = topology.parallel.context_parallel_size
-        assert context_size == 1 or self.segment_starts is None  # check_layout refuses it
+        assert context_size == 1 or self.segment_starts is None  # RunConfig refuses it
         if context_size == 1:
             return self.to(topology.device)
         positions = SequenceSplit(self.tokens.size(1), context_size).positions(topology.context_parallel_rank)
