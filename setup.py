@@ -1,9 +1,10 @@
-"""Builds the routing kernels in csrc/ as ``steel_megatron._C``. Everything else is in pyproject.toml.
+"""Builds csrc/: the routing kernels as ``steel_megatron._C``, the data layer's helpers as ``steel_megatron._index``.
 
-The extension is compiled against the torch of the environment that the package is installed into, because a compiled
-extension fits one torch only. Variables of the environment:
+Everything else is in pyproject.toml. The kernels are compiled against the torch of the environment that the package is
+installed into, because a compiled extension fits one torch only; the helpers know numpy alone. Variables of the
+environment:
 
-    STEEL_NO_EXT=1   no extension at all: a package of Python files that computes the routing in plain PyTorch
+    STEEL_NO_EXT=1   no extension at all: a package of Python files that computes with PyTorch and numpy
     STEEL_CUDA=0|1   leave the CUDA kernels out, or insist on them; by default they are built where torch has CUDA and
                      nvcc is found
 """
@@ -15,7 +16,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 OLDEST_TORCH = (2, 6)
 OLDEST_PYTHON = (3, 11)
@@ -86,8 +87,21 @@ def with_cuda() -> bool:
     return not missing if wanted is None else wanted
 
 
+def index_helpers() -> Extension:
+    """The data layer's helpers, as an extension for this version of Python: pybind11 knows no limited API."""
+    from torch.utils.cpp_extension import include_paths
+
+    return Extension(
+        "steel_megatron._index",
+        ["csrc/index_helpers.cpp"],
+        include_dirs=include_paths(),  # torch brings pybind11's headers, and nothing else of it is used
+        language="c++",
+        extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"],
+    )
+
+
 def build_settings() -> dict[str, object]:
-    """What setup() needs to compile the extension; nothing where nothing is to be compiled."""
+    """What setup() needs to compile the extensions; nothing where nothing is to be compiled."""
     if switch("STEEL_NO_EXT") or WITHOUT_COMPILING.intersection(sys.argv[1:]):
         return {}
     require_torch()
@@ -114,9 +128,8 @@ def build_settings() -> dict[str, object]:
         py_limited_api=True,
     )
     return {
-        "ext_modules": [extension],
+        "ext_modules": [extension, index_helpers()],
         "cmdclass": {"build_ext": BuildExtension},
-        "options": {"bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)}},
     }
 
 

@@ -232,7 +232,11 @@ class DataConfig:
     """Where tokens come from."""
 
     train: list[str] = field(default_factory=list)
-    """Prefixes of indexed corpora (.bin and .idx) to train on."""
+    """Prefixes of indexed corpora (.bin and .idx) that a new run's ledger begins with, each read again and again."""
+    ledger: str | None = None
+    """The ledger of the run; if not given, ledger.json in its folder. See ``steel-megatron data --help``."""
+    num_workers: int = 0
+    """Processes that read ahead, for each training process; 0 reads when a step needs it. The samples are the same."""
     validation: list[str] = field(default_factory=list)
     """Prefixes of indexed corpora to validate on; none for no validation."""
     tokenizer_kind: TokenizerKind = "huggingface"
@@ -240,8 +244,11 @@ class DataConfig:
     tokenizer_path: str | None = None
     """Its folder or file; copied into exported models."""
     reset_at_eod: bool = False
-    """Keep the documents that share a sequence apart: attention and routing begin anew with each, and the token after
-    an end of document is not predicted. Not with context or sequence parallelism."""
+    """Keep the documents that share a sequence apart: attention and routing begin anew with each, and the first token
+    of a document is not predicted. Not with context or sequence parallelism."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, "num_workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +322,7 @@ class CheckpointConfig:
     """Where a run lives on disk."""
 
     directory: str = "runs/default"
-    """The run's folder: checkpoints/, tensorboard/, run.yaml."""
+    """The run's folder: checkpoints/, tensorboard/, ledger.json, run.yaml."""
     save_interval: int = 1000
     """Steps between two checkpoints; the last step is always saved."""
     keep_last: int | None = None
@@ -355,6 +362,11 @@ class RunConfig:
     def tensorboard_dir(self) -> Path:
         """Where the run's TensorBoard log is."""
         return Path(self.checkpoint.directory) / "tensorboard"
+
+    @property
+    def ledger_path(self) -> Path:
+        """Where the run's ledger is."""
+        return Path(self.data.ledger or Path(self.checkpoint.directory) / "ledger.json")
 
     @property
     def checkpoints_dir(self) -> Path:

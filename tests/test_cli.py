@@ -35,7 +35,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: steel-megatron {name} [--config FILE]")

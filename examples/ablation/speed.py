@@ -26,7 +26,9 @@ def measure_speed(plan: job.Plan, variants: list[Variant], rounds: int) -> None:
 
     topology = initialize(ParallelConfig())
     runs = [job.run_config(plan, variant.model, 1, plan.output / "work/speed") for variant in variants]
-    batch = Batches(runs[0], topology).training(0)
+    batches = Batches(runs[0], topology)
+    batches.begin(0)
+    batch = batches.training(0)
     engines = [Engine(run, topology) for run in runs]
     seconds: list[list[float]] = [[] for _ in engines]
     for turn in range(rounds + 1):

@@ -1,42 +1,41 @@
 """Megatron's indexed format: the files, safe reading, verifying. :mod:`~steel_megatron.data.indexed_writer` writes it.
 
-A corpus is three files with one prefix. ``.bin`` holds the tokens of all documents one after the other; ``.idx``
+A corpus is a few files with one prefix. ``.bin`` holds the tokens of all documents one after the other; ``.idx``
 the length and position of each; both byte for byte as megatron-core writes them, so corpora move both ways. The
-third, ``.json``, is the library's manifest: counts, checksums, and the tokenizer the ids belong to. It appears last;
-a corpus that megatron-core wrote has none and is read all the same.
-
-Layout of ``.idx``: 9 bytes magic, uint64 version (1), uint8 dtype code, uint64 number of sequences S, uint64
-number of document boundaries D, then int32 [S] lengths in tokens, int64 [S] positions in bytes, int64 [D] document
-boundaries in sequences. Written here, a document is one sequence (D = S + 1); read, it may be several.
+library's manifest, ``.json``, has counts, checksums, and the tokenizer the ids belong to; it appears last. A corpus
+that megatron-core wrote has none and is read all the same. ``.rows.npy``, where there is one, has the row of its
+input file that each document came from.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from steel_megatron.data.block_hashes import BLOCK_BYTES, Block, scan_blocks
+from steel_megatron.data.indexed_format import (
+    BIN,
+    IDX,
+    MANIFEST,
+    NAMES,
+    ROWS,
+    ROWS_HEADER_BYTES,
+    mapped,
+    partial,
+    read_index,
+    rows_header,
+)
+from steel_megatron.data.indexed_manifest import content_of, read_manifest
 from steel_megatron.errors import DataError
-from steel_megatron.files import disk_errors, sha256_of, with_suffix
-from steel_megatron.log import get_logger
-
-FORMAT = "steel-megatron-indexed-1"
-"""Name and version of the manifest."""
-SUFFIXES = (".bin", ".idx", ".json")
-"""The files of a corpus."""
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-"""Megatron's codes of the dtypes that can hold token ids."""
+from steel_megatron.files import disk_errors, with_suffix
 
 _CHUNK = 1 << 20
-"""Elements handled at a time when a file is scanned."""
-logger = get_logger(__name__)
+"""Elements handled at a time when tokens are scanned."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -44,16 +43,16 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
-def partial(path: Path) -> Path:
-    """The name of a file while it is written."""
-    return with_suffix(path, ".partial")
+@dataclass(frozen=True)
+class Origin:
+    """Where a document came from."""
 
-
-def mapped(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> np.ndarray:
-    """A read-only array over a part of a file; the mapping lives as long as the array or any view of it."""
-    if count == 0:
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype, "r", offset, (count,)).view(np.ndarray)
+    path: str
+    """The input file."""
+    source: str
+    """Name of the source it was read as."""
+    row: int
+    """Its row in the file, from 1."""
 
 
 class IndexedCorpus:
@@ -62,16 +61,24 @@ class IndexedCorpus:
     Arrays handed out are read-only views of the mapped file and stay valid after the corpus is gone.
     """
 
-    def __init__(self, prefix: str, flat: np.ndarray, positions: np.ndarray, sizes: np.ndarray) -> None:
+    def __init__(
+        self, prefix: str, flat: np.ndarray, positions: np.ndarray, sizes: np.ndarray, files: dict[str, int]
+    ) -> None:
         self.prefix = prefix
         """Path without a suffix."""
+        self.files = files
+        """Bytes of each file by its suffix; without the manifest."""
         self.flat = flat
         """All tokens, one document after the other [tokens]."""
         self.sizes = sizes
         """Tokens of each document [documents]."""
         self.manifest: dict[str, Any] | None = None
         """The manifest; None for a corpus that another program wrote."""
+        self.rows: np.ndarray | None = None
+        """The row of each document in its input file, from 1, int64 [documents]; None where nobody recorded it."""
         self._positions = positions  # bytes
+        self._shift = flat.itemsize.bit_length() - 1
+        self._input_ends: np.ndarray | None = None
 
     @property
     def documents(self) -> int:
@@ -88,6 +95,10 @@ class IndexedCorpus:
         """How ids are stored."""
         return self.flat.dtype
 
+    def path(self, suffix: str) -> Path:
+        """The corpus' file with one of :data:`~steel_megatron.data.indexed_format.SUFFIXES`."""
+        return with_suffix(self.prefix, suffix)
+
     def document(self, index: int) -> np.ndarray:
         """The ids of one document [its tokens]."""
         return self.tokens_of(index, 0, int(self.sizes[index]))
@@ -96,13 +107,30 @@ class IndexedCorpus:
         """``length`` ids of a document from its token ``offset`` on.
 
         Raises:
-            IndexError: the document does not have them.
+            IndexError: there is no such document, or it does not have them.
         """
-        size = int(self.sizes[document])
-        if offset < 0 or length < 0 or offset + length > size:
+        size = self.sizes.item(document)
+        if document < 0 or offset < 0 or length < 0 or offset + length > size:
             raise IndexError(f"tokens {offset} to {offset + length} of document {document}, which has {size}")
-        start = int(self._positions[document]) // self.dtype.itemsize + offset
+        start = (self._positions.item(document) >> self._shift) + offset
         return self.flat[start : start + length]
+
+    def origin(self, document: int) -> Origin | None:
+        """Where a document came from; None where nobody recorded it.
+
+        Raises:
+            IndexError: there is no such document.
+        """
+        if not 0 <= document < self.documents:
+            raise IndexError(f"document {document} of {self.prefix}, which has {self.documents}")
+        if self.rows is None:
+            return None
+        assert self.manifest is not None
+        inputs = self.manifest["inputs"]
+        if self._input_ends is None:
+            self._input_ends = np.cumsum([entry["documents"] for entry in inputs])
+        entry = inputs[int(np.searchsorted(self._input_ends, document, side="right"))]
+        return Origin(str(entry.get("path", "")), str(entry.get("source", "")), int(self.rows[document]))
 
 
 def open_indexed(prefix: str | Path, vocab_size: int | None = None) -> IndexedCorpus:
@@ -117,131 +145,67 @@ def open_indexed(prefix: str | Path, vocab_size: int | None = None) -> IndexedCo
         DataError: a file is missing, truncated, extended or damaged, the corpus is empty, or an id is too large.
     """
     prefix = os.fspath(prefix)
-    bin_path, idx_path, manifest_path = (with_suffix(prefix, suffix) for suffix in SUFFIXES)
+    manifest_path = with_suffix(prefix, MANIFEST)
     if not manifest_path.exists() and partial(manifest_path).exists():
         raise DataError(
             f"{prefix} was interrupted while it was completed ({partial(manifest_path)} is left); make it again"
         )
-    with disk_errors("read", idx_path, DataError):
-        idx_size = idx_path.stat().st_size
-        with idx_path.open("rb") as file:
-            header = file.read(HEADER.size)
-    with disk_errors("read", bin_path, DataError):
-        bin_size = bin_path.stat().st_size
-    corpus = _open_arrays(prefix, idx_path, header, idx_size, bin_path, bin_size)
+    index = read_index(with_suffix(prefix, IDX))
+    bin_path, total = with_suffix(prefix, BIN), index.tokens * index.dtype.itemsize
+    with disk_errors("read", bin_path, DataError), bin_path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != total:
+            raise DataError(
+                f"{bin_path} has {size:,} bytes where its index asks for {total:,} ({index.tokens:,} tokens of "
+                f"{index.dtype}); it is truncated, extended or belongs to another index"
+            )
+        flat = mapped(file, index.dtype, 0, index.tokens)
+    positions, sizes = index.documents()
+    if total == 0:
+        raise DataError(f"{prefix} holds {len(sizes):,} documents without a single token")
+    corpus = IndexedCorpus(prefix, flat, positions, sizes, {BIN: total, IDX: index.bytes})
     if manifest_path.exists():
-        corpus.manifest = _read_manifest(manifest_path, corpus)
+        _add_manifest(corpus)
     if vocab_size is not None:
         _check_ids(corpus, vocab_size)
     return corpus
 
 
-def _open_arrays(
-    prefix: str, idx_path: Path, header: bytes, idx_size: int, bin_path: Path, bin_size: int
-) -> IndexedCorpus:
-    if len(header) < HEADER.size:
-        raise DataError(f"{idx_path} is truncated: {idx_size} bytes, where the header alone has {HEADER.size}")
-    magic, version, code, sequences, boundaries = HEADER.unpack(header)
-    if magic != MAGIC or version != 1:
-        raise DataError(f"{idx_path} is no index of version 1 (it begins with {magic!r}, version {version})")
-    if code not in DTYPES:
-        raise DataError(f"{idx_path} has dtype code {code}; token ids have one of {sorted(DTYPES)}")
-    expected = HEADER.size + 12 * sequences + 8 * boundaries
-    if idx_size == expected + sequences and sequences:
-        raise DataError(f"{idx_path} has a mode for each sequence (a multimodal corpus), which is not supported")
-    if idx_size != expected:
-        raise DataError(
-            f"{idx_path} has {idx_size:,} bytes where its header ({sequences:,} sequences, {boundaries:,} document "
-            f"boundaries) asks for {expected:,}; it is truncated, extended or damaged"
-        )
-    if sequences == 0 or boundaries < 2:
-        raise DataError(f"{prefix} holds no document")
-    dtype = np.dtype(DTYPES[code])
-    at = HEADER.size
-    lengths = mapped(idx_path, np.dtype(np.int32), at, sequences)
-    positions = mapped(idx_path, np.dtype(np.int64), at + 4 * sequences, sequences)
-    ends = mapped(idx_path, np.dtype(np.int64), at + 12 * sequences, boundaries)
-    total = _check_index(idx_path, lengths, positions, ends, dtype.itemsize)
-    if total != bin_size:
-        raise DataError(
-            f"{bin_path} has {bin_size:,} bytes where its index asks for {total:,} ({total // dtype.itemsize:,} tokens "
-            f"of {dtype}); it is truncated, extended or belongs to another index"
-        )
-    if total == 0:
-        raise DataError(f"{prefix} holds {boundaries - 1:,} documents without a single token")
-    sizes = lengths
-    if boundaries != sequences + 1 or not _counts_up(ends):  # documents of several sequences
-        starts = np.append(positions, total)[ends]
-        positions, sizes = starts[:-1], np.diff(starts) // dtype.itemsize
-    return IndexedCorpus(prefix, mapped(bin_path, dtype, 0, total // dtype.itemsize), positions, sizes)
-
-
-def _counts_up(ends: np.ndarray) -> bool:
-    chunks = range(0, len(ends), _CHUNK)
-    return all(np.array_equal(part := ends[at : at + _CHUNK], np.arange(at, at + len(part))) for at in chunks)
-
-
-def _check_index(path: Path, lengths: np.ndarray, positions: np.ndarray, ends: np.ndarray, itemsize: int) -> int:
-    """Check that lengths, positions and document boundaries agree; returns the bytes they cover."""
-    total = 0
-    for at in range(0, len(lengths), _CHUNK):
-        sizes = lengths[at : at + _CHUNK].astype(np.int64) * itemsize
-        if sizes.min() < 0:
-            bad = at + int(np.argmax(sizes < 0))
-            raise DataError(f"{path} is damaged: sequence {bad} has length {lengths[bad]}")
-        stops = total + np.cumsum(sizes)
-        wrong = positions[at : at + _CHUNK] != stops - sizes
-        if wrong.any():
-            bad = int(np.argmax(wrong))
-            raise DataError(
-                f"{path} is damaged: sequence {at + bad} is at byte {positions[at + bad]} where the lengths before it "
-                f"put it at {stops[bad] - sizes[bad]}"
-            )
-        total = int(stops[-1])
-    falling = any(np.any(np.diff(ends[at : at + _CHUNK + 1]) < 0) for at in range(0, len(ends), _CHUNK))
-    if ends[0] != 0 or ends[-1] != len(lengths) or falling:
-        raise DataError(
-            f"{path} is damaged: document boundaries run from {ends[0]} to {ends[-1]}"
-            f"{', not in order,' if falling else ''} where {len(lengths)} sequences need 0 to {len(lengths)}"
-        )
-    return total
-
-
-def _read_manifest(path: Path, corpus: IndexedCorpus) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"manifest {path} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is no manifest of format {FORMAT!r}; move it away if it belongs to something else")
+def _add_manifest(corpus: IndexedCorpus) -> None:
     found = {"documents": corpus.documents, "tokens": corpus.tokens, "dtype": corpus.dtype.name}
-    for name, value in found.items():
-        if manifest.get(name) != value:
+    size = ROWS_HEADER_BYTES + 8 * corpus.documents
+    sizes = {"bin": corpus.files[BIN], "idx": corpus.files[IDX], "rows": size}
+    corpus.manifest = read_manifest(corpus.path(MANIFEST), found, sizes)
+    if "rows" not in corpus.manifest["blocks"]:
+        return
+    path = corpus.path(ROWS)
+    with disk_errors("read", path, DataError), path.open("rb") as file:
+        actual = os.fstat(file.fileno()).st_size
+        if actual != size or file.read(ROWS_HEADER_BYTES) != rows_header(corpus.documents):
             raise DataError(
-                f"{corpus.prefix} is not what its manifest describes: {name} is {value}, recorded is "
-                f"{manifest.get(name)}; files of two corpora were mixed up"
+                f"{path} ({actual:,} bytes) is no array of int64 [{corpus.documents}] ({size:,} bytes), one row "
+                "number for each document; it is truncated, extended or damaged"
             )
-    checksums = manifest.get("sha256")
-    if (
-        not isinstance(checksums, dict)
-        or set(checksums) != {"bin", "idx"}
-        or not isinstance(manifest.get("max_id"), int)
-    ):
-        raise DataError(f"manifest {path} is damaged: sha256 is {checksums}, max_id is {manifest.get('max_id')!r}")
-    return manifest
+        corpus.rows = mapped(file, np.dtype(np.int64), ROWS_HEADER_BYTES, corpus.documents)
+    corpus.files[ROWS] = size
 
 
 def _check_ids(corpus: IndexedCorpus, vocab_size: int) -> None:
-    if corpus.manifest is not None and corpus.manifest["max_id"] < vocab_size:
-        return
+    if corpus.manifest is None or corpus.manifest["max_id"] >= vocab_size:
+        refuse_ids(corpus, vocab_size)
+
+
+def refuse_ids(corpus: IndexedCorpus, vocab_size: int | None) -> None:
+    """Scan a corpus and raise a DataError at the first id that is negative or not below ``vocab_size``."""
+    top = np.iinfo(corpus.dtype).max if vocab_size is None else vocab_size - 1
     for at in range(0, corpus.tokens, _CHUNK):
         ids = corpus.flat[at : at + _CHUNK]
-        if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
-            bad = at + int(np.argmax((ids >= vocab_size) | (ids < 0)))
+        if int(ids.max()) > top or int(ids.min()) < 0:
+            bad = at + int(np.argmax((ids > top) | (ids < 0)))
             document = int(np.searchsorted(corpus._positions, bad * corpus.dtype.itemsize, side="right")) - 1
             raise DataError(
                 f"{corpus.prefix} holds token id {corpus.flat[bad]} (in document {document}), but the vocabulary has "
-                f"ids 0 to {vocab_size - 1}; the corpus was made with another tokenizer"
+                f"ids 0 to {top}; the corpus was made with another tokenizer, or damaged"
             )
 
 
@@ -257,21 +221,84 @@ class Verification:
     """Whether checksums were compared; a corpus without a manifest has none."""
 
 
-def verify(prefix: str | Path, vocab_size: int | None = None) -> Verification:
+def verify(
+    prefix: str | Path,
+    vocab_size: int | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+    workers: int | None = None,
+) -> Verification:
     """Read a whole corpus and check its structure, its ids and the checksums of its manifest.
 
+    Args:
+        prefix: path without a suffix.
+        vocab_size: every id must be below it; None to take what the manifest says of the tokenizer.
+        on_bytes: called with the bytes of each block that was read.
+        workers: threads; None for one per processor, up to 8.
+
     Raises:
-        DataError: as :func:`open_indexed`, or a file differs from its checksum.
+        DataError: as :func:`open_indexed`, or a file differs from its checksums; the message names file and bytes.
     """
     corpus = open_indexed(prefix)
+    manifest = corpus.manifest or {}
+    if vocab_size is None:
+        vocab_size = manifest.get("tokenizer", {}).get("vocab_size")
+    low = high = 0
+    for suffix in corpus.files:
+        blocks = scan_file(corpus, suffix, corpus.dtype if suffix == BIN else None, on_bytes, workers)
+        if suffix == BIN:
+            low, high = min(block.low for block in blocks), max(block.high for block in blocks)
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        refuse_ids(corpus, vocab_size)
+    if manifest and high != manifest["max_id"]:
+        raise DataError(
+            f"manifest {corpus.path(MANIFEST)} is damaged: max_id is {manifest['max_id']}, the largest id is {high}"
+        )
+    return Verification(corpus.documents, corpus.tokens, high, bool(manifest))
+
+
+def scan_file(
+    corpus: IndexedCorpus,
+    suffix: str,
+    dtype: np.dtype[Any] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+    workers: int | None = None,
+) -> list[Block]:
+    """Read one of a corpus' files and compare it with its checksums, if there are any; see :func:`scan_blocks`.
+
+    Raises:
+        DataError: the file cannot be read, or differs; the message names it and the bytes.
+    """
+    manifest = corpus.manifest or {}
+    path, size, block_bytes = corpus.path(suffix), corpus.files[suffix], manifest.get("block_bytes", BLOCK_BYTES)
+    blocks = scan_blocks(path, size, block_bytes, dtype, on_bytes, workers)
+    if manifest:
+        check_digests(corpus, suffix, [block.digest for block in blocks])
+    return blocks
+
+
+def check_digests(corpus: IndexedCorpus, suffix: str, actual: Sequence[str]) -> None:
+    """Raise a DataError that names the bytes in which a file differs from what its manifest records."""
+    assert corpus.manifest is not None
+    recorded, block_bytes = corpus.manifest["blocks"][NAMES[suffix]], corpus.manifest["block_bytes"]
+    changed = [number for number, pair in enumerate(zip(actual, recorded, strict=True)) if pair[0] != pair[1]]
+    if changed:
+        first = changed[0] * block_bytes
+        raise DataError(
+            f"{corpus.path(suffix)} has changed since it was written: {len(changed)} of {len(recorded)} blocks differ, "
+            f"the first at bytes {first:,} to {min(first + block_bytes, corpus.files[suffix]) - 1:,} (SHA-256 "
+            f"{actual[changed[0]]}, recorded is {recorded[changed[0]]})"
+        )
+
+
+def content_hash(corpus: IndexedCorpus) -> str:
+    """The identity of a corpus' tokens and documents, whatever its path: its manifest's, or what that would be.
+
+    Without a manifest both files are read in full.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
     if corpus.manifest is not None:
-        for name, recorded in corpus.manifest["sha256"].items():
-            path = with_suffix(corpus.prefix, f".{name}")
-            with disk_errors("read", path, DataError):
-                actual = sha256_of(path)
-            if actual != recorded:
-                raise DataError(f"{path} has changed since it was written: SHA-256 {actual}, recorded is {recorded}")
-    max_id = max(int(corpus.flat[at : at + _CHUNK].max()) for at in range(0, corpus.tokens, _CHUNK))
-    if vocab_size is not None:
-        _check_ids(corpus, vocab_size)
-    return Verification(corpus.documents, corpus.tokens, max_id, corpus.manifest is not None)
+        return str(corpus.manifest["content"])
+    digests = {NAMES[suffix]: [block.digest for block in scan_file(corpus, suffix)] for suffix in (BIN, IDX)}
+    return content_of(corpus.dtype.name, digests)

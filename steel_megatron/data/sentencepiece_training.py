@@ -6,12 +6,12 @@ import io
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
-from steel_megatron.data.tokenizer import SPACE_SYMBOL
+from steel_megatron.data.sentencepiece_tokenizer import SPACE_SYMBOL
 from steel_megatron.errors import DataError
 from steel_megatron.files import write_atomically
 
@@ -21,6 +21,7 @@ def train_sentencepiece(
     model_prefix: str | Path,
     vocab_size: int,
     *,
+    control_tokens: Sequence[str] = (),
     character_coverage: float = 0.9995,
     max_bytes: int = 32_000_000,
     seed: int = 0,
@@ -33,9 +34,10 @@ def train_sentencepiece(
     Args:
         texts: documents; read once, as a stream.
         model_prefix: ``.model`` is appended to it; an existing file is replaced when the new one is complete.
-        vocab_size: ids of the tokenizer, with 3 control tokens and 256 bytes among them.
+        vocab_size: ids of the tokenizer, with 3 control tokens, those of ``control_tokens`` and 256 bytes among them.
+        control_tokens: names of further control tokens, which get the ids from 3 on.
         character_coverage: share of the characters of the text that get a token of their own; the rest is
-            spelled in bytes. Lower it for a small vocabulary of Chinese text.
+            spelled in bytes. Lower it, to 0.98 at least, for a small vocabulary of Chinese text.
         max_bytes: lines to train on are drawn at random (by ``seed``) when there is more text than this.
         seed: of that draw.
 
@@ -43,10 +45,13 @@ def train_sentencepiece(
         The path of the ``.model`` file.
 
     Raises:
-        DataError: there is no text, or the vocabulary is too large or too small for it (with the limit).
+        DataError: there is no text, the vocabulary is too large or too small for it (with the limit), or another
+            argument is out of range.
     """
     if max_bytes < 1:
         raise DataError(f"max_bytes is {max_bytes}; it must be at least 1")
+    if not 0.98 <= character_coverage <= 1:
+        raise DataError(f"character_coverage is {character_coverage}; it must be within [0.98, 1]")
     lines = _sample_lines(texts, max_bytes, seed)
     if not lines:
         raise DataError("there is no text to train a tokenizer on")
@@ -57,6 +62,7 @@ def train_sentencepiece(
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
+            control_symbols=list(control_tokens),
             character_coverage=character_coverage,
             required_chars=SPACE_SYMBOL,
             byte_fallback=True,
@@ -68,7 +74,7 @@ def train_sentencepiece(
             num_threads=2,  # a fixed number: it is written into the model file
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise DataError(_training_problem(str(error), vocab_size, character_coverage)) from error
     path = Path(f"{os.fspath(model_prefix)}.model")
     write_atomically(path, model.getvalue(), DataError)

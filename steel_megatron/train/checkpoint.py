@@ -27,6 +27,7 @@ from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from steel_megatron.config import ModelConfig, RunConfig, dump_yaml, from_dict, to_dict
+from steel_megatron.data.ledger import Ledger, dumps
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import replace_folder, sha256_of
 from steel_megatron.log import get_logger
@@ -54,7 +55,7 @@ class CheckpointInfo:
         layout: the layout that saved it, such as ``TP2 PP1 EP1 DP1``.
         world_size: number of processes that saved it.
         has_optimizer: whether it can be resumed, or holds weights only.
-        data_fingerprint: of the data whose samples were counted; empty if there was none.
+        data_fingerprint: of what the ledger says of those samples; empty if there was no ledger.
     """
 
     path: Path
@@ -91,8 +92,8 @@ def path_of(run: RunConfig, step: int) -> Path:
     return run.checkpoints_dir / f"step_{step:08d}"
 
 
-def save(engine: Engine, consumed_samples: int, data_fingerprint: str = "") -> Path:
-    """Save a run's state as ``checkpoints/step_...``; every process calls it.
+def save(engine: Engine, consumed_samples: int, ledger: Ledger | None = None) -> Path:
+    """Save a run's state as ``checkpoints/step_...``, with its ledger; every process calls it.
 
     Raises:
         CheckpointError: it cannot be written (disk full, folder read-only). What was there before stays.
@@ -106,7 +107,7 @@ def save(engine: Engine, consumed_samples: int, data_fingerprint: str = "") -> P
         step=engine.step_number,
         consumed_samples=consumed_samples,
         layout=engine.topology.describe(),
-        data_fingerprint=data_fingerprint,
+        ledger=ledger,
         run=run,
     )
     if engine.topology.is_first_process and run.checkpoint.keep_last is not None:
@@ -125,7 +126,7 @@ def write_checkpoint(
     step: int,
     consumed_samples: int,
     layout: str,
-    data_fingerprint: str = "",
+    ledger: Ledger | None = None,
     run: RunConfig | None = None,
 ) -> Path:
     """Write a sharded state as the folder ``final``, which appears only when it is whole; every process calls it."""
@@ -137,14 +138,14 @@ def write_checkpoint(
         "layout": layout,
         "world_size": dist.get_world_size(),
         "has_optimizer": "optimizer" in state,
-        "data_fingerprint": data_fingerprint,
+        "data_fingerprint": ledger.fingerprint(consumed_samples) if ledger else "",
         "model": to_dict(model),
     }
     # What the first process does alone fails on all of them, or the others would wait for it.
     on_first_process(lambda: _begin(partial, final))
     with _disk_errors(final, partial):
         dist_checkpointing.save(state, str(partial))
-    on_first_process(lambda: _finish(partial, final, manifest, run))
+    on_first_process(lambda: _finish(partial, final, manifest, run, ledger))
     return final
 
 
@@ -181,11 +182,13 @@ def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _finish(partial: Path, final: Path, manifest: dict[str, Any], run: RunConfig | None) -> None:
-    """Settings, checksums, final name."""
+def _finish(partial: Path, final: Path, manifest: dict[str, Any], run: RunConfig | None, ledger: Ledger | None) -> None:
+    """Settings, ledger, checksums, final name."""
     with _disk_errors(final, partial):
         if run is not None:
             (partial / "run.yaml").write_text(dump_yaml(run), encoding="utf-8")
+        if ledger is not None:
+            (partial / "ledger.json").write_text(dumps(ledger), encoding="utf-8")
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         facts = {
             str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steel_megatron.config import RunConfig, dump_yaml
+from steel_megatron.data.ledger import Ledger
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import exclusive_lock, write_atomically
 from steel_megatron.log import get_logger, progress
@@ -56,9 +57,10 @@ def pretrain(run: RunConfig) -> TrainingSummary:
 
 def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
     training = run.training
-    batches = together(lambda: Batches(run, topology))
+    batches = Batches(run, topology)
     engine = Engine(run, topology)
-    consumed, saved = _start(run, topology, engine, batches.fingerprint)
+    consumed, saved = _start(run, topology, engine, batches.ledger)
+    batches.begin(consumed)
     metrics = together(lambda: Metrics(run, topology, engine))
     validation_loss = result = None
     last_step = training.stop_after_step or training.train_steps
@@ -75,7 +77,7 @@ def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
                 validation_loss = engine.evaluate(batches.validation())[0]
                 metrics.record_validation(result.step, validation_loss)
             if result.step % run.checkpoint.save_interval == 0 or result.step == last_step or stopping:
-                saved = checkpoint.save(engine, consumed, batches.fingerprint)
+                saved = checkpoint.save(engine, consumed, batches.ledger)
                 logger.info(f"saved {saved}")
                 metrics.restart_clock()
             if stopping:
@@ -91,7 +93,7 @@ def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
     )
 
 
-def _start(run: RunConfig, topology: Topology, engine: Engine, data_fingerprint: str) -> tuple[int, Path | None]:
+def _start(run: RunConfig, topology: Topology, engine: Engine, ledger: Ledger | None) -> tuple[int, Path | None]:
     """Resume, or take initial weights from elsewhere, or begin; returns the samples consumed and the checkpoint."""
     # One process reads and compares all checksums; the others follow.
     found = on_first_process(lambda: _find(run))
@@ -99,11 +101,12 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, data_fingerprint:
     if step >= 0:
         path = checkpoint.path_of(run, step)
         info = together(lambda: checkpoint.read_info(path))
-        if info.data_fingerprint != data_fingerprint:
+        if ledger is None or info.data_fingerprint != ledger.fingerprint(info.consumed_samples):
             raise CheckpointError(
-                f"{path} was trained on other data, or with another training.seed or model.sequence_length, so its "
-                f"{info.consumed_samples:,} consumed samples mean nothing here; for new data use its weights in "
-                "another folder (checkpoint.init_from)"
+                f"{path} was trained on other data than {run.ledger_path} says of the first {info.consumed_samples:,} "
+                f"samples, or with another training.seed or sequence length; its own ledger is {path}/ledger.json. "
+                "New data is appended (steel-megatron data append), or use the weights in another folder "
+                "(checkpoint.init_from)"
             )
         checkpoint.load(engine, info)
         logger.info(f"resuming after step {info.step} ({info.layout} before, {topology.describe()} now)")

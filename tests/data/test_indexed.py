@@ -4,42 +4,22 @@ from __future__ import annotations
 
 import gc
 import json
-import resource
+import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
-from steel_megatron.data.indexed import open_indexed, token_dtype, verify
-from steel_megatron.data.indexed_writer import IndexedWriter, merge
+from steel_megatron.data.indexed import Origin, open_indexed, token_dtype, verify
+from steel_megatron.data.indexed_writer import IndexedWriter
 from steel_megatron.errors import DataError
-from steel_megatron.files import exclusive_lock, write_atomically
-
-DOCUMENTS = [[5, 6, 7], [1], [], [65_000, 2, 3, 4], list(range(3000))]
-
-
-def write(prefix: Path, documents: list[list[int]] = DOCUMENTS, dtype: type = np.uint16, **manifest: object) -> str:
-    with IndexedWriter(prefix, dtype) as writer:
-        for document in documents:
-            writer.add_document(document)
-        writer.finalize(manifest)
-    return str(prefix)
-
-
-def write_megatron(prefix: Path, documents: list[list[list[int]]], dtype: type = np.uint16) -> str:
-    """Megatron's own builder; a document is a list of sequences."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for document in documents:
-        flat = [token for sequence in document for token in sequence]
-        builder.add_document(torch.tensor(flat, dtype=torch.int64), [len(sequence) for sequence in document])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
+from tests.data.corpora import DOCUMENTS, content, inputs, write, write_megatron
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
@@ -157,23 +137,6 @@ def test_every_flipped_bit_of_the_index_is_refused_without_a_manifest(tmp_path: 
         content[bit // 8] ^= 1 << bit % 8
 
 
-def test_verify_finds_every_flipped_bit(tmp_path: Path) -> None:
-    prefix = write(tmp_path / "x", [[1, 2, 3], [4], [5, 6]])
-    report = verify(prefix, vocab_size=7)
-    assert (report.documents, report.tokens, report.max_id, report.checksums) == (3, 6, 6, True)
-    for suffix in (".bin", ".idx"):
-        path = Path(prefix + suffix)
-        content = bytearray(path.read_bytes())
-        for bit in range(len(content) * 8):
-            content[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(content)
-            with pytest.raises(DataError):
-                verify(prefix)
-            content[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(content)
-    verify(prefix)
-
-
 def _huge_count(content: bytes) -> bytes:
     return content[:18] + struct.pack("<Q", 2**63) + content[26:]
 
@@ -203,167 +166,185 @@ def test_empty_corpora_are_refused(tmp_path: Path) -> None:
         open_indexed(write(tmp_path / "empty", [[], []]))
 
 
-def test_a_manifest_of_another_corpus_is_refused(tmp_path: Path) -> None:
-    prefix = write(tmp_path / "x", [[1, 2, 3]])
-    manifest = Path(prefix + ".json")
-    content = json.loads(manifest.read_text())
-    for change, message in (
-        ({"tokens": 4}, "tokens is 3, recorded is 4"),
-        ({"format": "other"}, "is no manifest of format"),
-        ({"sha256": None}, "is damaged"),
-    ):
-        manifest.write_text(json.dumps({**content, **change}))
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 120), max_size=9), min_size=1, max_size=8),
+    st.sampled_from([np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16]),
+)
+def test_any_documents_in_any_dtype(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], dtype: type
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    ours = write(folder / "ours", documents, dtype)
+    theirs = write_megatron(folder / "theirs", [[document] for document in documents], dtype)
+    for suffix in (".bin", ".idx"):
+        assert Path(ours + suffix).read_bytes() == Path(theirs + suffix).read_bytes()
+    if any(documents):
+        corpus = open_indexed(theirs)
+        assert [corpus.document(index).tolist() for index in range(corpus.documents)] == documents
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.lists(st.integers(0, 120), max_size=4), max_size=4), min_size=1, max_size=6))
+def test_documents_of_any_number_of_sequences(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[list[int]]]
+) -> None:
+    flat = [[token for sequence in document for token in sequence] for document in documents]
+    if not any(flat):
+        return
+    corpus = open_indexed(write_megatron(tmp_path_factory.mktemp("any") / "x", documents))
+    assert [corpus.document(index).tolist() for index in range(corpus.documents)] == flat
+    assert corpus.sizes.tolist() == [len(document) for document in flat]
+
+
+def test_swapped_files_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "x", [[1, 2, 3], [4]])
+    write(tmp_path / "y", [[1, 2], [3, 4]])  # as many documents and tokens
+    write(tmp_path / "z", [[1, 2, 3], [4, 5]])
+    for suffix, message in ((".bin", "truncated, extended or belongs to another index"), (".json", "another corpus")):
+        kept = (tmp_path / f"x{suffix}").read_bytes()
+        (tmp_path / f"x{suffix}").write_bytes((tmp_path / f"z{suffix}").read_bytes())
         with pytest.raises(DataError, match=message):
+            open_indexed(tmp_path / "x")
+        (tmp_path / f"x{suffix}").write_bytes(kept)
+    (tmp_path / "x.idx").write_bytes((tmp_path / "y.idx").read_bytes())
+    with pytest.raises(DataError, match=r"x\.idx has changed"):  # which only its checksum tells
+        verify(tmp_path / "x")
+    (tmp_path / "x.idx").write_bytes((tmp_path / "x.bin").read_bytes() * 20)
+    with pytest.raises(DataError, match="no index of version 1"):
+        open_indexed(tmp_path / "x")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".rows.npy", ".json"])
+def test_what_is_no_readable_file(tmp_path: Path, suffix: str) -> None:
+    prefix = write(tmp_path / "x", [[1, 2], [3]], rows=[1, 2], inputs=inputs(2))
+    path = Path(prefix + suffix)
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=str(path)):
+        open_indexed(prefix)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=f"cannot read {path}: Is a directory"):
+        open_indexed(prefix)
+    path.rmdir()
+    if suffix == ".json":
+        assert open_indexed(prefix).manifest is None
+    else:
+        with pytest.raises(DataError, match=f"cannot read {path}: No such file"):
             open_indexed(prefix)
-    manifest.write_text("{")
-    with pytest.raises(DataError, match="cannot be read"):
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".rows.npy", ".json"])
+def test_a_file_that_may_not_be_read(tmp_path: Path, suffix: str) -> None:
+    prefix = write(tmp_path / "x", [[1, 2], [3]], rows=[1, 2], inputs=inputs(2))
+    Path(prefix + suffix).chmod(0)
+    with pytest.raises(DataError, match=f"cannot read {prefix}{suffix}: Permission denied"):
         open_indexed(prefix)
 
 
-def test_nothing_is_left_without_a_commit(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), IndexedWriter(tmp_path / "x", np.uint16) as writer:
-        writer.add_document([1])
-        raise KeyboardInterrupt
-    with IndexedWriter(tmp_path / "x", np.uint16) as writer:
-        writer.add_document([1])
-        writer.prepare({})
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "x", np.uint16) as writer:
-        writer.add_document([1])
-        writer.finalize({})
-        raise RuntimeError  # a corpus beside it failed
-    assert not list(tmp_path.iterdir())
+def test_a_negative_document_is_none(tmp_path: Path) -> None:
+    corpus = open_indexed(write(tmp_path / "x", rows=range(1, 6), inputs=inputs(5)))
+    for document in (-1, 5):
+        with pytest.raises(IndexError):
+            corpus.tokens_of(document, 0, 1)
+        with pytest.raises(IndexError):
+            corpus.origin(document)
 
 
-def test_every_moment_of_a_commit_leaves_nothing_that_opens(tmp_path: Path) -> None:
-    """Replays the states of the folder that a crash during commit can leave, with and without an older corpus."""
-    new, old = tmp_path / "new", tmp_path / "old"
-    for folder in (new, old):
-        folder.mkdir()
-    write(new / "x", [[1, 2]])
-    write(old / "x", [[3, 4]])  # the same sizes: only the order of the renames keeps them apart
-    state = {f"x{suffix}.partial": (new / f"x{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")}
-    state |= {f"x{suffix}": (old / f"x{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")}
-    steps: list[tuple[str, str | None]] = [("x.json", None), ("x.idx", None)]
-    steps += [(f"x{suffix}.partial", f"x{suffix}") for suffix in (".bin", ".idx", ".json")]
-    for number, (gone, appears) in enumerate(steps):
-        content = state.pop(gone)
-        if appears is not None:
-            state[appears] = content
-        folder = tmp_path / f"state{number}"
-        folder.mkdir()
-        for name, content in state.items():
-            (folder / name).write_bytes(content)
-        if number == len(steps) - 1:
-            assert open_indexed(folder / "x").document(0).tolist() == [1, 2]
-        else:
-            with pytest.raises(DataError):
-                open_indexed(folder / "x")
-
-
-def test_existing_corpora_are_only_replaced_when_asked(tmp_path: Path) -> None:
-    write(tmp_path / "x", [[1]])
-    with pytest.raises(DataError, match="exists already"):
-        IndexedWriter(tmp_path / "x", np.uint16)
-    assert open_indexed(tmp_path / "x").document(0).tolist() == [1]
-    with IndexedWriter(tmp_path / "x", np.int32, overwrite=True) as writer:
-        writer.add_document([2, 3])
-        assert open_indexed(tmp_path / "x").document(0).tolist() == [1]
-        writer.finalize({})
-    assert verify(tmp_path / "x").tokens == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json"]
-
-
-def test_a_second_writer_is_refused(tmp_path: Path) -> None:
-    with IndexedWriter(tmp_path / "x", np.uint16) as writer:
-        writer.add_document([1])
-        with pytest.raises(DataError, match="another job is writing to"):
-            IndexedWriter(tmp_path / "x", np.uint16, overwrite=True)
-        writer.finalize({})
-    assert open_indexed(tmp_path / "x").tokens == 1
-
-
-def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys; from steel_megatron.data.indexed_writer import IndexedWriter; "
-        "writer = IndexedWriter(sys.argv[1], 'uint16'); writer.add_document([1]); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=False)
-    assert killed.returncode == -9 and (tmp_path / "x.lock").exists()
-    write(tmp_path / "x", [[2]])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json"]
-
-
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    """A limit on the size of files fails in the same place as a full disk: in write() or in flush()."""
-    code = (
-        "import sys\n"
-        "from steel_megatron.data.indexed_writer import IndexedWriter\n"
-        "from steel_megatron.errors import DataError\n"
-        "try:\n"
-        "    with IndexedWriter(sys.argv[1], 'uint16') as writer:\n"
-        "        for document in range(int(sys.argv[2])):\n"
-        "            writer.add_document([1] * int(sys.argv[3]))\n"
-        "        writer.finalize({})\n"
-        "except DataError as error:\n"
-        "    sys.exit(str(error))\n"
-    )
-    # The second one fails only when the index is completed.
-    for documents, length, suffix in ((100, 100, "bin"), (500, 1, "idx")):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "x"), str(documents), str(length)],
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert f"cannot write {tmp_path}/x.{suffix}: File too large" in done.stderr and done.returncode == 1
-        assert not list(tmp_path.iterdir())
-
-
-def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot write"):
-        IndexedWriter(tmp_path / "file" / "x", np.uint16)
-    with pytest.raises(DataError, match="cannot write"):
-        write_atomically(tmp_path / "file" / "x", b"", DataError)
-    write(tmp_path / "new" / "folder" / "x", [[1]])
-
-
-def test_write_atomically_replaces_and_leaves_no_rest(tmp_path: Path) -> None:
-    for content in (b"one", b"two"):
-        write_atomically(tmp_path / "x", content, DataError)
-        assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", content)]
-
-
-def test_lock_is_released_and_removed(tmp_path: Path) -> None:
-    for _ in range(2):
-        with exclusive_lock(tmp_path / "x", DataError):
-            assert (tmp_path / "x.lock").exists()
-            with pytest.raises(DataError, match="another job"), exclusive_lock(tmp_path / "x", DataError):
-                pass
-        assert not (tmp_path / "x.lock").exists()
-
-
-def test_merge_equals_writing_at_once(tmp_path: Path) -> None:
-    tokenizer = {"fingerprint": "f"}
-    parts = [
-        write(tmp_path / "a", DOCUMENTS[:2], tokenizer=tokenizer, inputs=[{"path": "a"}]),
-        write(tmp_path / "b", DOCUMENTS[2:], tokenizer=tokenizer, inputs=[{"path": "b"}]),
+def test_documents_know_their_rows(tmp_path: Path) -> None:
+    rows = [3, 7, 8, 1, 2]
+    files = [{"path": "empty", "source": "text", "documents": 0}, *inputs(3), {"path": "none", "documents": 0}]
+    files.append({"path": "b", "source": "zhihu", "documents": 2})
+    prefix = write(tmp_path / "x", rows=rows, inputs=files)
+    assert np.load(f"{prefix}.rows.npy", allow_pickle=False).tolist() == rows
+    corpus = open_indexed(prefix)
+    assert [corpus.origin(document) for document in range(5)] == [
+        *(Origin("in0.jsonl", "text", row) for row in (3, 7, 8)),
+        *(Origin("b", "zhihu", row) for row in (1, 2)),
     ]
-    manifest = merge(parts, tmp_path / "merged")
-    whole = write(tmp_path / "whole", DOCUMENTS)
-    for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"merged{suffix}").read_bytes() == Path(whole + suffix).read_bytes()
-    assert manifest["tokenizer"] == tokenizer and manifest["inputs"] == [{"path": "a"}, {"path": "b"}]
-    assert verify(tmp_path / "merged").documents == 5
+    assert open_indexed(write(tmp_path / "y", inputs=inputs(5))).origin(0) is None
 
 
-def test_merge_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    write(tmp_path / "a", [[1]], tokenizer={"fingerprint": "f"})
-    write(tmp_path / "b", [[1]], tokenizer={"fingerprint": "g"})
-    write(tmp_path / "c", [[1]], np.int32)
-    for names, message in ((("a", "b"), "2 different tokenizers"), (("a", "c"), "different dtypes"), ((), "at least")):
-        with pytest.raises(DataError, match=message):
-            merge([tmp_path / name for name in names], tmp_path / "out")
-        assert not list(tmp_path.glob("out*"))
+def test_rows_must_fit(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "x", rows=range(1, 6), inputs=inputs(5))
+    path = Path(f"{prefix}.rows.npy")
+    whole = path.read_bytes()
+    other = np.arange(5, dtype=np.float64)
+    np.save(tmp_path / "other.npy", other)
+    for damaged in (whole[:-1], whole + b"\0", whole[:64], (tmp_path / "other.npy").read_bytes(), whole[1:] + b"\0"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"rows\.npy .* is no array of int64 \[5\]"):
+            open_indexed(prefix)
+
+
+@pytest.mark.parametrize("documents", [0, 1, 99_999, 10**18])
+def test_the_head_of_the_rows_is_numpys(tmp_path: Path, documents: int) -> None:
+    from io import BytesIO
+
+    from steel_megatron.data.indexed_format import ROWS_HEADER_BYTES, rows_header
+
+    head = rows_header(documents)
+    assert len(head) == ROWS_HEADER_BYTES
+    file = BytesIO(head)
+    assert np.lib.format.read_magic(file) == (1, 0)
+    assert np.lib.format.read_array_header_1_0(file) == ((documents,), False, np.dtype("<i8"))
+    assert file.tell() == ROWS_HEADER_BYTES
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 4}, "tokens is 3008, recorded is 4"),
+        ({"documents": 4}, "documents is 5, recorded is 4"),
+        ({"dtype": "int32"}, "dtype is uint16, recorded is int32"),
+        ({"format": "other"}, "is no manifest of format"),
+        ({"format": "steel-megatron-indexed-1"}, "earlier version .* make the corpus again, or move the manifest away"),
+        ({"max_id": None}, "max_id is None"),
+        ({"max_id": True}, "max_id is True"),
+        ({"block_bytes": 12}, "block_bytes is 12"),
+        ({"block_bytes": 0}, "block_bytes is 0"),
+        ({"blocks": None}, "blocks is None"),
+        ({"blocks": {"bin": []}}, "blocks is"),
+        ({"blocks": {"bin": ["0" * 64], "idx": [], "rows": []}}, "1 SHA-256 digests for idx"),
+        ({"blocks": {"bin": ["x" * 64], "idx": ["0" * 64]}}, "1 SHA-256 digests for bin"),
+        ({"blocks": {"bin": ["0" * 64], "idx": ["0" * 64]}}, "content is"),
+        ({"content": "0" * 64}, "content is"),
+        ({"tokenizer": "qwen"}, "tokenizer is qwen"),
+        ({"tokenizer": {"vocab_size": "many"}}, "tokenizer is"),
+        ({"inputs": None}, "inputs is None"),
+        ({"inputs": ["a"]}, "inputs is"),
+        ({"inputs": []}, "inputs is .*, not files with 5 documents together"),
+        ({"inputs": [{"documents": 6}, {"documents": -1}]}, "inputs is"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    prefix = write(tmp_path / "x", rows=range(1, 6), inputs=inputs(2, 3))
+    path = Path(f"{prefix}.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(DataError, match=message):
+        open_indexed(prefix)
+
+
+@pytest.mark.parametrize("text", ["{", "", "[" * 100_000, "\0", "[]", "3", '"x"'])
+def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    prefix = write(tmp_path / "x")
+    Path(f"{prefix}.json").write_text(text)
+    with pytest.raises(DataError, match=r"x\.json (cannot be read|is no manifest)"):
+        open_indexed(prefix)
+
+
+def test_a_manifest_of_an_earlier_version_may_be_moved_away(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "x")
+    Path(f"{prefix}.json").write_text('{"format": "steel-megatron-indexed-1"}')
+    with pytest.raises(DataError, match="earlier version"):
+        open_indexed(prefix)
+    Path(f"{prefix}.json").rename(tmp_path / "away")
+    assert open_indexed(prefix).documents == 5
+
+
+def test_a_corpus_is_read_whole_from_its_files_alone(tmp_path: Path) -> None:
+    """Copies and renames change nothing: no path is inside."""
+    first = content(write(tmp_path / "x", rows=range(1, 6), inputs=inputs(5)))
+    second = content(write(tmp_path / "a" / "y", rows=range(1, 6), inputs=inputs(5)))
+    assert first == second and set(first) == {".bin", ".idx", ".rows.npy", ".json"}

@@ -1,10 +1,9 @@
-"""Samples: equal to a plain reference, each token used once, the same for any number of processes."""
+"""Samples through the ledger: what the index says, the same for any number of processes, with their documents."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections import Counter
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -12,168 +11,157 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steel_megatron.data.indexed import Origin
 from steel_megatron.data.indexed_writer import IndexedWriter
-from steel_megatron.data.loader import SampleStream, SequentialSamples, micro_batches
+from steel_megatron.data.ledger import Ledger, edit
+from steel_megatron.data.loader import LedgerSamples, SequentialSamples, micro_batches, read_samples
+from steel_megatron.data.run_ledger import names_of, new_ledger, parts_of, read_ledger
 from steel_megatron.errors import ConfigError, DataError
 
+LENGTH = 16
 
-def write(prefix: Path, documents: list[list[int]], dtype: type = np.int32) -> str:
-    with IndexedWriter(prefix, dtype) as writer:
-        for document in documents:
-            writer.add_document(document)
-        writer.finalize({})
+
+def write(prefix: Path, sizes: list[int], first: int = 0) -> str:
+    """Documents whose tokens are all different, so that a token tells where it is from; with the rows of a file."""
+    inputs = [{"path": f"{prefix.name}.jsonl", "source": "text", "documents": len(sizes)}]
+    with IndexedWriter(prefix, np.int32) as writer:
+        writer.add_documents(np.arange(first, first + sum(sizes)), sizes, np.arange(1, len(sizes) + 1))
+        writer.finalize({"inputs": inputs})
     return str(prefix)
 
 
-def distinct_documents(lengths: list[int], first: int = 0) -> list[list[int]]:
-    """Documents whose tokens are all different, so that a token tells where it is from."""
-    ends = np.cumsum([first, *lengths])
-    return [list(range(start, end)) for start, end in itertools.pairwise(ends)]
+SIZES = {"a": [3, 0, 17, 1, 40, 8, 2], "b": [5, 60, 1, 0, 13]}
 
 
 @pytest.fixture
 def prefixes(tmp_path: Path) -> list[str]:
-    first = distinct_documents([3, 0, 17, 1, 40, 8, 2])
-    second = distinct_documents([5, 60, 1, 0, 13], first=71)
-    return [write(tmp_path / "a", first), write(tmp_path / "b", second)]
+    return [write(tmp_path / "a", SIZES["a"]), write(tmp_path / "b", SIZES["b"], first=71)]
 
 
-def order_by_philox(count: int, seed: int, epoch: int, purpose: int) -> list[int]:
-    """The documented order: positions sorted by the raw numbers of Philox(key = (seed, epoch))."""
-    counter = np.array([0, 0, 0, purpose], dtype=np.uint64)
-    raw = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=counter).random_raw(count)
-    return [place for _, place in sorted(zip(raw.tolist(), range(count), strict=True))]
+def samples_of(prefixes: list[str], folder: Path, length: int = LENGTH, seed: int = 3) -> LedgerSamples:
+    return LedgerSamples(new_ledger(folder, prefixes, length, seed), 150)
 
 
-def reference_sample(documents: list[list[int]], sequence_length: int, seed: int, number: int) -> list[int]:
-    total = sum(map(len, documents))
-    per_epoch = (total - 1) // sequence_length
-    epoch, place = number // per_epoch, number % per_epoch
-    text = [token for index in order_by_philox(len(documents), seed, epoch, 0) for token in documents[index]]
-    start = order_by_philox(per_epoch, seed, epoch, 1)[place] * sequence_length
-    return text[start : start + sequence_length + 1]
+def test_each_token_of_an_epoch_is_predicted_once(prefixes: list[str], tmp_path: Path) -> None:
+    stream = samples_of(prefixes, tmp_path, length=5)
+    per_epoch = 70 // 5 + 78 // 5  # each corpus is cut for itself
+    for epoch in range(3):
+        targets = np.concatenate([stream.sample(epoch * per_epoch + n)[1:] for n in range(per_epoch)])
+        assert len(targets) == len(set(targets.tolist())) == 5 * per_epoch
 
 
-@pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
-@pytest.mark.parametrize("sequence_length", [1, 8, 33, 149])
-def test_samples_equal_the_reference(prefixes: list[str], sequence_length: int, seed: int) -> None:
-    documents = distinct_documents([3, 0, 17, 1, 40, 8, 2]) + distinct_documents([5, 60, 1, 0, 13], first=71)
-    stream = SampleStream(prefixes, sequence_length, seed, vocab_size=150)
-    assert stream.samples_per_epoch == 149 // sequence_length
-    for number in range(2 * stream.samples_per_epoch + 1):
-        sample = stream.sample(number)
-        assert sample.dtype == np.int64 and sample.shape == (sequence_length + 1,)
-        assert sample.tolist() == reference_sample(documents, sequence_length, seed, number)
+def test_starts_are_those_of_the_documents(prefixes: list[str], tmp_path: Path) -> None:
+    firsts = {0, 3, 20, 21, 61, 69, 71, 76, 136, 137}  # the first tokens of documents that have one
+    for stream in (samples_of(prefixes, tmp_path), SequentialSamples(prefixes, LENGTH, 150)):
+        for number in range(8):
+            tokens, starts = stream.sample_with_starts(number)
+            assert np.array_equal(tokens, stream.sample(number))
+            begin, expected = 0, []
+            for position, token in enumerate(tokens.tolist()):
+                begin = position if token in firsts else begin
+                expected.append(begin)
+            assert starts.tolist() == expected
+    both = read_samples(samples_of(prefixes, tmp_path), range(2), with_starts=True)
+    assert both[1] is not None and both[0].shape == both[1].shape == (2, LENGTH + 1)
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=20).filter(lambda lengths: sum(lengths) > 12),
-    sequence_length=st.integers(1, 11),
-    seed=st.integers(0, 2**32),
-)
-def test_every_token_of_an_epoch_is_predicted_once(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], sequence_length: int, seed: int
-) -> None:
-    prefix = write(tmp_path_factory.mktemp("x") / "x", distinct_documents(lengths))
-    stream = SampleStream([prefix], sequence_length, seed, vocab_size=sum(lengths))
-    for epoch in range(2):
-        first = epoch * stream.samples_per_epoch
-        targets = Counter(
-            token for number in range(first, first + stream.samples_per_epoch) for token in stream.sample(number)[1:]
-        )
-        assert set(targets.values()) == {1}
-        # Unused are the first token of the epoch and the rest that makes no whole sample.
-        assert sum(lengths) - len(targets) == 1 + (sum(lengths) - 1) % sequence_length
-
-
-def test_order_is_a_function_of_the_number_alone(prefixes: list[str]) -> None:
-    forward, backward = (SampleStream(prefixes, 16, 3, 150) for _ in range(2))
+def test_order_is_a_function_of_the_number_alone(prefixes: list[str], tmp_path: Path) -> None:
+    forward, backward = samples_of(prefixes, tmp_path), pickle.loads(pickle.dumps(samples_of(prefixes, tmp_path)))
     samples = [forward.sample(number) for number in range(40)]
     for number in reversed(range(40)):
         assert np.array_equal(backward.sample(number), samples[number])
-    other_seed = SampleStream(prefixes, 16, 4, 150)
-    assert any(not np.array_equal(other_seed.sample(number), samples[number]) for number in range(9))
-    per_epoch = forward.samples_per_epoch
-    assert [s.tolist() for s in samples[:per_epoch]] != [s.tolist() for s in samples[per_epoch : 2 * per_epoch]]
+    other = samples_of(prefixes, tmp_path, seed=4)
+    assert any(not np.array_equal(other.sample(number), samples[number]) for number in range(8))
+    assert [s.tolist() for s in samples[:8]] != [s.tolist() for s in samples[8:16]]
 
 
-def test_order_is_pinned(prefixes: list[str]) -> None:
+def test_order_is_pinned(prefixes: list[str], tmp_path: Path) -> None:
     """A run that is resumed with a newer numpy or a newer library must see the same samples."""
-    stream = SampleStream(prefixes, 16, 1234, 150)
+    stream = samples_of(prefixes, tmp_path, seed=1234)
     digest = hashlib.sha256(b"".join(stream.sample(number).astype("<i8").tobytes() for number in range(30)))
-    assert digest.hexdigest() == "748f73e88231de5a22030cf13361254a9d1226974b217dcd38d4d3bd8958816f"
+    assert digest.hexdigest() == "aef8500f15e760abe3d941ccf260447ec9b3ef39798b76cfa6abbe155a2a33d0"
 
 
-def test_fingerprint_tells_content_seed_and_length(prefixes: list[str], tmp_path: Path) -> None:
-    stream = SampleStream(prefixes, 16, 3, 150)
-    (tmp_path / "elsewhere").mkdir()
-    for name in ("a", "b"):
-        for suffix in (".bin", ".idx", ".json"):
-            (tmp_path / "elsewhere" / f"{name}{suffix}").write_bytes((tmp_path / f"{name}{suffix}").read_bytes())
-    moved = [str(tmp_path / "elsewhere" / name) for name in ("a", "b")]
-    assert SampleStream(moved, 16, 3, 150).fingerprint == stream.fingerprint
-    changed = write(tmp_path / "c", [*distinct_documents([3, 0, 17, 1, 40, 8, 1]), [0]])
-    others = [
-        SampleStream(prefixes, 16, 4, 150),
-        SampleStream(prefixes, 15, 3, 150),
-        SampleStream(prefixes[::-1], 16, 3, 150),
-        SampleStream([changed, prefixes[1]], 16, 3, 150),
-    ]
-    fingerprints = {other.fingerprint for other in others} | {stream.fingerprint}
-    assert len(fingerprints) == 5
-    (tmp_path / "c.json").unlink()
-    without_manifest = SampleStream([changed, prefixes[1]], 16, 3, 150).fingerprint
-    assert without_manifest not in fingerprints
+def test_parts_say_where_the_tokens_come_from(prefixes: list[str], tmp_path: Path) -> None:
+    stream = samples_of(prefixes, tmp_path)
+    for number in range(8):
+        parts = parts_of(stream, number)
+        assert [token for part in parts for token in part.ids] == stream.sample(number).tolist()
+        for part in parts:
+            sizes, first = SIZES[part.corpus], 0 if part.corpus == "a" else 71
+            assert part.ids[0] == first + sum(sizes[: part.document]) + part.offset
+            assert part.origin == Origin(f"{part.corpus}.jsonl", "text", part.document + 1)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
-@pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
+@given(
+    micro=st.integers(1, 3),
+    data_parallel=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    first=st.integers(0, 10**12),
+)
 def test_a_global_batch_is_the_same_for_any_layout(
-    prefixes: list[str], micro_batch_size: int, data_parallel_size: int
+    micro: int, data_parallel: int, accumulation: int, first: int
 ) -> None:
-    stream = SampleStream(prefixes, 5, 0, 150)
-    first, size = 17, 24
-    shares = [
-        micro_batches(stream, first, size, micro_batch_size, rank, data_parallel_size)
-        for rank in range(data_parallel_size)
-    ]
-    assert {len(share) for share in shares} == {size // (micro_batch_size * data_parallel_size)}
-    together = np.concatenate([batch for step in zip(*shares, strict=True) for batch in step])
-    assert np.array_equal(together, np.stack([stream.sample(first + index) for index in range(size)]))
+    size = micro * data_parallel * accumulation
+    shares = [micro_batches(first, size, micro, rank, data_parallel) for rank in range(data_parallel)]
+    assert {len(share) for share in shares} == {accumulation}
+    together = [number for step in zip(*shares, strict=True) for own in step for number in own]
+    assert together == list(range(first, first + size))
 
 
-def test_batch_sizes_must_divide(prefixes: list[str]) -> None:
-    stream = SampleStream(prefixes, 5, 0, 150)
-    for sizes in ((7, 2, 1), (8, 2, 3), (8, 0, 1), (0, 1, 1)):
-        with pytest.raises(ConfigError, match="must be a multiple of"):
-            micro_batches(stream, 0, sizes[0], sizes[1], 0, sizes[2])
+@pytest.mark.parametrize("sizes", [(7, 2, 1), (8, 2, 3), (8, 0, 1), (0, 1, 1)])
+def test_batch_sizes_must_divide(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(ConfigError, match="must be a multiple of"):
+        micro_batches(0, sizes[0], sizes[1], 0, sizes[2])
 
 
-def test_sequential_samples_walk_through_the_text(prefixes: list[str]) -> None:
-    samples = SequentialSamples(prefixes, 20, 150)
-    assert len(samples) == 7
-    for number in range(7):
-        assert samples.sample(number).tolist() == list(range(number * 20, number * 20 + 21))
-    for number in (-1, 7):
+@settings(max_examples=20, deadline=None)
+@given(length=st.integers(1, 149), cut=st.integers(1, 148))
+def test_sequential_samples_walk_through_the_text(
+    tmp_path_factory: pytest.TempPathFactory, length: int, cut: int
+) -> None:
+    folder = tmp_path_factory.mktemp("walk")
+    samples = SequentialSamples([write(folder / "a", [cut]), write(folder / "b", [150 - cut], first=cut)], length, 150)
+    assert len(samples) == 149 // length
+    for number in range(len(samples)):
+        assert samples.sample(number).tolist() == list(range(number * length, (number + 1) * length + 1))
+    for number in (-1, len(samples)):
         with pytest.raises(IndexError):
             samples.sample(number)
-    batches = micro_batches(samples, 2, 4, 2, 1, 2)
-    assert len(batches) == 1 and batches[0][:, 0].tolist() == [80, 100]
 
 
 def test_what_cannot_be_sampled(prefixes: list[str], tmp_path: Path) -> None:
-    assert SampleStream(prefixes, 149, 0, 150).samples_per_epoch == 1
-    for make in (lambda length: SampleStream(prefixes, length, 0, 150), lambda n: SequentialSamples(prefixes, n, 150)):
-        with pytest.raises(DataError, match=r"150 tokens make no sample of sequence_length \+ 1 = 151 tokens"):
-            make(150)
-        with pytest.raises(ConfigError, match="sequence_length is 0"):
-            make(0)
-    with pytest.raises(DataError, match="token id 149"):
-        SampleStream(prefixes, 10, 0, 149)
+    with pytest.raises(DataError, match=r"150 tokens make no sample of sequence_length \+ 1 = 151 tokens"):
+        SequentialSamples(prefixes, 150, 150)
+    with pytest.raises(ConfigError, match="sequence_length is 0"):
+        SequentialSamples(prefixes, 0, 150)
     with pytest.raises(DataError, match="no corpus was given"):
-        SampleStream([], 10, 0, 150)
-    with pytest.raises(DataError, match="No such file"):
-        SampleStream([str(tmp_path / "nowhere")], 10, 0, 150)
-    with pytest.raises(ConfigError, match="seed is -1"):
-        SampleStream(prefixes, 10, -1, 150)
+        SequentialSamples([], 10, 150)
+    with pytest.raises(DataError, match="make no sample"):
+        samples_of(prefixes, tmp_path, length=71)
+    with pytest.raises(DataError, match="token id 149"):
+        LedgerSamples(new_ledger(tmp_path, prefixes, LENGTH, 0), 149)
+
+
+def test_a_run_finds_the_ledger_it_made(prefixes: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "run" / "ledger.json"
+    assert read_ledger(path, LENGTH, prefixes) is None
+    with edit(path, new_ledger(path.parent, prefixes, LENGTH, 5)):
+        pass
+    for named in (prefixes, prefixes[::-1], []):
+        assert read_ledger(path, LENGTH, named) == Ledger.load(path)
+    moved = [str(tmp_path / "moved-a"), prefixes[1]]
+    for suffix in (".bin", ".idx", ".json", ".rows.npy"):
+        Path(prefixes[0] + suffix).rename(moved[0] + suffix)
+    assert read_ledger(path, LENGTH, moved) == Ledger.load(path)
+    with pytest.raises(DataError, match=r"the ledger began with b .*, which is not among .*moved-a"):
+        read_ledger(path, LENGTH, moved[:1])
+    with pytest.raises(DataError, match=r"cuts samples of 16 tokens, but model\.sequence_length is 17"):
+        read_ledger(path, LENGTH + 1, [])
+    with edit(path) as file:
+        file.ledger = file.ledger.append([later := write(tmp_path / "later", [40], first=10)])
+    assert read_ledger(path, LENGTH, moved) == read_ledger(path, LENGTH, [*moved, later]) == file.ledger
+
+
+def test_corpora_of_one_name_are_called_by_their_paths() -> None:
+    assert names_of(["x/a", "y/a", "y/b"]) == ["x/a", "y/a", "b"]

@@ -1,32 +1,29 @@
-"""Preprocessing: the right ids, the same bytes for any number of workers, and nothing left when it fails."""
+"""Preprocessing: the right ids in the right corpus, the same bytes however the work is cut, and clear refusals."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from steel_megatron.data.indexed import open_indexed, verify
+from steel_megatron.data.indexed_merge import merge
 from steel_megatron.data.preprocess import preprocess
 from steel_megatron.data.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import exclusive_lock
 from tests.data.conftest import make_texts, write_jsonl
+from tests.data.jobs import files_in, mixed_inputs
 
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    found = sorted(folder.iterdir()) if folder.exists() else []  # work that wrote nothing leaves no folder
-    return {path.name: path.read_bytes() for path in found if path.is_file()}
+FILES = ("bin", "idx", "json", "rows.npy")
 
 
 def documents_of(prefix: str) -> list[list[int]]:
@@ -65,9 +62,12 @@ def test_ids_counts_and_entropy(tmp_path: Path, sp_model: Path, sp: SentencePiec
         "vocab_size": 700,
         "eod_id": 2,
     }
-    assert manifest["inputs"] == [{"path": str(source), "bytes": source.stat().st_size}]
+    (entry,) = manifest["inputs"]
+    assert len(entry.pop("fingerprint")) == 64
+    counted = {"documents": 50, "tokens": total, "text_bytes": report.bytes}
+    assert entry == {"path": str(source), "source": "text", "bytes": source.stat().st_size, **counted}
     assert verify(report.outputs["train"], vocab_size=700).checksums
-    assert sorted(files_in(tmp_path / "out")) == [f"c_text_document.{suffix}" for suffix in ("bin", "idx", "json")]
+    assert sorted(files_in(tmp_path / "out")) == [f"c_text_document.{suffix}" for suffix in FILES]
 
 
 def test_without_end_of_document(tmp_path: Path, sp_model: Path, sp: SentencePieceTokenizer) -> None:
@@ -86,7 +86,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, sp_model: P
         report = preprocess([str(source)], folder / "c", "sentencepiece", sp_model, workers=workers, valid_fraction=0.1)
         assert (report.documents, report.skipped) == (4000, 1)
         written.append(files_in(folder))
-    assert written[0] == written[1] and len(written[0]) == 7
+    assert written[0] == written[1] and len(written[0]) == 9
 
 
 def test_a_document_never_changes_its_split(tmp_path: Path, sp_model: Path, sp: SentencePieceTokenizer) -> None:
@@ -151,7 +151,7 @@ def test_bad_rows_stop_or_are_listed(tmp_path: Path, sp_model: Path) -> None:
     # A clean run over it does not leave the old list behind.
     write_jsonl(source, ["good"])
     preprocess([str(source)], out / "c", "sentencepiece", sp_model, overwrite=True)
-    assert "c_skipped.jsonl" not in files_in(out) and len(files_in(out)) == 3
+    assert "c_skipped.jsonl" not in files_in(out) and len(files_in(out)) == 4
 
 
 def test_existing_output_is_refused_before_any_work(tmp_path: Path, sp_model: Path) -> None:
@@ -205,93 +205,104 @@ def test_empty_outputs(
 
 @pytest.mark.parametrize(
     "options",
-    [{"workers": 0}, {"valid_fraction": 1.0}, {"valid_fraction": -0.1}, {"json_keys": ()}, {"json_keys": "aa"}],
+    [
+        {"workers": 0},
+        {"valid_fraction": 1.0},
+        {"valid_fraction": -0.1},
+        {"json_keys": ()},
+        {"json_keys": "aa"},
+        {"shard_size": 0},
+    ],
 )
 def test_arguments_out_of_range(tmp_path: Path, sp_model: Path, options: dict[str, object]) -> None:
     source = write_jsonl(tmp_path / "corpus.jsonl", ["a"])
-    with pytest.raises(ConfigError, match="must be at least 1"):
+    with pytest.raises(ConfigError, match="at least 1"):
         preprocess([str(source)], tmp_path / "c", "sentencepiece", sp_model, **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="on_bad_row is 'Skip'"):
         preprocess([str(source)], tmp_path / "c", "sentencepiece", sp_model, on_bad_row="Skip")  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------- processes that die
+# ---------------------------------------------------------------- sources
 
 
-@pytest.fixture(scope="module")
-def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enough text that a run with two workers takes a second or more."""
-    texts = make_texts(20_000)
-    return write_jsonl(tmp_path_factory.mktemp("large") / "corpus.jsonl", [text * 3 for text in texts])
+def test_counts_by_source_and_where_documents_came_from(tmp_path: Path, sp_model: Path) -> None:
+    inputs = mixed_inputs(tmp_path, 90)
+    out = tmp_path / "out"
+    report = preprocess(inputs, out / "c", "sentencepiece", sp_model, valid_fraction=0.3, on_bad_row="skip")
+    text, firefly = report.sources["text"], report.sources["firefly"]
+    assert (text.skipped, firefly.skipped, report.skipped) == (3, 1, 4)
+    assert sum(counts.documents for counts in text.splits.values()) == 90
+    assert sum(counts.documents for counts in firefly.splits.values()) == 30
+    origins = []
+    for split, prefix in report.outputs.items():
+        corpus = open_indexed(prefix)
+        both = [of.splits[split] for of in report.sources.values()]
+        assert corpus.documents == sum(counts.documents for counts in both) > 0
+        assert corpus.tokens == sum(counts.tokens for counts in both)
+        origins += [origin for index in range(corpus.documents) if (origin := corpus.origin(index)) is not None]
+    assert len({(origin.path, origin.row) for origin in origins}) == 120
+    assert all((origin.source == "firefly") == origin.path.endswith("c.jsonl") for origin in origins)
+    assert {origin.row for origin in origins if origin.path.endswith("a.jsonl")} == set(range(1, 31))
+    skipped = [json.loads(line) for line in (out / "c_skipped.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["raw"]) for row in skipped[:2]] == [(31, '{"text": null}'), (33, "broken")]
+    assert skipped[1]["offset"] >= (tmp_path / "a.jsonl").read_bytes().index(b"broken")
 
 
-def start_job(source: Path, prefix: Path, sp_model: Path) -> subprocess.Popen[str]:
-    """Start the job and wait until its first ids are on disk."""
-    prefix.parent.mkdir()
-    code = (
-        "import sys\n"
-        "from steel_megatron.data.preprocess import preprocess\n"
-        "from steel_megatron.errors import SteelError\n"
-        "if __name__ == '__main__':\n"
-        "    try:\n"
-        "        preprocess([sys.argv[1]], sys.argv[2], 'sentencepiece', sys.argv[3], workers=2)\n"
-        "    except SteelError as error:\n"
-        "        sys.exit(f'error: {error}')\n"
-    )
-    arguments = [sys.executable, "-c", code, str(source), str(prefix), str(sp_model)]
-    job = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-    begun = Path(f"{prefix}_text_document.bin.partial")
-    deadline = time.monotonic() + 30
-    while not (begun.exists() and begun.stat().st_size):
-        assert time.monotonic() < deadline and job.poll() is None
-        time.sleep(0.005)
-    return job
+def test_small_files_are_encoded_together(tmp_path: Path, sp_model: Path, sp: SentencePieceTokenizer) -> None:
+    texts = make_texts(40)
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:02d}.py").write_text(text)
+    report = preprocess([str(tmp_path)], tmp_path / "out" / "c", "sentencepiece", sp_model, append_eod=False)
+    assert documents_of(report.outputs["train"]) == [sp.encode(text) for text in texts]
+    origin = open_indexed(report.outputs["train"]).origin(17)
+    assert origin is not None and (origin.path, origin.row) == (str(tmp_path / "17.py"), 1)
 
 
-def workers_of(job: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the job's spawned workers."""
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+def test_several_keys_need_rows_of_keys(tmp_path: Path, sp_model: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["text"])
+    with pytest.raises(DataError, match="is read as skypile, which has no keys to choose from"):
+        preprocess([f"skypile={tmp_path}/a.jsonl"], tmp_path / "c", "sentencepiece", sp_model, json_keys=("a", "b"))
 
 
-def wait_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 15
-    while any(Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text() for pid in pids):
-        assert time.monotonic() < deadline, "workers outlived the job"
-        time.sleep(0.02)
+# ---------------------------------------------------------------- shards
 
 
-def test_a_killed_worker_ends_the_job(tmp_path: Path, sp_model: Path, large_corpus: Path) -> None:
-    job = start_job(large_corpus, tmp_path / "out" / "c", sp_model)
-    os.kill(workers_of(job)[0], signal.SIGKILL)
-    _, errors = job.communicate(timeout=30)
-    assert job.returncode == 1 and "error: one of 2 worker processes died" in errors and "Traceback" not in errors
-    assert not files_in(tmp_path / "out")
+@pytest.mark.parametrize("size", [1, 500, 4000, 10**9])
+def test_shards_follow_each_other(tmp_path: Path, sp_model: Path, size: int) -> None:
+    inputs = mixed_inputs(tmp_path, 60)
+    options: dict[str, Any] = {"on_bad_row": "skip", "valid_fraction": 0.3}
+    whole = preprocess(inputs, tmp_path / "whole" / "c", "sentencepiece", sp_model, **options)
+    cut = preprocess(inputs, tmp_path / "cut" / "c", "sentencepiece", sp_model, shard_size=size, **options)
+    assert cut.split_documents == whole.split_documents and cut.split_tokens == whole.split_tokens
+    assert cut.sources == whole.sources and cut.unigram_entropy == pytest.approx(whole.unigram_entropy, rel=1e-12)
+    for split, prefix in whole.outputs.items():
+        shards = cut.shards[split]
+        assert shards == [f"{cut.outputs[split]}_{number:05d}" for number in range(len(shards))]
+        several = len(shards) > 1
+        assert several == (size <= 4000) and (size > 1 or len(shards) == whole.split_documents[split])
+        corpora = [open_indexed(shard) for shard in shards]
+        for corpus, following in itertools.pairwise(corpora):
+            assert corpus.tokens <= size or corpus.documents == 1
+            assert corpus.tokens + int(following.sizes[0]) > size, "the next document would have fitted"
+        merge(shards, merged := tmp_path / f"merged_{split}")
+        for suffix in ("bin", "idx", "rows.npy"):
+            assert Path(f"{merged}.{suffix}").read_bytes() == Path(f"{prefix}.{suffix}").read_bytes(), suffix
+        manifests = [json.loads(Path(f"{of}.json").read_text()) for of in (merged, prefix)]
+        assert manifests[0]["inputs"] == manifests[1]["inputs"]
+        assert all(verify(shard, vocab_size=700).checksums for shard in shards[:5])
 
 
-def test_a_killed_job_leaves_no_workers_and_can_run_again(tmp_path: Path, sp_model: Path, large_corpus: Path) -> None:
-    job = start_job(large_corpus, tmp_path / "out" / "c", sp_model)
-    workers = workers_of(job)
-    assert len(workers) == 2
-    job.kill()
-    job.communicate(timeout=30)
-    wait_gone(workers)
-    assert all(name.endswith((".partial", ".lock")) for name in files_in(tmp_path / "out"))
-    with pytest.raises(DataError):
-        open_indexed(tmp_path / "out" / "c_text_document")
-    small = write_jsonl(tmp_path / "small.jsonl", make_texts(5))
-    preprocess([str(small)], tmp_path / "out" / "c", "sentencepiece", sp_model)
-    assert sorted(files_in(tmp_path / "out")) == [f"c_text_document.{suffix}" for suffix in ("bin", "idx", "json")]
-
-
-def test_an_interrupted_job_leaves_nothing(tmp_path: Path, sp_model: Path, large_corpus: Path) -> None:
-    job = start_job(large_corpus, tmp_path / "out" / "c", sp_model)
-    workers = workers_of(job)
-    job.send_signal(signal.SIGINT)
-    job.communicate(timeout=30)
-    assert job.returncode != 0
-    wait_gone(workers)
-    assert not files_in(tmp_path / "out")
+def test_overwrite_leaves_no_shard_of_an_earlier_job(tmp_path: Path, sp_model: Path) -> None:
+    source = write_jsonl(tmp_path / "corpus.jsonl", make_texts(40))
+    out = tmp_path / "out"
+    first = preprocess([str(source)], out / "c", "sentencepiece", sp_model, shard_size=500)
+    assert len(first.shards["train"]) > 5
+    for shard_size in (None, 500, 20_000):
+        with pytest.raises(DataError, match="exists already"):
+            preprocess([str(source)], out / "c", "sentencepiece", sp_model, shard_size=shard_size)
+        report = preprocess([str(source)], out / "c", "sentencepiece", sp_model, shard_size=shard_size, overwrite=True)
+        expected = [Path(shard).name for shard in report.shards["train"]]
+        assert sorted(files_in(out)) == sorted(f"{name}.{suffix}" for name in expected for suffix in FILES)
 
 
 # ---------------------------------------------------------------- real data
@@ -310,3 +321,31 @@ def test_real_rows_get_the_ids_of_transformers(
     assert documents_of(report.outputs["train"]) == [[*ids, 151645] for ids in expected]
     assert report.documents + report.skipped == 120
     assert open_indexed(report.outputs["train"], vocab_size=151646).dtype.name == "int32"
+
+
+def test_dialogues_get_control_tokens_and_one_end(
+    shared_dir: Path, qwen_folder: Path, qwen_by_transformers: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    lines = (shared_dir / "data" / "steel_samples" / "firefly-train-1.1M_sample.jsonl").read_bytes().splitlines()[:40]
+    (tmp_path / "firefly.jsonl").write_bytes(b"\n".join(lines))
+    write_jsonl(tmp_path / "plain.jsonl", ["<|im_start|>user\nplain<|im_end|>", "text<|endoftext|>"])
+    (tmp_path / "mixed.jsonl").write_text(
+        '{"text": "one"}\n{"text": "<|im_start|>user\\ntwo<|im_end|>", "dialogue": true}\n{"text": "three"}\n'
+    )
+    inputs = [f"firefly={tmp_path}/firefly.jsonl", f"{tmp_path}/plain.jsonl", f"{tmp_path}/mixed.jsonl"]
+    report = preprocess(inputs, tmp_path / "c", "huggingface", qwen_folder)
+    found = documents_of(report.outputs["train"])
+    start, end = 151644, 151645
+    for line, ids in zip(lines, found, strict=False):
+        row = json.loads(line)
+        turns = [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": row["input"]},
+            {"role": "assistant", "content": row["target"]},
+        ]
+        expected = qwen_by_transformers.apply_chat_template(turns, tokenize=False).rstrip("\n")
+        assert ids == qwen_by_transformers(expected)["input_ids"] and ids.count(end) == 3
+    for ids in found[40:42]:
+        assert start not in ids and ids.count(end) == 1 and ids[-1] == end
+    assert [ids.count(end) for ids in found[42:]] == [1, 1, 1]
+    assert found[43][0] == start and start not in found[42] + found[44]

@@ -82,7 +82,7 @@ def test_empty_text_is_skipped_under_both_policies(tmp_path: Path, policy: str, 
     path.write_bytes(json.dumps({"text": empty}).encode() + b"\n" + GOOD)
     skipped: list[SkippedRow] = []
     assert texts_of(path, on_bad_row=policy, on_skip=skipped.append) == ["fine"]
-    assert skipped == [SkippedRow(str(path), 1, "empty")]
+    assert skipped == [SkippedRow(str(path), 1, "empty", 0, json.dumps({"text": empty}))]
 
 
 def test_empty_file_has_no_rows(tmp_path: Path) -> None:

@@ -141,6 +141,17 @@ def test_a_length_limit_stored_in_the_folder_is_ignored(hf_folder: Path, tmp_pat
     assert limited.fingerprint == free.fingerprint
 
 
+def test_dropout_stored_in_the_folder_is_ignored(hf_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "random"
+    shutil.copytree(hf_folder, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.9
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    random, fixed = HuggingFaceTokenizer(folder), HuggingFaceTokenizer(hf_folder)
+    assert random.encode(ZH[0]) == random.encode_batch([ZH[0]])[0].tolist() == fixed.encode(ZH[0])
+    assert random.fingerprint == fixed.fingerprint
+
+
 def test_fingerprint_depends_on_what_decides_ids(hf_folder: Path, tmp_path: Path) -> None:
     original = HuggingFaceTokenizer(hf_folder)
     assert HuggingFaceTokenizer(hf_folder, eod_token="<s>").fingerprint != original.fingerprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -26,14 +27,16 @@ def test_the_way_from_text_to_a_checked_corpus(tmp_path: Path) -> None:
     model = tmp_path / "tokenizer.model"
     done = run(
         "train_tokenizer.py", "--input", source, tmp_path / "code.py", "--output", tmp_path / "tokenizer",
-        "--vocab-size", 600, "--json-key", "content",
+        "--vocab-size", 600, "--json-key", "content", "--report", tmp_path / "report.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    table = {line.split()[0]: line.split() for line in done.stdout.splitlines()[2:]}
-    assert set(table) == {"zh", "latin", "code"} and table["code"][1] == "1"
+    table = {line.split()[0]: line.split() for line in done.stdout.splitlines()[3:]}
+    assert set(table) == {"zh", "en", "code"} and table["code"][1] == "1"
     tokenizer = SentencePieceTokenizer(model)
     code = (tmp_path / "code.py").read_text()
     assert float(table["code"][4]) == round(len(code.encode()) / len(tokenizer.encode(code)), 3)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["fingerprint"] == tokenizer.fingerprint and report["kinds"]["code"]["bytes"] == len(code.encode())
 
     flags = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model)
     done = run(

@@ -15,7 +15,6 @@ from steel_megatron.config import (
     RunConfig,
     TrainingConfig,
 )
-from steel_megatron.data.loader import document_starts
 
 MODEL = ModelConfig(
     num_layers=4,
@@ -92,8 +91,10 @@ def own_batches(run: RunConfig, step: int, topology: Any) -> list[Any]:
     def starts(tokens: torch.Tensor) -> torch.Tensor | None:
         if not run.data.reset_at_eod:
             return None
-        ends = torch.where(tokens == 50, 3, tokens)
-        return torch.from_numpy(document_starts(ends.numpy(), eod_id=3))
+        begins = torch.zeros_like(tokens)
+        after_an_end = (tokens[:, :-1] == 3) | (tokens[:, :-1] == 50)
+        begins[:, 1:] = torch.where(after_an_end, torch.arange(1, tokens.size(1)), 0)
+        return begins.cummax(dim=1).values
 
     tokens = global_batch(run, step)
     own = tokens.view(-1, topology.data_parallel_size, run.training.micro_batch_size, tokens.size(1))

@@ -13,7 +13,6 @@ import torch
 
 from steel_megatron.config import DataConfig, ParallelConfig, RunConfig
 from steel_megatron.data.indexed_writer import IndexedWriter
-from steel_megatron.data.loader import document_starts
 from steel_megatron.errors import ConfigError
 from tests.distributed import run_distributed
 from tests.train.small_run import LAYOUTS, PROCESSES, small_run, train
@@ -76,50 +75,23 @@ def test_layouts_equal_one_process(layout: str, variant: str) -> None:
             assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_documents_begin_after_each_end() -> None:
-    tokens = np.array([[5, 0, 7, 0, 0, 8], [1, 2, 3, 4, 5, 0]])
-    assert document_starts(tokens, eod_id=0).tolist() == [[0, 0, 2, 2, 4, 5], [0] * 6]
-
-
-def write(prefix: Path, facts: dict[str, Any]) -> str:
+def write(prefix: Path) -> str:
     random = np.random.default_rng(0)
     with IndexedWriter(prefix, np.uint16) as writer:
         for _ in range(60):
             writer.add_document(np.append(random.integers(1, 90, random.integers(5, 30)), 0))
-        writer.finalize(facts)
+        writer.finalize({})
     return str(prefix)
 
 
-FACTS = {"tokenizer": {"eod_id": 0}, "append_eod": True}
-
-
 def test_a_run_keeps_documents_apart(tmp_path: Path) -> None:
-    corpus = write(tmp_path / "corpus", FACTS)
+    corpus = write(tmp_path / "corpus")
     losses = []
     for reset in (True, False):
         data = DataConfig(train=[corpus], validation=[corpus], reset_at_eod=reset)
         summary = run_distributed(outcome, 1, make_run(data, tmp_path / str(reset), train_steps=2))[0]
         losses.append(summary.validation_loss)
     assert losses[0] != losses[1]
-
-
-@pytest.mark.parametrize(
-    ("facts", "message"),
-    [
-        ({"tokenizer": {"eod_id": 0}, "append_eod": False}, "which data.reset_at_eod needs"),
-        ({}, "which data.reset_at_eod needs"),
-        ({"tokenizer": {"eod_id": 1}, "append_eod": True}, "different ids: 0 in .*, 1 in .*"),
-    ],
-    ids=str,
-)
-def test_corpora_that_do_not_say_how_documents_end_are_refused(
-    facts: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    corpora = [write(tmp_path / "good", FACTS), write(tmp_path / "bad", facts)]
-    run = make_run(DataConfig(train=corpora, reset_at_eod=True), tmp_path / "run")
-    refused = run_distributed(outcome, 1, run)[0]
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(refused)
 
 
 @pytest.mark.parametrize("layout", ["cp2", "tp2 sp"])

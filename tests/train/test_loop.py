@@ -110,7 +110,7 @@ def test_a_finished_run_has_nothing_to_do(finished: tuple[RunConfig, TrainingSum
 def test_other_data_cannot_be_resumed_on(finished: tuple[RunConfig, TrainingSummary], tmp_path: Path) -> None:
     other = DataConfig(train=[write_corpus(tmp_path / "other", 60, 5)])
     message = one(dataclasses.replace(finished[0], data=other))
-    assert "trained on other data" in message and "init_from" in message
+    assert f"{tmp_path}/other is not in the ledger" in message and "steel-megatron data append" in message
 
 
 def test_a_folder_with_checkpoints_is_not_begun_anew(finished: tuple[RunConfig, TrainingSummary]) -> None:

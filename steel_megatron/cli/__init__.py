@@ -1,0 +1,171 @@
+"""The command line: ``steel-megatron preprocess | inspect | data append | pretrain | ...``.
+
+The commands are functions in this folder's files: their arguments are the options, their docstrings the help. Heavy
+modules are imported inside them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
+
+import docstring_parser
+import jsonargparse
+
+from steel_megatron.cli import corpora, ledgers, models
+from steel_megatron.config import RunConfig, from_dict
+from steel_megatron.errors import ConfigError
+from steel_megatron.log import exit_code
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A function of the command line, and which of its arguments are given without their names, in their order."""
+
+    function: Callable[..., int | None]
+    positional: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "clean": Command(corpora.clean, ("recipe",)),
+    "preprocess": Command(corpora.preprocess),
+    "inspect": Command(corpora.inspect_corpora, ("prefixes",)),
+    "verify": Command(corpora.verify_corpora, ("prefixes",)),
+    "merge": Command(corpora.merge_corpora, ("prefixes",)),
+    "data create": Command(ledgers.create, ("ledger", "prefixes")),
+    "data append": Command(ledgers.append, ("ledger", "prefixes")),
+    "data remove": Command(ledgers.remove, ("ledger", "names")),
+    "data reweight": Command(ledgers.reweight, ("ledger", "names")),
+    "data mixture": Command(ledgers.mixture, ("ledger", "weights")),
+    "data cancel": Command(ledgers.cancel, ("ledger",)),
+    "data show": Command(ledgers.show, ("ledger",)),
+    "pretrain": Command(models.pretrain),
+    "export-hf": Command(models.export_hf),
+    "import-hf": Command(models.import_hf),
+    "generate": Command(models.generate),
+    "audit": Command(models.audit, ("path",)),
+}
+GROUPS = {"data": "The ledger of a run: which corpora it reads, in which mixture, and which samples a step had."}
+"""Commands of two words, by the first."""
+
+
+def _add_options(parser: jsonargparse.ArgumentParser, command: Command) -> None:
+    """The arguments of a function as options; lists as ``--prompts A B``, where jsonargparse alone has ``[A,B]``."""
+    hints = get_type_hints(command.function)
+    lists = [name for name, hint in hints.items() if hint in (list[str], list[int])]
+    documented = {
+        entry.arg_name: entry.description for entry in docstring_parser.parse(command.function.__doc__ or "").params
+    }
+    for name in sorted(set(lists) - set(command.positional)):
+        default = inspect.signature(command.function).parameters[name].default
+        required = default is inspect.Parameter.empty
+        extra = {"required": True} if required else {"default": default}
+        parser.add_argument(f"--{name}", nargs="+", type=get_args(hints[name])[0], help=documented[name], **extra)
+    for name in command.positional:
+        several: dict[str, Any] = {"nargs": "+"} if name in lists else {}
+        parser.add_argument(name, type=str, metavar=_metavar(name, command), help=documented[name], **several)
+    skip: set[str | int] = {*lists, *command.positional}
+    parser.add_function_arguments(command.function, None, as_positional=False, skip=skip)
+
+
+def _metavar(name: str, command: Command) -> str:
+    """``PREFIX`` for ``prefixes: list[str]``, of which the usage line says ``PREFIX ...``."""
+    several = get_type_hints(command.function)[name] == list[str]
+    return (
+        (name.removesuffix("es") if name.endswith("xes") else name.removesuffix("s")).upper()
+        if several
+        else name.upper()
+    )
+
+
+def _command_parser(name: str, command: Command) -> jsonargparse.ArgumentParser:
+    # A usage line with every option of a run would fill a page before the help begins.
+    hints = get_type_hints(command.function)
+    shown = [_metavar(word, command) + (" ..." if hints[word] == list[str] else "") for word in command.positional]
+    parser = jsonargparse.ArgumentParser(
+        usage=" ".join(["steel-megatron", name, "[--config FILE]", *shown, "[--OPTION VALUE ...]"]),
+        description=_summary(command),
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with options; later ones win.")
+    if command.function is models.pretrain:
+        parser.add_class_arguments(RunConfig, None)
+    else:
+        _add_options(parser, command)
+    return parser
+
+
+def _summary(command: Command) -> str:
+    return (command.function.__doc__ or "").strip().splitlines()[0]
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = jsonargparse.ArgumentParser(
+        prog="steel-megatron",
+        description="Pretrain Soft-MoE language models: corpus, training, Hugging Face.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subcommands(required=True, dest="command")
+    levels: dict[str, Any] = {"": commands}
+    for group, summary in GROUPS.items():
+        of_group = jsonargparse.ArgumentParser(
+            prog=f"steel-megatron {group}", description=summary, exit_on_error=False, allow_abbrev=False
+        )
+        commands.add_subcommand(group, of_group, help=summary)  # before it has commands of its own
+        levels[group] = of_group.add_subcommands(required=True, dest="command")
+    for name, command in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        levels[group].add_subcommand(last, _command_parser(name, command), help=_summary(command))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: the words of the command line; None takes the process's own.
+
+    Returns:
+        the exit code: 0, or 1 when a command says so, or 2 when something that the user can mend went wrong.
+    """
+    said = None
+
+    def command() -> None:
+        nonlocal said
+        name, options = _parse(sys.argv[1:] if arguments is None else arguments)
+        if name == "pretrain":
+            models.pretrain(from_dict(RunConfig, options, "the run's settings"))
+        else:
+            said = COMMANDS[name].function(**options)
+
+    return exit_code(command) or said or 0
+
+
+def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    try:
+        parsed = build_parser().parse_args(list(arguments))
+    except (ArgumentError, UnicodeDecodeError) as error:
+        message = " ".join(str(error).split())  # jsonargparse writes over several lines
+        if "--config" in arguments[:-1]:
+            message += f"; settings from {arguments[arguments.index('--config') + 1]}"
+        raise ConfigError(f"{message} (steel-megatron COMMAND --help lists the options)") from None
+    name = parsed["command"]
+    chosen = parsed[name]
+    if name in GROUPS:
+        name, chosen = f"{name} {chosen['command']}", chosen[chosen["command"]]
+    options = chosen.as_dict()
+    options.pop("config", None)
+    return name, options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The commands that make and look at corpora: clean, preprocess, inspect, verify, merge."""
+
+from __future__ import annotations
+
+import sys
+from typing import Literal
+
+from steel_megatron.config import TokenizerKind
+from steel_megatron.errors import DataError
+
+
+def clean(
+    recipe: str,
+    sources: list[str] = [],  # noqa: B006 (read by the parser, never changed)
+    output: str | None = None,
+    tokenizer: str | None = None,
+    text_key: str = "text",
+    on_bad_row: Literal["stop", "skip"] = "stop",
+    executor: Literal["local", "slurm", "ray"] = "local",
+    workers: int = 1,
+    tasks: int | None = None,
+    slurm_partition: str | None = None,
+    slurm_time: str = "24:00:00",
+    slurm_memory_gb: int = 4,
+    slurm_qos: str | None = None,
+    slurm_setup: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Clean corpora by a recipe: mappers, filters, duplicates; the same command goes on after a kill.
+
+    Args:
+        recipe: the recipe's YAML file, such as examples/steel_1b/clean_text.yaml.
+        sources: files, folders or patterns, each alone or as SOURCE=PATTERN; the recipe's if not given.
+        output: folder of the result; the recipe's if not given.
+        tokenizer: folder of a Hugging Face tokenizer or a SentencePiece model, for operators that count tokens.
+        text_key: which value of a row is the text, for inputs without a source's name.
+        on_bad_row: whether a broken row stops the job, or is dropped, counted and quarantined.
+        executor: where the tasks run.
+        workers: tasks that run at the same time.
+        tasks: tasks of a stage; one for each unit of input if not given.
+        slurm_partition: partition of the Slurm jobs.
+        slurm_time: time limit of a Slurm task.
+        slurm_memory_gb: memory of a Slurm task.
+        slurm_qos: quality of service of the Slurm jobs; the cluster's default if not given.
+        slurm_setup: shell command that sets this environment up on a node.
+        overwrite: whether to replace an earlier result, or begin anew an interrupted job of other settings.
+    """
+    from steel_megatron.data.clean import clean_corpus
+    from steel_megatron.data.cleaning.funnel import table
+
+    result = clean_corpus(
+        recipe,
+        sources or None,
+        output,
+        tokenizer=tokenizer,
+        text_key=text_key,
+        on_bad_row=on_bad_row,
+        executor=executor,
+        workers=workers,
+        tasks=tasks,
+        slurm_partition=slurm_partition,
+        slurm_time=slurm_time,
+        slurm_memory_gb=slurm_memory_gb,
+        slurm_qos=slurm_qos,
+        slurm_setup=slurm_setup,
+        overwrite=overwrite,
+    )
+    sys.stdout.write(table(result.report) + "\n")
+
+
+def preprocess(
+    inputs: list[str],
+    output_prefix: str,
+    tokenizer_path: str,
+    tokenizer_kind: TokenizerKind = "huggingface",
+    json_keys: list[str] = ["text"],  # noqa: B006 (read by the parser, never changed)
+    workers: int = 1,
+    append_eod: bool = True,
+    valid_fraction: float = 0.0,
+    seed: int = 0,
+    shard_size: int | None = None,
+    on_bad_row: Literal["stop", "skip"] = "stop",
+    engine: Literal["auto", "gigatoken", "tokenizers"] = "auto",
+    overwrite: bool = False,
+    report: str | None = None,
+) -> None:
+    """Tokenize documents into an indexed corpus (.bin, .idx, .json); the same command goes on after a kill.
+
+    Args:
+        inputs: files, folders or patterns, each alone or as SOURCE=PATTERN, such as skypile=data/sky/*.jsonl.zst.
+        output_prefix: where the corpus goes; files are named PREFIX_KEY_document.bin and so on.
+        tokenizer_path: the tokenizer's folder or file.
+        tokenizer_kind: what it is.
+        json_keys: which values of a JSON row are documents; one corpus for each.
+        workers: processes; the output is the same for any number.
+        append_eod: whether each document ends with the end-of-document token.
+        valid_fraction: share of documents, chosen by their hash, that goes into a validation corpus.
+        seed: enters the choice of the validation documents.
+        shard_size: tokens after which a new corpus is begun; one corpus if not given.
+        on_bad_row: whether a broken row stops the work or is skipped, counted and listed.
+        engine: what encodes; auto takes gigatoken where it is installed and gives the same ids.
+        overwrite: whether to replace an earlier corpus of that name, or begin an interrupted one anew.
+        report: file for the counts, as JSON.
+    """
+    import dataclasses
+    import json
+    import os
+
+    from steel_megatron.data.preprocess import preprocess as run
+    from steel_megatron.files import write_atomically
+
+    if report and os.path.isdir(report):
+        raise DataError(f"the report {report} is a folder; name a file")
+    result = run(
+        inputs,
+        output_prefix,
+        tokenizer_kind,
+        tokenizer_path,
+        json_keys=tuple(json_keys),
+        workers=workers,
+        append_eod=append_eod,
+        valid_fraction=valid_fraction,
+        seed=seed,
+        shard_size=shard_size,
+        on_bad_row=on_bad_row,
+        engine=engine,
+        overwrite=overwrite,
+    )
+    if report:
+        write_atomically(report, json.dumps(dataclasses.asdict(result), indent=1).encode(), DataError)
+    for split, prefix in result.outputs.items():
+        sys.stdout.write(
+            f"{split}: {result.split_documents[split]:,} documents, {result.split_tokens[split]:,} tokens in {prefix}\n"
+        )
+    sys.stdout.write(f"unigram entropy: {result.unigram_entropy:.4f} nats per token\n")
+
+
+def inspect_corpora(
+    prefixes: list[str],
+    tokenizer_path: str | None = None,
+    tokenizer_kind: TokenizerKind = "huggingface",
+    samples: int = 3,
+    json_output: bool = False,
+) -> None:
+    """Show what indexed corpora hold: counts, lengths, bytes per token by source, samples.
+
+    Args:
+        prefixes: corpora without .bin or .idx, or patterns such as data/corpus_text_document_*.
+        tokenizer_path: the tokenizer's folder or file; decodes the samples and checks that it is the corpus' own.
+        tokenizer_kind: what it is.
+        samples: documents to show, evenly spread.
+        json_output: whether to write JSON.
+    """
+    from steel_megatron.data.inspection import inspect_corpus
+
+    inspect_corpus(prefixes, tokenizer_path, tokenizer_kind, samples, json_output)
+
+
+def verify_corpora(prefixes: list[str], vocab_size: int | None = None, workers: int | None = None) -> None:
+    """Read indexed corpora in full and check their structure, ids and checksums.
+
+    Args:
+        prefixes: corpora without .bin or .idx, or patterns such as data/corpus_text_document_*.
+        vocab_size: all ids must be below it; what the corpus' manifest says if not given.
+        workers: threads that read; one per processor, up to 8, if not given.
+    """
+    from steel_megatron.data.inspection import verify_corpus
+
+    verify_corpus(prefixes, vocab_size, workers)
+
+
+def merge_corpora(prefixes: list[str], output: str, overwrite: bool = False) -> None:
+    """Write indexed corpora as one, in the given order, without loading them.
+
+    Args:
+        prefixes: corpora without .bin or .idx, or patterns such as data/corpus_text_document_*.
+        output: where the new corpus goes, without .bin or .idx.
+        overwrite: whether to replace an earlier corpus of that name.
+    """
+    from steel_megatron.data.inspection import merge_corpora as run
+
+    run(prefixes, output, overwrite)

@@ -1,0 +1,281 @@
+"""The commands of a run's ledger: data create, append, remove, reweight, mixture, cancel, show."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from steel_megatron.config import TokenizerKind
+from steel_megatron.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from steel_megatron.data.ledger import Ledger
+    from steel_megatron.data.run_ledger import DocumentPart
+
+_SHOWN = 160
+"""Characters of a document's part that are shown."""
+
+
+def create(
+    ledger: str,
+    prefixes: list[str],
+    sequence_length: int,
+    seed: int = 1234,
+    names: list[str] = [],  # noqa: B006 (read by the parser, never changed)
+    domain: str = "default",
+    epochs: float | None = None,
+) -> None:
+    """Make a ledger before the run that will read by it: in its folder, or named by data.ledger.
+
+    A run whose settings name corpora (data.train) makes its own.
+
+    Args:
+        ledger: the file to make, such as runs/first/ledger.json.
+        prefixes: indexed corpora, without .bin or .idx.
+        sequence_length: tokens that a sample predicts; the model's.
+        seed: of the order of samples.
+        names: what to call the corpora, one for each; the last parts of their paths if not given.
+        domain: by which mixtures call them all.
+        epochs: how often each corpus is read in the whole run, such as 1 or 2.5; without end if not given.
+    """
+    from steel_megatron.data.ledger import edit
+    from steel_megatron.data.run_ledger import new_ledger
+
+    path = Path(ledger)
+    if path.exists():
+        raise DataError(f"{path} exists already; append to it (steel-megatron data append), or choose another name")
+    made = new_ledger(path.parent, prefixes, sequence_length, seed, names or None, domain, epochs)
+    with edit(path, made):
+        pass
+    sys.stdout.write(_summary(path, made))
+
+
+def append(
+    ledger: str,
+    prefixes: list[str],
+    names: list[str] = [],  # noqa: B006 (read by the parser, never changed)
+    domain: str = "default",
+    epochs: float | None = 1.0,
+    at: int | None = None,
+    on_duplicate: Literal["stop", "skip"] = "stop",
+    drop_duplicates: bool = False,
+    mixture: list[str] = [],  # noqa: B006 (read by the parser, never changed)
+) -> None:
+    """Add corpora; from where the run resumes, they are mixed with everything that it has not seen.
+
+    Args:
+        ledger: the run's ledger.json.
+        prefixes: indexed corpora, without .bin or .idx.
+        names: what to call them, one for each; the last parts of their paths if not given.
+        domain: by which mixtures call them all.
+        epochs: how often each is read in the whole run, such as 1 or 2.5; null for without end.
+        at: the sample from which they are in; where the run resumes next if not given.
+        on_duplicate: whether a corpus that is in already stops the command or is left out.
+        drop_duplicates: whether to leave out documents that are exactly the same as one that is in already.
+        mixture: weights from then on, such as zh=0.8 en=0.2; as before if not given.
+    """
+    from steel_megatron.data.run_ledger import names_of
+
+    _change(
+        ledger,
+        lambda old: old.append(
+            prefixes,
+            names or names_of(prefixes),
+            domain,
+            epochs,
+            at,
+            on_duplicate,
+            _weights(mixture) if mixture else None,
+            drop_duplicates,
+        ),
+    )
+
+
+def remove(ledger: str, names: list[str], at: int | None = None) -> None:
+    """Take corpora out of what is read, for good.
+
+    Args:
+        ledger: the run's ledger.json.
+        names: the corpora, as the ledger calls them.
+        at: the sample from which they are out; where the run resumes next if not given.
+    """
+    _change(ledger, lambda old: old.remove(names, at))
+
+
+def reweight(ledger: str, names: list[str], epochs: float | None, at: int | None = None) -> None:
+    """Change how often corpora are read in the whole run; what was read counts.
+
+    Args:
+        ledger: the run's ledger.json.
+        names: the corpora, as the ledger calls them.
+        epochs: such as 1 or 2.5; null for without end.
+        at: the sample from which it holds; where the run resumes next if not given.
+    """
+    _change(ledger, lambda old: old.reweight(dict.fromkeys(names, epochs), at))
+
+
+def mixture(ledger: str, weights: list[str], at: int | None = None) -> None:
+    """Read domains by weights, such as zh=0.8 en=0.2 code=0; several with --at make a curriculum.
+
+    Args:
+        ledger: the run's ledger.json.
+        weights: DOMAIN=WEIGHT for each domain, 0 to pause it; or the one word none, to read corpora by their sizes.
+        at: the sample from which they hold; where the run resumes next if not given.
+    """
+    chosen = None if weights == ["none"] else _weights(weights)
+    _change(ledger, lambda old: old.set_mixture(chosen, at))
+
+
+def cancel(ledger: str, at: int | None = None) -> None:
+    """Take back what waits for the run to resume, or what is planned for a sample that it has not reached.
+
+    Args:
+        ledger: the run's ledger.json.
+        at: the sample it is planned for; what waits if not given.
+    """
+    _change(ledger, lambda old: old.cancel(at))
+
+
+def _weights(words: list[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for word in words:
+        domain, equals, weight = word.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = -1.0
+        if not equals or not domain or domain in found or not 0 <= value < float("inf"):
+            raise ConfigError(f"weight {word!r} is not DOMAIN=WEIGHT with a number from 0 on, each domain once")
+        found[domain] = value
+    return found
+
+
+def _change(path: str, change: Callable[[Ledger], Ledger]) -> None:
+    from steel_megatron.data.ledger import edit
+
+    with edit(path) as file:
+        file.ledger = change(file.ledger)
+    sys.stdout.write(_summary(Path(path), file.ledger))
+
+
+def _summary(path: Path, ledger: Ledger) -> str:
+    """The corpora with how far they are read where the run last resumed, and what changes when."""
+    lines = [f"{path}: samples of {ledger.sequence_length:,} tokens, seed {ledger.seed}, run at {ledger.reached:,}"]
+    seen = ledger.cursors(ledger.reached)
+    for number, corpus in enumerate(ledger.corpora):
+        samples = corpus.samples(ledger.sequence_length)
+        dropped = f", {corpus.dropped.documents:,} documents dropped" if corpus.dropped else ""
+        lines.append(
+            f"  {corpus.name} ({corpus.domain}): {samples:,} samples, {corpus.documents:,} documents{dropped}, "
+            f"read {int(seen[number]) / samples:.2f} times"
+        )
+    for event in ledger.events:
+        said = [f"add {ledger.corpora[added.corpus].name} ({_times(added.epochs)})" for added in event.add]
+        said += [f"remove {name}" for name in event.remove]
+        said += [f"read {name} {_times(epochs)}" for name, epochs in event.epochs.items()]
+        if event.sets_mixture:
+            weights = " ".join(f"{domain}={weight:g}" for domain, weight in (event.mixture or {}).items())
+            said.append(f"mixture {weights or 'none'}")
+        at = "where the run resumes" if event.at is None else f"sample {event.at:,}"
+        lines.append(f"  from {at}: {'; '.join(said)}")
+    capacity = ledger.capacity()
+    lines.append(f"  samples in all: {'without end' if capacity == float('inf') else f'{capacity:,}'}")
+    return "\n".join(lines) + "\n"
+
+
+def _times(epochs: float | None) -> str:
+    return "without end" if epochs is None else f"{epochs:g} times"
+
+
+def show(
+    ledger: str,
+    step: int | None = None,
+    sample: int | None = None,
+    global_batch_size: int | None = None,
+    tokenizer_path: str | None = None,
+    tokenizer_kind: TokenizerKind = "huggingface",
+    json_output: bool = False,
+) -> None:
+    """Show a ledger; or with --step, which documents were in an optimizer step: file, row, text.
+
+    Args:
+        ledger: the run's ledger.json.
+        step: an optimizer step, from 1.
+        sample: one sample, from 0, in place of a step.
+        global_batch_size: samples of a step; that of run.yaml beside the ledger if not given.
+        tokenizer_path: decodes the text; that of run.yaml beside the ledger if not given.
+        tokenizer_kind: what it is.
+        json_output: one JSON object for each part of a document, with its token ids, in place of text.
+    """
+    import dataclasses
+    import json
+
+    from steel_megatron.data.ledger import Ledger
+    from steel_megatron.data.loader import LedgerSamples
+    from steel_megatron.data.run_ledger import parts_of
+    from steel_megatron.data.tokenizer import load_tokenizer
+
+    path = Path(ledger)
+    loaded = Ledger.load(path)
+    if step is None and sample is None:
+        sys.stdout.write(_summary(path, loaded))
+        return
+    settings = _run_settings(path)
+    numbers = _numbers(path, step, sample, global_batch_size or settings["training"].get("global_batch_size"))
+    data = settings["data"]
+    if tokenizer_path is None and data.get("tokenizer_path"):
+        tokenizer_path, tokenizer_kind = data["tokenizer_path"], data["tokenizer_kind"]
+    tokenizer = load_tokenizer(tokenizer_kind, tokenizer_path) if tokenizer_path else None
+    samples = LedgerSamples(loaded, cache=path.with_suffix(".cache"))
+    for number in numbers:
+        for part in parts_of(samples, number):
+            text = tokenizer.decode(part.ids) if tokenizer else " ".join(map(str, part.ids))
+            if json_output:
+                facts = {"sample": number, **dataclasses.asdict(part), "text": text}
+                sys.stdout.write(json.dumps(facts, ensure_ascii=False) + "\n")
+            else:
+                sys.stdout.write(_shown(number, part, text))
+
+
+def _numbers(path: Path, step: int | None, sample: int | None, global_batch_size: int | None) -> range:
+    """The samples to show."""
+    if step is not None and sample is not None:
+        raise ConfigError(f"step is {step} and sample is {sample}; give one of the two")
+    if sample is not None:
+        numbers = range(sample, sample + 1)
+    elif global_batch_size is None:
+        raise ConfigError(f"no run.yaml beside {path} says how many samples a step has; give --global_batch_size")
+    else:
+        assert step is not None
+        numbers = range((step - 1) * global_batch_size, step * global_batch_size)
+    if numbers.start < 0 or not numbers:
+        raise ConfigError(
+            f"step is {step}, sample {sample}, global_batch_size {global_batch_size}; steps count from 1, samples "
+            "from 0"
+        )
+    return numbers
+
+
+def _shown(number: int, part: DocumentPart, text: str) -> str:
+    at = f"{part.origin.path}, row {part.origin.row}" if part.origin else "nobody recorded the file"
+    last = part.offset + len(part.ids)
+    shown = text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    place = f"{part.corpus}, document {part.document}, tokens {part.offset} to {last}"
+    return f"sample {number}: {place} ({at})\n  {shown!r}\n"
+
+
+def _run_settings(ledger: Path) -> dict[str, dict[str, Any]]:
+    """The sections data and training of run.yaml in the ledger's folder; empty where there is none."""
+    import yaml
+
+    path = ledger.parent / "run.yaml"
+    found: object = {}
+    if path.exists():
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+    sections = found if isinstance(found, dict) else {}
+    return {name: section if isinstance(section := sections.get(name), dict) else {} for name in ("data", "training")}

@@ -1,0 +1,1 @@
+"""The parts of :mod:`steel_megatron.data.clean`."""

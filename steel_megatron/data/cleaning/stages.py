@@ -1,0 +1,293 @@
+"""The stages of a cleaning job, each a function of (task, number of tasks) that an executor runs in any process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from steel_megatron.data.cleaning.duplicates import EXACT, KEPT, SIGNATURE, VERDICT, find_duplicates
+from steel_megatron.data.cleaning.filters import Filter, Perplexity, Resources
+from steel_megatron.data.cleaning.funnel import READ, Counts, UnitCounts, dump_counts
+from steel_megatron.data.cleaning.job import Job, Stage, Unit
+from steel_megatron.data.cleaning.language_model import LanguageModel
+from steel_megatron.data.cleaning.mappers import Mapper
+from steel_megatron.data.cleaning.texts import Lost, Text
+from steel_megatron.data.cleaning.unit_files import UnitFiles, rows_of, save_array
+from steel_megatron.data.sources import Document, SkippedRow
+
+LONGEST = 2_000_000
+"""Characters of a document beyond which it is dropped unread: counting its n-grams would fill the memory."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Why a document does not go on."""
+
+    value: float | None
+    """The number that decided."""
+    reason: str
+
+
+def operate(text: Text, operator: object, resources: Resources) -> Dropped | bool:
+    """Let a mapper or a filter work on a text; returns why it is dropped, or whether it was changed."""
+    if isinstance(operator, Mapper):
+        try:
+            return text.apply(operator.apply)
+        except Lost as lost:
+            return Dropped(None, str(lost))
+    assert isinstance(operator, Filter), operator
+    value, (low, high) = operator.measure(text.sample(resources)), operator.bounds(resources)
+    if low <= value <= high:
+        return False
+    side = f"below {low:.6g}" if value < low else f"above {high:.6g}"
+    return Dropped(round(value, 6), f"{operator.measured}: {value:.6g}, {side}")
+
+
+def _size(text: str) -> int:
+    return len(text.encode())
+
+
+def _row(unit: Unit, at: Document | SkippedRow, text: str) -> dict[str, Any]:
+    row = {"text": text, "source": unit.source, "path": at.source, "row": at.row}
+    return row | {"dialogue": True} if isinstance(at, Document) and at.dialogue else row
+
+
+class _Cleaner:
+    """Runs the operators of a job over the documents of one unit, with counts and quarantine."""
+
+    def __init__(self, job: Job, number: int, files: UnitFiles) -> None:
+        self.job, self.unit, self.files = job, job.units[number], files
+        model = job.language_model
+        self.resources = Resources(job.recipe.tokenizer, str(model) if model else None)
+        self.counts: UnitCounts = {READ: Counts()}
+        self.operators = [
+            (label, operator)
+            for label, operator in zip(job.recipe.labels, job.recipe.operators, strict=True)
+            if isinstance(operator, (Mapper, Filter))
+            and not (isinstance(operator, Perplexity) and operator.model == "none")
+        ]
+        self.counts |= {label: Counts() for label, _ in self.operators}
+
+    def kept(self) -> Iterator[tuple[Document, Text]]:
+        """The documents that all operators keep."""
+        skipped: list[SkippedRow] = []
+        for document in self.job.documents(self.unit, skipped):
+            self._count_skipped(skipped)
+            try:
+                text = self._clean(document)
+            except Exception as error:
+                error.add_note(f"at {document.source}, row {document.row}")
+                raise
+            if text is not None:
+                yield document, text
+        self._count_skipped(skipped)
+
+    def _count_skipped(self, skipped: list[SkippedRow]) -> None:
+        for row in skipped:
+            self.counts[READ].enter(_size(row.raw))
+            self._drop(READ, row, row.raw, Dropped(None, row.reason))
+        skipped.clear()
+
+    def _clean(self, document: Document) -> Text | None:
+        size = _size(document.text)
+        self.counts[READ].enter(size)
+        problem = f"more than {LONGEST:,} characters" if len(document.text) > LONGEST else None
+        try:
+            text = Text(document.text, document.dialogue and problem is None)
+        except Lost as lost:
+            problem = str(lost)
+        if problem is not None:
+            self._drop(READ, document, document.text, Dropped(None, problem))
+            return None
+        self.counts[READ].keep(size)
+        for label, operator in self.operators:
+            counts = self.counts[label]
+            counts.enter(size)
+            done = operate(text, operator, self.resources)
+            if isinstance(done, Dropped):
+                self._drop(label, document, str(text), done)
+                return None
+            size = _size(str(text)) if done else size
+            counts.keep(size, done)
+        return text
+
+    def _drop(self, label: str, at: Document | SkippedRow, text: str, why: Dropped) -> None:
+        entry = _row(self.unit, at, text) | {"operator": label, "value": why.value, "reason": why.reason}
+        self.files.write(f"output/quarantine/{label}", entry)
+        self.counts[label].drop(_size(text), sample_of(entry, self.unit))
+
+
+def sample_of(entry: dict[str, Any], unit: Unit) -> dict[str, Any]:
+    """What the report shows of a quarantined row, and the number of its file to sort by."""
+    return {
+        "file": unit.files[entry["path"]],
+        **{key: entry[key] for key in ("path", "row", "text", "value", "reason")},
+    }
+
+
+@dataclass(frozen=True)
+class CleanUnits(Stage):
+    """Runs mappers and filters; writes what they keep, what they drop, and the signatures of what they keep."""
+
+    name = "clean"
+
+    def work(self, number: int) -> None:
+        job, unit = self.job, self.job.units[number]
+        exact, near = job.recipe.deduplicators()
+        target = "cleaned" if job.deduplicates else f"output/{unit.source}"
+        signatures = []
+        with UnitFiles(job.folder, f"{number:06d}") as files:
+            cleaner = _Cleaner(job, number, files)
+            for document, text in cleaner.kept():
+                files.write(target, _row(unit, document, str(text)))
+                if job.deduplicates:
+                    seen = text.sample(cleaner.resources).text
+                    high, low = exact.hash(seen) if exact else (0, 0)
+                    place = unit.files[document.source], document.row
+                    signatures.append((*place, high, low, near.hash(seen) if near else 0))
+            if job.deduplicates:
+                save_array(job.folder / "signatures" / f"{number:06d}.npy", np.array(signatures, dtype=SIGNATURE))
+            files.commit()
+        self.mark(number, dump_counts(cleaner.counts))
+
+
+@dataclass(frozen=True)
+class FindDuplicates(Stage):
+    """Compares the signatures of all units; one unit of work."""
+
+    name = "duplicates"
+
+    @property
+    def count(self) -> int:
+        return 1
+
+    def work(self, number: int) -> None:
+        job = self.job
+        arrays = [np.load(job.folder / "signatures" / f"{unit:06d}.npy") for unit in range(len(job.units))]
+        sizes = [len(array) for array in arrays]
+        signatures = np.concatenate(arrays)
+        order = np.lexsort((signatures["row"], signatures["file"]))  # parts of one file alternate
+        verdicts = np.empty(len(order), dtype=VERDICT)
+        found = find_duplicates(signatures[order], *job.recipe.deduplicators())
+        found["original"] = order[found["original"]]
+        verdicts[order] = found
+        # Of an original the report shows where it stands: its file and its row.
+        where = signatures[["file", "row"]][verdicts["original"]]
+        edges = np.cumsum([0, *sizes])
+        for unit in range(len(job.units)):
+            begin, end = edges[unit], edges[unit + 1]
+            save_array(job.folder / "verdicts" / f"{unit:06d}.npy", verdicts[begin:end])
+            save_array(job.folder / "originals" / f"{unit:06d}.npy", where[begin:end])
+        self.mark(number)
+
+
+@dataclass(frozen=True)
+class WriteKept(Stage):
+    """Writes the documents that are no duplicates."""
+
+    name = "deduplicate"
+
+    def work(self, number: int) -> None:
+        job, unit, name = self.job, self.job.units[number], f"{number:06d}"
+        labels = job.recipe.labels[-sum(map(bool, job.recipe.deduplicators())) :]
+        exact = job.recipe.deduplicators()[0]
+        verdicts = np.load(job.folder / "verdicts" / f"{name}.npy")
+        originals = np.load(job.folder / "originals" / f"{name}.npy")
+        paths = {file: path for other in job.units for path, file in other.files.items()}
+        counts = {label: Counts() for label in labels}
+        cleaned = job.folder / "cleaned" / f"{name}.jsonl.zst"
+        with UnitFiles(job.folder, name) as files:
+            for place, row in enumerate(rows_of(cleaned) if len(verdicts) else ()):
+                size, kind = _size(row["text"]), int(verdicts["kind"][place])
+                by = None if kind == KEPT else (exact.name if kind == EXACT and exact else labels[-1])
+                for label in labels:
+                    counts[label].enter(size)
+                    if label == by:
+                        break
+                    counts[label].keep(size)
+                if by is None:
+                    files.write(f"output/{unit.source}", row)
+                    continue
+                file, at = originals[place].tolist()
+                original = {"path": paths[file], "row": at}
+                distance = int(verdicts["distance"][place])
+                reason = f"{'same text as' if kind == EXACT else 'near'} {original['path']}, row {original['row']}"
+                entry = row | {"operator": by, "value": distance, "reason": reason, "original": original}
+                files.write(f"output/quarantine/{by}", entry)
+                counts[by].drop(size, sample_of(entry, unit))
+            files.commit()
+        self.mark(number, dump_counts(counts))
+        cleaned.unlink(missing_ok=True)
+
+
+def _trains_on(job: Job) -> list[int]:
+    """The units from whose texts the language model learns."""
+    operator = job.recipe.perplexity
+    assert operator is not None
+    names = [name.strip() for name in operator.train_on.split(",") if name.strip()]
+    return [number for number, unit in enumerate(job.units) if not names or unit.source in names]
+
+
+@dataclass(frozen=True)
+class SampleTexts(Stage):
+    """Takes, from the begin of each unit, its share of the texts that the language model learns from."""
+
+    name = "sample"
+
+    def work(self, number: int) -> None:
+        job, operator = self.job, self.job.recipe.perplexity
+        assert operator is not None
+        chosen = _trains_on(job)
+        if number in chosen:
+            share = job.units[number].size / max(sum(job.units[other].size for other in chosen), 1)
+            wanted = math.ceil(operator.train_characters * share)
+            steps = [
+                step for step in job.recipe.operators if isinstance(step, (Mapper, Filter)) and step is not operator
+            ]
+            resources = Resources(job.recipe.tokenizer)
+            with UnitFiles(job.folder, f"{number:06d}") as files:
+                for document in job.documents(job.units[number], []):
+                    text = _passed(document, steps, resources)
+                    if text is not None:
+                        files.write("sampled", {"text": text})
+                        wanted -= len(text)
+                        if wanted <= 0:
+                            break
+                files.commit()
+        self.mark(number)
+
+
+def _passed(document: Document, steps: list[Mapper | Filter], resources: Resources) -> str | None:
+    """What operators make of a document; None if one drops it."""
+    if len(document.text) > LONGEST:
+        return None
+    try:
+        text = Text(document.text, document.dialogue)
+    except Lost:
+        return None
+    if any(isinstance(operate(text, step, resources), Dropped) for step in steps):
+        return None
+    return text.sample(resources).text
+
+
+@dataclass(frozen=True)
+class TrainModel(Stage):
+    """Trains the language model; one unit of work."""
+
+    name = "train"
+
+    @property
+    def count(self) -> int:
+        return 1
+
+    def work(self, number: int) -> None:
+        job, operator = self.job, self.job.recipe.perplexity
+        assert operator is not None and job.language_model is not None
+        files = [job.folder / "sampled" / f"{unit:06d}.jsonl.zst" for unit in _trains_on(job)]
+        texts = (row["text"] for path in files if path.exists() for row in rows_of(path))
+        LanguageModel.train(texts, operator.order).save(job.language_model)
+        self.mark(number)

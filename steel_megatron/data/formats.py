@@ -1,0 +1,368 @@
+"""Files -> chunks of raw rows: streaming, in bounded memory, with a place to go on from.
+
+A row is one line of JSON lines, one element of a JSON array, one row of a parquet file, or the whole of a text or
+source-code file. :func:`read_chunks` only cuts a file into pieces of about a megabyte, which is cheap;
+:func:`parse_chunk` turns a piece into values, which is not, and can be done by another process.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+import orjson
+import zstandard
+
+from steel_megatron.data.json_array import elements
+from steel_megatron.errors import DataError
+
+COMPRESSIONS = ("", ".gz", ".zst")
+LINE_SUFFIXES = tuple(".jsonl" + packed for packed in COMPRESSIONS)
+"""One JSON value per line."""
+JSON_SUFFIXES = tuple(".json" + packed for packed in COMPRESSIONS)
+"""One JSON array, or one value per line in spite of the name."""
+PARQUET_SUFFIX = ".parquet"
+CODE_SUFFIXES = (".py", ".cpp", ".cc", ".hpp", ".h", ".java")
+"""Source code: one document per file."""
+WHOLE_FILE_SUFFIXES = (".txt", *CODE_SUFFIXES)
+"""Files that are one document each."""
+KNOWN_SUFFIXES = (*LINE_SUFFIXES, *JSON_SUFFIXES, PARQUET_SUFFIX, *WHOLE_FILE_SUFFIXES)
+
+CHUNK_BYTES = 1 << 20
+_BYTE_ORDER_MARK = codecs.BOM_UTF8
+_PARQUET_BUFFER = 1 << 18
+_STORED_BYTES = 1 << 12
+"""Of a zstd file, decompressed at once; text that repeats itself may become ten thousand times as long."""
+_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where reading a file goes on."""
+
+    row: int = 0
+    """Rows before it."""
+    offset: int = 0
+    """Bytes before it, decompressed; 0 for parquet."""
+
+
+@dataclass(frozen=True)
+class RawChunk:
+    """Some rows of a file, not parsed yet."""
+
+    path: str
+    kind: Literal["lines", "arrow", "file"]
+    """What ``payload`` is: JSON lines; an Arrow stream; a file's content."""
+    payload: bytes
+    rows: int
+    """Rows in it; blank lines count."""
+    first_row: int
+    """Number of its first row in the file, from 1."""
+    first_offset: int
+    """Bytes of the file before it, decompressed; 0 for parquet."""
+    end: Place
+    """Where the next chunk begins."""
+
+
+class BadRow(Exception):
+    """A row that cannot be a document; the message is the reason, ``offset`` the byte within the row."""
+
+    def __init__(self, reason: str, offset: int = 0) -> None:
+        super().__init__(reason)
+        self.offset = offset
+
+
+class UncheckedRow(dict[str, Any]):
+    """A row of JSON whose strings may hold lone surrogates; those of other rows cannot."""
+
+
+def has_keys(path: Path) -> bool:
+    """Whether the file's rows are objects, so that a text is picked from them by its key."""
+    return not path.name.endswith(WHOLE_FILE_SUFFIXES)
+
+
+def read_chunks(
+    path: Path | str,
+    start: Place = Place(),
+    chunk_bytes: int = CHUNK_BYTES,
+    columns: Sequence[str] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Iterator[RawChunk]:
+    """Cut a file into chunks of at least one row and about ``chunk_bytes``.
+
+    Where a chunk ends depends on where it begins and on the file alone: reading that goes on from the ``end`` of a
+    chunk gives the same chunks as reading on would have.
+
+    Args:
+        path: a file of a known format.
+        start: where to begin; the ``end`` of an earlier chunk.
+        chunk_bytes: how much is read at a time; a longer row is a chunk of its own.
+        columns: the columns that are needed of a parquet file; None for all.
+        on_bytes: told how many more bytes of the file (as stored, so compressed ones) were read.
+
+    Raises:
+        DataError: the file cannot be read, is truncated or damaged, or has none of the columns.
+    """
+    path = Path(path)
+    done = start.row
+    try:
+        with path.open("rb") as raw:
+            tell = _Teller(raw, on_bytes)
+            for chunk in _chunks(path, raw, start, chunk_bytes, columns, tell):
+                tell()
+                done = chunk.end.row
+                yield chunk
+            tell.rest()
+    except _DAMAGE as error:
+        raise DataError(f"{path} is truncated or damaged after row {done}: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+class _Teller:
+    """Reports how far a file has been read."""
+
+    def __init__(self, raw: BinaryIO, on_bytes: Callable[[int], None] | None) -> None:
+        self._raw, self._on_bytes, self._told = raw, on_bytes, 0
+
+    def __call__(self, position: int | None = None) -> None:
+        position = self._raw.tell() if position is None else position
+        if self._on_bytes is not None and position > self._told:
+            self._on_bytes(position - self._told)
+            self._told = position
+
+    def rest(self) -> None:
+        self(self._raw.seek(0, 2))
+
+
+def _chunks(
+    path: Path, raw: BinaryIO, start: Place, chunk_bytes: int, columns: Sequence[str] | None, tell: _Teller
+) -> Iterator[RawChunk]:
+    if path.name.endswith(WHOLE_FILE_SUFFIXES):
+        if start.row == 0:
+            yield RawChunk(str(path), "file", raw.read(), 1, 1, 0, Place(1))
+    elif path.name.endswith(PARQUET_SUFFIX):
+        yield from _parquet_chunks(path, raw, start, chunk_bytes, columns, tell)
+    elif path.name.endswith(JSON_SUFFIXES) and _is_array(path, raw):
+        yield from _array_chunks(path, raw, start, chunk_bytes)
+    else:
+        yield from _line_chunks(path, raw, start, chunk_bytes)
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    raw.seek(0)
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if path.suffix == ".zst":
+        return cast(BinaryIO, _ZstandardFile(raw))
+    return raw
+
+
+def _opened_at(path: Path, raw: BinaryIO, offset: int) -> BinaryIO:
+    """The (decompressed) content from a byte on."""
+    stream = _decompressed(path, raw)
+    if stream is raw:
+        raw.seek(offset)
+        return raw
+    while offset > 0:
+        block = stream.read(min(offset, CHUNK_BYTES))
+        if not block:
+            raise EOFError("the file is shorter than it was")
+        offset -= len(block)
+    return stream
+
+
+class _ZstandardFile:
+    """Reads one or more zstd frames; unlike the library's own reader, it notices when the last one is cut off."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def read(self, size: int) -> bytes:
+        """Up to ``size`` bytes; none at the end."""
+        while not self._ready:
+            stored = self._raw.read(_STORED_BYTES)
+            if not stored:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a zstd frame")
+                return b""
+            parts = []
+            while stored:
+                if self._frame is None:
+                    self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                parts.append(self._frame.decompress(stored))
+                stored = self._frame.unused_data if self._frame.eof else b""
+                if self._frame.eof:
+                    self._frame = None
+            self._ready = memoryview(b"".join(parts))
+        taken, self._ready = self._ready[:size], self._ready[size:]
+        return bytes(taken)
+
+
+def _is_array(path: Path, raw: BinaryIO) -> bool:
+    """Whether a ``.json`` file is one array: its first visible byte decides."""
+    stream, head = _decompressed(path, raw), b""
+    while not head.strip() and (block := stream.read(4096)):
+        head = (head + block).removeprefix(_BYTE_ORDER_MARK)
+    return head.lstrip()[:1] == b"["
+
+
+def _line_chunks(path: Path, raw: BinaryIO, start: Place, chunk_bytes: int) -> Iterator[RawChunk]:
+    """Whole lines: up to the last line end within ``chunk_bytes``, or the first one after it."""
+    stream = _opened_at(path, raw, start.offset)
+    buffer = bytearray()
+    while True:
+        while len(buffer) < chunk_bytes and (block := stream.read(chunk_bytes - len(buffer))):
+            buffer += block
+        cut = len(buffer) if len(buffer) < chunk_bytes else buffer.rfind(b"\n", 0, chunk_bytes) + 1
+        searched = chunk_bytes
+        while cut == 0 and buffer:  # a line longer than a chunk
+            cut = buffer.find(b"\n", searched) + 1
+            searched = max(searched, len(buffer))
+            if cut == 0:
+                block = stream.read(chunk_bytes)
+                buffer += block
+                cut = 0 if block else len(buffer)
+        if cut == 0:
+            return
+        payload = bytes(memoryview(buffer)[:cut])
+        del buffer[:cut]
+        rows = payload.count(b"\n") + (payload[-1:] != b"\n")
+        end = Place(start.row + rows, start.offset + cut)
+        yield RawChunk(str(path), "lines", payload, rows, start.row + 1, start.offset, end)
+        start = end
+
+
+def _array_chunks(path: Path, raw: BinaryIO, start: Place, chunk_bytes: int) -> Iterator[RawChunk]:
+    """The elements of one JSON array as JSON lines, with blanks between them so that offsets are the file's."""
+    payload, rows, first_offset = bytearray(), 0, start.offset
+
+    def chunk(end_offset: int) -> RawChunk:
+        end = Place(start.row + rows, end_offset)
+        return RawChunk(str(path), "lines", bytes(payload), rows, start.row + 1, first_offset, end)
+
+    for offset, element in elements(path, _opened_at(path, raw, start.offset), start.row, start.offset, chunk_bytes):
+        if payload:
+            payload += b" " * (offset - first_offset - len(payload) - 1) + b"\n"
+        if len(payload) >= chunk_bytes:
+            yield (done := chunk(offset))
+            start, rows = done.end, 0
+            payload.clear()
+        if not payload:
+            first_offset = offset
+        payload += element
+        rows += 1
+    if rows:
+        yield chunk(first_offset + len(payload))
+
+
+def _parquet_chunks(
+    path: Path, raw: BinaryIO, start: Place, chunk_bytes: int, columns: Sequence[str] | None, tell: _Teller
+) -> Iterator[RawChunk]:
+    """Batches of rows, row group by row group, as Arrow streams."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise DataError(
+            f"reading {path} needs pyarrow, which is not installed: pip install 'steel-megatron[data]'"
+        ) from None
+    try:
+        # With a buffer, a row group is read as it is decoded; without, whole.
+        file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=_PARQUET_BUFFER)
+        names = file.schema_arrow.names
+        wanted = None if columns is None else [name for name in columns if name in names]
+        if columns and not wanted:
+            raise DataError(f"{path} has no column {' or '.join(map(repr, columns))}; it has {', '.join(names)}")
+        first = 0
+        for group in range(file.num_row_groups):
+            facts = file.metadata.row_group(group)
+            rows_at_once = max(1, chunk_bytes * facts.num_rows // max(1, facts.total_byte_size))
+            if first + facts.num_rows <= start.row:
+                first += facts.num_rows
+                continue
+            for batch in file.iter_batches(rows_at_once, row_groups=[group], columns=wanted):
+                end = Place(first + batch.num_rows)
+                if end.row > start.row:
+                    sink = pyarrow.BufferOutputStream()
+                    with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
+                        writer.write_batch(batch.slice(start.row - first))
+                    payload = sink.getvalue().to_pybytes()
+                    yield RawChunk(str(path), "arrow", payload, end.row - start.row, start.row + 1, 0, end)
+                    tell()
+                    start = end
+                first = end.row
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system, not of the format
+            raise
+        raise DataError(f"{path} is truncated or damaged after row {start.row}: {error}") from error
+
+
+def parse_chunk(chunk: RawChunk) -> Iterator[tuple[int, int, bytes, object]]:
+    """The rows of a chunk: (row from 1, byte offset, the row as stored if it is a line, its value).
+
+    The value is what the JSON says (an object: a dictionary, or an :class:`UncheckedRow`), a dictionary for a parquet
+    row, a string for a whole file, or a :class:`BadRow`.
+    Blank lines are left out; a byte order mark, CRLF line ends and a missing last newline are fine.
+    """
+    if chunk.kind == "file":
+        yield 1, 0, chunk.payload, _text_of_file(chunk.payload)
+    elif chunk.kind == "arrow":
+        import pyarrow
+
+        table = pyarrow.ipc.open_stream(chunk.payload).read_all()
+        try:
+            values = table.to_pylist()
+        except ValueError:  # a value that Python cannot hold; the other rows can be read all the same
+            values = [_value_of_arrow(table.slice(index, 1)) for index in range(table.num_rows)]
+        for row, value in enumerate(values, start=chunk.first_row):
+            yield row, 0, b"", value
+    else:
+        loads, offset = orjson.loads, chunk.first_offset
+        for row, line in enumerate(chunk.payload.split(b"\n"), start=chunk.first_row):
+            begin, offset = offset, offset + len(line) + 1
+            if row == 1 and line.startswith(_BYTE_ORDER_MARK):
+                line, begin = line[len(_BYTE_ORDER_MARK) :], begin + len(_BYTE_ORDER_MARK)
+            try:
+                yield row, begin, line, loads(line)
+            except orjson.JSONDecodeError:
+                if line.strip():
+                    yield row, begin, line, _second_look(line.rstrip(b"\r"))
+
+
+def _value_of_arrow(row: Any) -> object:
+    try:
+        return row.to_pylist()[0]
+    except ValueError as error:
+        return BadRow(f"not valid UTF-8 or out of range ({error})")
+
+
+def _second_look(line: bytes) -> object:
+    """What Python's own parser says of a line that the fast one refuses: it explains, and takes more."""
+    try:
+        decoded = line.decode()
+    except UnicodeDecodeError as error:
+        return BadRow(f"not valid UTF-8 (byte 0x{line[error.start]:02x}: {error.reason})", error.start)
+    try:
+        value = json.loads(decoded)
+    except json.JSONDecodeError as error:
+        return BadRow(f"broken JSON ({error.msg})", len(decoded[: error.pos].encode()))
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested as deep
+        return BadRow(f"JSON beyond any use ({error})")
+    return UncheckedRow(value) if isinstance(value, dict) else value
+
+
+def _text_of_file(content: bytes) -> object:
+    """The text of a whole file; its line ends become ``\\n``."""
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        return BadRow(f"not valid UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason})", error.start)

@@ -1,0 +1,223 @@
+"""What all tokenizers share: many texts encoded at once, by the engine that is the fastest with the same ids."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from steel_megatron.config import TokenizerKind
+from steel_megatron.data.fast_encoding import (
+    CHECK_TEXTS,
+    EngineMissing,
+    EngineProblem,
+    FlatIds,
+    Gigatoken,
+    as_texts,
+    refuse_surrogates,
+    unsure,
+)
+from steel_megatron.errors import DataError
+from steel_megatron.log import get_logger
+
+Engine = Literal["auto", "gigatoken", "tokenizers"]
+"""What encodes many texts: ``tokenizers`` stands for the tokenizer's own library, be it ``tokenizers`` or
+``sentencepiece``; ``auto`` takes gigatoken where it is installed and gives the same ids."""
+
+_VERIFIED_CHARACTERS = 100_000
+"""How much of the texts handed to ``verify_on`` is compared: what takes well under a second."""
+
+_log = get_logger(__name__)
+
+
+class TokenizerBase(ABC):
+    """A tokenizer whose batches are encoded by its own library or by gigatoken.
+
+    The choice is made, and checked on sample texts, when it is first needed; worker processes inherit it.
+    """
+
+    kind: TokenizerKind
+
+    def __init__(self, name: str, content: Any, engine: Engine) -> None:
+        if engine not in get_args(Engine):
+            raise DataError(f"tokenizer engine {engine!r} is unknown; it must be one of {', '.join(get_args(Engine))}")
+        self._name, self._wanted = name, engine
+        self._engine: Engine | None = None
+        self._gigatoken: Gigatoken | None = None
+        self._load(content)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self._name, "content": self._content(), "engine": self.engine}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._name, self._wanted, self._gigatoken = state["name"], state["engine"], None
+        self._engine = state["engine"]
+        self._load(state["content"])
+
+    @abstractmethod
+    def _content(self) -> Any:
+        """What the tokenizer is made of, to be pickled."""
+
+    @abstractmethod
+    def _load(self, content: Any) -> None:
+        """Set up from :meth:`_content`."""
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """The ids of a text, by the tokenizer's own library."""
+
+    @abstractmethod
+    def _encode_flat(self, texts: list[str]) -> FlatIds:
+        """The ids of many texts, by the tokenizer's own library."""
+
+    @abstractmethod
+    def _fast_model(self) -> str:
+        """A ``tokenizer.json`` for gigatoken; raises EngineProblem when there is none."""
+
+    def _check_texts(self) -> Iterable[str]:
+        """Texts on which gigatoken must give the same ids to be chosen."""
+        return CHECK_TEXTS
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Every id is below this."""
+
+    @property
+    @abstractmethod
+    def eod_id(self) -> int:
+        """The id that ends a document."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of everything that decides which ids a text gets; the engine is not part of it."""
+
+    @property
+    def engine(self) -> Engine:
+        """What encodes many texts: ``gigatoken``, or ``tokenizers`` for the tokenizer's own library.
+
+        Raises:
+            DataError: gigatoken was asked for and cannot be used.
+        """
+        if self._engine is None:
+            self._engine = "tokenizers" if self._wanted == "tokenizers" else self._try_gigatoken()
+        return self._engine
+
+    def _try_gigatoken(self) -> Engine:
+        try:
+            fast = Gigatoken(self._fast_model())
+            self._compare(fast, list(self._check_texts()))
+        except EngineProblem as problem:
+            return self._without_gigatoken(problem)
+        self._gigatoken = fast
+        return "gigatoken"
+
+    def _without_gigatoken(self, problem: EngineProblem) -> Engine:
+        if self._wanted == "gigatoken":
+            raise DataError(f"gigatoken was asked for and cannot encode for {self._name}: {problem}") from problem
+        if isinstance(problem, EngineMissing):
+            _log.info(f"gigatoken would encode several times faster, but {problem}")
+        else:
+            _log.warning(f"{self._name} is encoded without gigatoken, several times slower: {problem}")
+        return "tokenizers"
+
+    def _compare(self, fast: Gigatoken, texts: list[str]) -> None:
+        left_out = set(unsure(texts))
+        texts = [text for number, text in enumerate(texts) if number not in left_out]
+        ours, theirs = _split(*self._encode_flat(texts)), _split(*fast.encode_flat(texts))
+        for text, expected, found in zip(texts, ours, theirs, strict=True):
+            if not np.array_equal(expected, found):
+                raise EngineProblem(f"it gives other ids for {text if len(text) <= 60 else text[:60] + '...'!r}")
+
+    def verify_on(self, texts: Sequence[str] | Sequence[bytes]) -> None:
+        """Compare gigatoken, if that is the engine, with the tokenizer's own library on the begin of real texts.
+
+        Where they differ, the own library is the engine from now on, with a warning. Call it before the tokenizer is
+        sent to workers.
+
+        Raises:
+            DataError: they differ, and gigatoken was asked for; or a text is no valid UTF-8 or holds a lone surrogate.
+        """
+        fast = self._engine_for_batches()
+        if fast is None:
+            return
+        sample: list[str] = []
+        left = _VERIFIED_CHARACTERS
+        for text in texts:
+            sample.append(as_texts([text])[0][:left])
+            left -= len(sample[-1])
+            if left <= 0:
+                break
+        try:
+            self._compare(fast, sample)
+        except EngineProblem as problem:
+            self._engine, self._gigatoken = self._without_gigatoken(problem), None
+
+    def _engine_for_batches(self) -> Gigatoken | None:
+        if self.engine == "gigatoken" and self._gigatoken is None:  # chosen and checked by the process that sent us
+            try:
+                self._gigatoken = Gigatoken(self._fast_model())
+            except EngineProblem as problem:
+                raise DataError(f"gigatoken cannot encode for {self._name} in a worker process: {problem}") from problem
+        return self._gigatoken
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; control tokens written out in it are encoded as plain characters.
+
+        Raises:
+            DataError: the text holds a lone surrogate.
+        """
+        refuse_surrogates(text)
+        return self._encode(text)
+
+    def encode_flat(self, texts: Sequence[str] | Sequence[bytes]) -> FlatIds:
+        """The ids of many texts one after another, the fastest way.
+
+        Args:
+            texts: strings, or their UTF-8.
+
+        Returns:
+            ids: int32 [tokens].
+            lengths: how many of them belong to each text, int64 [texts].
+
+        Raises:
+            DataError: a text is no valid UTF-8 or holds a lone surrogate.
+        """
+        fast = self._engine_for_batches()
+        strings = as_texts(texts)
+        slow = set(unsure(strings))  # which also finds what is no text
+        if fast is None:
+            return self._encode_flat(strings)
+        if not slow:
+            return fast.encode_flat(strings)
+        theirs = fast.encode_flat([text for number, text in enumerate(strings) if number not in slow])
+        ours = self._encode_flat([text for number, text in enumerate(strings) if number in slow])
+        parts, own = iter(_split(*theirs)), iter(_split(*ours))
+        return flatten([next(own if number in slow else parts) for number in range(len(strings))])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of many texts, each an int32 array [tokens]."""
+        return _split(*self.encode_flat(texts))
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest records of a tokenizer; nothing that depends on the engine."""
+        return {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "vocab_size": self.vocab_size,
+            "eod_id": self.eod_id,
+        }
+
+
+def _split(ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+
+def flatten(parts: Sequence[np.ndarray]) -> FlatIds:
+    """The ids of several texts one after another, int32 [tokens], and their lengths, int64 [texts]."""
+    lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
+    ids = np.concatenate(parts) if parts else np.array([])
+    return ids.astype(np.int32, copy=False), lengths

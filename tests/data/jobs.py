@@ -1,0 +1,83 @@
+"""Preprocessing jobs in processes of their own, for tests that kill them; and their inputs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.data.conftest import make_texts, write_jsonl
+
+_CODE = """
+import json, sys
+from steel_megatron.data.preprocess import preprocess
+from steel_megatron.data.preprocess_run import Pace
+from steel_megatron.log import exit_code
+
+if __name__ == "__main__":
+    arguments = json.loads(sys.argv[1])
+    pace = Pace(**arguments.pop("pace"))
+    sys.exit(exit_code(lambda: preprocess(**arguments, pace=pace)))
+"""
+
+PACE = {"chunk_bytes": 4096, "journal_bytes": 1 << 14, "journal_seconds": 0.2}
+"""Small steps, so that little data has many of them."""
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Names and contents; none when the folder is not there: work that wrote nothing leaves none."""
+    found = sorted(folder.iterdir()) if folder.exists() else []
+    return {path.name: path.read_bytes() for path in found if path.is_file()}
+
+
+def mixed_inputs(folder: Path, count: int) -> list[str]:
+    """Three files of two formats and sources, with rows of every sort."""
+    texts = make_texts(count)
+    third = count // 3
+    plain = write_jsonl(folder / "a.jsonl", texts[:third])
+    plain.write_bytes(plain.read_bytes() + b'{"text": null}\n\nbroken\n')
+    with gzip.open(folder / "b.jsonl.gz", "wb") as file:
+        rows = [*texts[third : 2 * third], "", *texts[2 * third :]]
+        file.write("".join(json.dumps({"text": text}) + "\n" for text in rows).encode())
+    turns = [{"kind": "QA", "input": f"question {number}?", "target": f"answer {number}"} for number in range(third)]
+    (folder / "c.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in [*turns, {"kind": "QA"}]))
+    return [str(plain), str(folder / "b.jsonl.gz"), f"firefly={folder}/c.jsonl"]
+
+
+def start_job(inputs: list[str], prefix: Path, model: Path, **options: Any) -> subprocess.Popen[str]:
+    """Start ``preprocess`` with SentencePiece, in small steps."""
+    arguments = {
+        "inputs": inputs,
+        "output_prefix": str(prefix),
+        "tokenizer_kind": "sentencepiece",
+        "tokenizer_path": str(model),
+        "pace": PACE,
+        **options,
+    }
+    return subprocess.Popen([sys.executable, "-c", _CODE, json.dumps(arguments)], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(job: subprocess.Popen[str], path: Path, seconds: float = 30) -> None:
+    """Wait until a file has content; the job must still be running then."""
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < deadline and job.poll() is None, job.stderr and job.stderr.read()
+        time.sleep(0.002)
+
+
+def workers_of(job: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the job's spawned workers."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def wait_gone(pids: list[int]) -> None:
+    """Wait until processes have ended."""
+    deadline = time.monotonic() + 15
+    while any(Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text() for pid in pids):
+        assert time.monotonic() < deadline, "workers outlived the job"
+        time.sleep(0.02)

@@ -1,0 +1,144 @@
+"""Signatures and duplicates, held to plain loops."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steel_megatron.data.cleaning.duplicates import (
+    EXACT,
+    KEPT,
+    NEAR,
+    SIGNATURE,
+    ExactDeduplicator,
+    SimhashDeduplicator,
+    find_duplicates,
+    near_pairs,
+)
+
+ZH = "光合作用把阳光、水和二氧化碳变成糖和氧气，是地球上几乎所有生命的能量来源；植物、藻类和一些细菌都能进行光合作用。"
+
+
+def signatures(texts: list[str], exact: ExactDeduplicator, near: SimhashDeduplicator) -> np.ndarray:
+    rows = [(1, number, *exact.hash(text), near.hash(text)) for number, text in enumerate(texts, start=1)]
+    return np.array(rows, dtype=SIGNATURE)
+
+
+def test_simhash_is_the_majority_of_the_shingles() -> None:
+    near = SimhashDeduplicator(tokenization="space", window_size=2)
+    hashes = [hashlib.blake2b(shingle.encode(), digest_size=8).digest() for shingle in ("a b", "b c", "c d")]
+    bits = [[byte >> (7 - bit) & 1 for byte in digest for bit in range(8)] for digest in hashes]
+    expected = sum(
+        (sum(column) >= 2) << (8 * (place // 8) + 7 - place % 8) for place, column in enumerate(zip(*bits, strict=True))
+    )
+    assert near.hash("A b\nC  d") == expected
+
+
+def test_chinese_texts_have_shingles() -> None:
+    mixed = SimhashDeduplicator()
+    changed = ZH.replace("地球", "世界")
+    distance = (mixed.hash(ZH) ^ mixed.hash(changed)).bit_count()
+    other = (
+        mixed.hash(ZH) ^ mixed.hash("长江发源于青藏高原，向东流经十一个省市，最后注入东海，全长六千三百公里。")
+    ).bit_count()
+    assert distance < 16 < other
+    space = SimhashDeduplicator(tokenization="space")
+    assert space.hash(ZH) != space.hash(changed)  # short of a window: one shingle, not none
+
+
+def test_exact_and_near_copies_across_the_input() -> None:
+    long = [ZH + "".join(f"第{number}句说的是别的事情{number * 7919}。" for number in range(60))]
+    exact, near = ExactDeduplicator(), SimhashDeduplicator()
+    texts = [
+        "甲：" + ZH,
+        *long,
+        "完全不同的一句话，没有人说过。",
+        long[0].replace("。", " . "),
+        long[0].replace("能量", "动力").replace("植物", "花草"),
+    ]
+    found = find_duplicates(signatures(texts, exact, near), exact, near)
+    assert found["kind"].tolist() == [KEPT, KEPT, KEPT, EXACT, NEAR]
+    assert found["original"].tolist() == [0, 1, 2, 1, 1]
+    assert (found["distance"] <= 4).all()
+    assert find_duplicates(signatures(texts, exact, near), None, None)["kind"].tolist() == [KEPT] * 5
+    assert find_duplicates(signatures(texts, exact, near), exact, None)["kind"].tolist() == [KEPT] * 3 + [EXACT, KEPT]
+    assert len(find_duplicates(np.empty(0, dtype=SIGNATURE), exact, near)) == 0
+
+
+def plain_pairs(hashes: np.ndarray, distance: int) -> set[tuple[int, int]]:
+    values = [int(value) for value in hashes]
+    return {
+        (i, j)
+        for i in range(len(values))
+        for j in range(i)
+        if (values[i] ^ values[j]).bit_count() <= distance
+    }  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 8), st.data())
+def test_all_near_pairs_are_found(seed: int, num_blocks: int, data: st.DataObject) -> None:
+    distance = data.draw(st.integers(0, num_blocks - 1))
+    draw = np.random.default_rng(seed)
+    centres = draw.integers(0, 2**64, size=6, dtype=np.uint64)
+    flips = np.array(
+        [sum(1 << int(bit) for bit in draw.choice(64, draw.integers(0, 7), replace=False)) for _ in range(60)],
+        dtype=np.uint64,
+    )
+    hashes = np.unique(centres[draw.integers(0, 6, size=60)] ^ flips)
+    found = {
+        (max(i, j), min(i, j))
+        for left, right in near_pairs(hashes, num_blocks, distance)
+        for i, j in zip(left.tolist(), right.tolist(), strict=True)
+    }
+    assert found == plain_pairs(hashes, distance)
+
+
+def plain_verdicts(table: np.ndarray, distance: int) -> list[bool]:
+    """Whether each document is kept: components of near hashes, each exact copy follows its original."""
+    values = [int(value) for value in table["simhash"]]
+    keys = [(int(row["high"]), int(row["low"])) for row in table]
+    component = list(range(len(values)))
+    for _ in values:
+        for i in range(len(values)):
+            for j in range(len(values)):
+                if (values[i] ^ values[j]).bit_count() <= distance:
+                    component[i] = component[j] = min(component[i], component[j])
+    return [component[i] == i and keys.index(keys[i]) == i for i in range(len(values))]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 12))
+def test_verdicts_are_those_of_plain_loops(seed: int, count: int) -> None:
+    draw = np.random.default_rng(seed)
+    table = np.zeros(count, dtype=SIGNATURE)
+    table["high"] = draw.integers(0, max(count // 2, 1), size=count)
+    centres = draw.integers(0, 2**64, size=3, dtype=np.uint64)
+    steps = np.array(
+        [(1 << int(draw.integers(1, 12))) - 1 for _ in range(count)], dtype=np.uint64
+    )  # chains of near ones
+    table["simhash"] = centres[draw.integers(0, 3, size=count)] ^ steps
+    found = find_duplicates(table, ExactDeduplicator(), SimhashDeduplicator())
+    assert (found["kind"] == KEPT).tolist() == plain_verdicts(table, 4)
+    originals = found["original"][found["kind"] != KEPT]
+    assert (found["kind"][originals] == KEPT).all() and (originals < np.flatnonzero(found["kind"] != KEPT)).all()
+
+
+def test_agrees_with_the_package_that_data_juicer_uses() -> None:
+    simhash = pytest.importorskip("simhash", reason="simhash-pybind is not installed; only this comparison needs it")
+    draw = np.random.default_rng(3)
+    centres = draw.integers(0, 2**64, size=40, dtype=np.uint64)
+    hashes = np.unique(
+        np.concatenate([centres, centres ^ np.uint64(0b1011), centres ^ np.uint64(1 << 60 | 1 << 3 | 0xF0)])
+    )
+    theirs = {tuple(sorted(pair)) for pair in simhash.find_all(hashes.tolist(), 6, 4)}
+    ours = {
+        tuple(sorted((int(hashes[i]), int(hashes[j]))))
+        for left, right in near_pairs(hashes, 6, 4)
+        for i, j in zip(left, right, strict=True)
+    }
+    assert ours == theirs and len(ours) == 40

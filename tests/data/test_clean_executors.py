@@ -1,0 +1,125 @@
+"""Executors other than this machine's own: Slurm's commands by stand-ins that run the scripts, and a local Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from steel_megatron.data import clean
+from steel_megatron.data.clean import clean_corpus
+from steel_megatron.errors import DataError
+from tests.data.conftest import make_texts, write_jsonl
+from tests.data.test_clean import content
+
+pytest.importorskip("datatrove", reason="the [data] extra is not installed")
+
+RECIPE = "kind: text\noperators: [text_length_filter: {min_len: 40}, document_deduplicator]\n"
+
+SBATCH = r"""#!/bin/bash
+# Runs the tasks of an array at once, one after the other.
+echo "$@" >> "$FAKE_SLURM/sbatch.log"
+script="${@: -1}"
+cp "$script" "$FAKE_SLURM/script.$(ls "$FAKE_SLURM" | wc -l)"
+last=$(sed -n 's/^#SBATCH --array=0-\([0-9]*\).*/\1/p' "$script")
+for task in $(seq 0 "$last"); do
+    SLURM_ARRAY_TASK_ID=$task SLURM_NODELIST=node RUN_OFFSET=0 bash "$script" > "$FAKE_SLURM/task.$task.log" 2>&1
+done
+echo "Submitted batch job 1"
+"""
+SRUN = """#!/bin/bash
+while [[ "$1" != launch_* ]]; do shift; done
+exec "$@"
+"""
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clean, "UNIT_BYTES", 60_000)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[str]:
+    return [str(write_jsonl(tmp_path / f"{number}.jsonl", make_texts(20, seed=number % 2))) for number in range(3)]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of commands named like Slurm's, first on the path; also where they leave their logs."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name, script in (
+        ("sbatch", SBATCH),
+        ("srun", SRUN),
+        ("squeue", "#!/bin/bash\n"),
+        ("scontrol", "#!/bin/bash\necho node\n"),
+    ):
+        (folder / name).write_text(script)
+        (folder / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    return folder
+
+
+@pytest.mark.timeout(90)
+def test_slurm_gives_the_same_bytes(recipe: Path, sources: list[str], slurm: Path, tmp_path: Path) -> None:
+    clean_corpus(recipe, sources, tmp_path / "local")
+    options = {"executor": "slurm", "slurm_partition": "cpu", "tasks": 2, "workers": 2, "slurm_poll_seconds": 0.01}
+    clean_corpus(recipe, sources, tmp_path / "slurm_out", **options)  # type: ignore[arg-type]
+    assert content(tmp_path / "slurm_out") == content(tmp_path / "local")
+    scripts = [path.read_text() for path in slurm.glob("script.*")]
+    assert len(scripts) == 3  # cleaning, comparison, writing; nothing else
+    assert sum("#SBATCH --array=0-1%2" in script for script in scripts) == 2
+    assert all("#SBATCH --partition=cpu" in script and "--qos" not in script for script in scripts)
+
+
+@pytest.mark.timeout(90)
+def test_a_task_that_fails_on_slurm_says_why(recipe: Path, sources: list[str], slurm: Path, tmp_path: Path) -> None:
+    Path(sources[1]).write_text('{"text": 3}\n')
+    options = {"executor": "slurm", "slurm_partition": "cpu", "tasks": 1, "slurm_poll_seconds": 0.01}
+    with pytest.raises(DataError, match=r"1.jsonl, row 1, byte 0: key 'text' holds a int"):
+        clean_corpus(recipe, sources, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_slurm(recipe: Path, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(DataError, match="executor slurm needs Slurm's commands, and sbatch is not on this machine"):
+        clean_corpus(recipe, sources, tmp_path / "out", executor="slurm", slurm_partition="cpu")
+
+
+def test_slurm_refuses(recipe: Path, sources: list[str], slurm: Path, tmp_path: Path) -> None:
+    (slurm / "sbatch").write_text("#!/bin/bash\necho 'invalid partition' >&2; exit 1\n")
+    with pytest.raises(DataError, match=r"sbatch refused the job \(exit code 1\)"):
+        clean_corpus(recipe, sources, tmp_path / "out", executor="slurm", slurm_partition="cpu")
+
+
+@pytest.mark.timeout(180)
+def test_ray_gives_the_same_bytes(recipe: Path, sources: list[str], tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    clean_corpus(recipe, sources, tmp_path / "local")
+    try:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        clean_corpus(recipe, sources, tmp_path / "over_ray", executor="ray", workers=2)
+    finally:
+        ray.shutdown()
+    assert content(tmp_path / "over_ray") == content(tmp_path / "local")
+    report = json.loads((tmp_path / "over_ray" / "funnel.json").read_text())
+    assert report["totals"]["documents_in"] == 60
+
+
+def test_no_ray(recipe: Path, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(DataError, match=r"executor ray needs the package ray .*pip install"):
+        clean_corpus(recipe, sources, tmp_path / "out", executor="ray")

@@ -1,0 +1,129 @@
+"""Operators that change texts: what goes, what stays, and how long they take over text that was made to be slow."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steel_megatron.data.cleaning import recipe
+from steel_megatron.data.cleaning.mappers import (
+    MAPPERS,
+    CleanCopyright,
+    CleanEmail,
+    CleanHtml,
+    CleanIp,
+    CleanLinks,
+    ExpandMacro,
+    Mapper,
+    NormalizePunctuation,
+    NormalizeWhitespace,
+    RemoveRepeatSentences,
+    RemoveSpecificChars,
+)
+
+LIBRARIES = {"chinese_convert_mapper": "opencc", "clean_html_mapper": "selectolax", "fix_unicode_mapper": "ftfy"}
+
+
+def build(name: str) -> Mapper:
+    """A mapper with its defaults; skips where its library is missing."""
+    if name in LIBRARIES:
+        pytest.importorskip(LIBRARIES[name], reason="the [data] extra is not installed")
+    return MAPPERS[name]()
+
+
+CASES = [
+    (CleanEmail(), "写信到abc.d+e@mail.qq.com吧", "写信到吧"),
+    (CleanEmail(repl="@"), "a@b.cn, @someone, x@y, 3@4.5", "@, @someone, x@y, 3@4.5"),
+    (CleanIp(), "从192.168.0.1登录，不是1.2.3.400或1.2.3.4.5", "从登录，不是1.2.3.400或1.2.3.4.5"),
+    (CleanIp(), "fe80:0:0:0:1:2:3:4a 12:30:45", " 12:30:45"),
+    (CleanLinks(), "见https://a.com/x?y=1&z=(2)。再见", "见。再见"),
+    (CleanLinks(), "访问www.baidu.com查看 (ftp://x.y/z), ok", "访问查看 (), ok"),
+    (CleanLinks(), "[文](http://a.cn/b_(c)) github.com/a/b!", "[文]() !"),
+    (CleanLinks(), "self.size/2 and/or np.pi/2 std::vector 12:30", "self.size/2 and/or np.pi/2 std::vector 12:30"),
+    (CleanCopyright(), "/* Copyright 2020\n * X */\nint x;", "int x;"),
+    (CleanCopyright(), "/* what it does */\nint x;", "/* what it does */\nint x;"),
+    (CleanCopyright(), "#!/bin/sh\n# Copyright X\n\n# All.\nls", "#!/bin/sh\nls"),
+    (CleanCopyright(), "// Copyright X\n#include <a.h>\nint x;", "#include <a.h>\nint x;"),
+    (CleanCopyright(), "# 标题\n正文", "# 标题\n正文"),
+    (CleanCopyright(), "x = 1  # Copyright", "x = 1  # Copyright"),
+    (ExpandMacro(), "\\newcommand{\\R}{\\bf R}\nx in \\R, \\Rx", "\\newcommand{\\R}{\\bf R}\nx in \\bf R, \\Rx"),
+    (ExpandMacro(), "\\def\\a{\\a\\a}\n\\a", "\\def\\a{\\a\\a}\n\\a\\a"),
+    (NormalizePunctuation(), "“你好”，《书》：１２３！……——", '"你好","书":123!......--'),
+    (NormalizeWhitespace(), "\u3000 a\u00a0b\tc\u200bd\n\n e \n", "a b c d\n\n e"),
+    (RemoveSpecificChars(), "◆a●b□c", "abc"),
+    (RemoveSpecificChars(chars_to_remove="a]"), "[a]b", "[b"),
+    (RemoveRepeatSentences(), "今天下雨。今天下雨！我走了。", "今天下雨。我走了。"),
+    (RemoveRepeatSentences(), "好。好。是 3.14 和 3.14，见 a.txt。", "好。好。是 3.14 和 3.14，见 a.txt。"),
+    (RemoveRepeatSentences(), "One two.\nOne two!\n\nThree.", "One two.\n\nThree."),
+    (RemoveRepeatSentences(), "Yes it is. yes it is.", "Yes it is. yes it is."),
+    (RemoveRepeatSentences(lowercase=True), "Yes it is. yes it is.", "Yes it is."),
+    (RemoveRepeatSentences(ignore_special_character=False), "他来了。他来了！", "他来了。他来了！"),
+    (RemoveRepeatSentences(min_repeat_sentence_length=5), "他来了。他来了。", "他来了。他来了。"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mapper", "text", "expected"), CASES, ids=lambda value: getattr(value, "name", None))
+def test_cases(mapper: Mapper, text: str, expected: str) -> None:
+    assert mapper.apply(text) == expected
+
+
+def test_chinese_is_converted() -> None:
+    assert build("chinese_convert_mapper").apply("電腦軟體與滑鼠，abc") == "电脑软体与滑鼠，abc"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<p>一</p><p>二<br>三</p>", "一\n二\n三\n"),
+        ("<ul><li>a</li><li>b</li></ul>", "\n* a\n* b\n"),
+        ("<div class='x'>a &lt; b &amp; c</div><script>x()</script><style>y</style><!-- z -->", "a < b & c\n"),
+        ("if (a<b) {c>d} vector<int> #include <sys/ipc.h>", "if (a<b) {c>d} vector<int> #include <sys/ipc.h>"),
+        ("a<b <b>c</b> <a href='x'>d</a> p<a and <I>e</I>", "a<b c d p<a and e"),
+        ("写 <script> 标签，<!-- 也写 <B>粗</B>", "写 <script> 标签，<!-- 也写 粗"),
+        ("Tom &amp; Jerry &notanentity; a&copy=1", "Tom & Jerry &notanentity; a&copy=1"),
+    ],
+)
+def test_html_becomes_text(text: str, expected: str) -> None:
+    pytest.importorskip("selectolax", reason="the [data] extra is not installed")
+    assert CleanHtml().apply(text) == expected
+
+
+def test_unicode_is_mended() -> None:
+    assert build("fix_unicode_mapper").apply("schÃ¶n ﬁn e\u0301") == "schön fin é"
+
+
+@given(st.lists(st.text(alphabet="一二三四五六七八九十", min_size=6, max_size=6), unique=True, max_size=6), st.data())
+def test_texts_without_repetition_are_left_alone(words: list[str], data: st.DataObject) -> None:
+    ends = data.draw(st.lists(st.sampled_from(["。", "！", "”。", "……", ". ", "?\n", "。」"]), min_size=6, max_size=6))
+    text = "".join(word + end for word, end in zip(words, ends, strict=False))
+    assert RemoveRepeatSentences().apply(text) == text
+
+
+@pytest.mark.parametrize("name", sorted(MAPPERS))
+@pytest.mark.parametrize(
+    "piece", ["a", ".", "a.", "a@", "1.", "0:", "<", "<a", "&#", "/*", "# c\n", "http://", "\\def\\a{", "。", "www."]
+)
+def test_time_is_linear(name: str, piece: str) -> None:
+    """A quadratic pattern takes minutes over this."""
+    mapper = build(name)
+    mapper.apply(piece * 10)  # what is loaded at the first call
+    begin = time.perf_counter()
+    mapper.apply(piece * (200_000 // len(piece)))
+    assert time.perf_counter() - begin < 5
+
+
+def test_the_operator_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cleaning.md").read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {"dataclass": dataclass, "Mapper": Mapper}
+    exec(page.split("```python\n")[1].split("```")[0], namespace)
+    monkeypatch.setitem(recipe.OPERATORS, "remove_lines_mapper", namespace["RemoveLines"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text("kind: text\noperators: [remove_lines_mapper: {word: x}]")
+    (operator,) = recipe.load_recipe(path).operators
+    assert isinstance(operator, Mapper) and operator.apply("a\nbxc\nd") == "a\nd"

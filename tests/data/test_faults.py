@@ -1,0 +1,351 @@
+"""What goes wrong around a preprocessing job: bad rows, broken files, full disks, dying processes."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steel_megatron.data.indexed import open_indexed
+from steel_megatron.data.preprocess import preprocess
+from steel_megatron.data.preprocess_run import Pace
+from steel_megatron.data.tokenizer import SentencePieceTokenizer
+from steel_megatron.errors import DataError
+from tests.data.conftest import make_texts, write_jsonl
+from tests.data.jobs import PACE, files_in, mixed_inputs, start_job, wait_for, wait_gone, workers_of
+
+# ---------------------------------------------------------------- rows
+
+BAD_ROWS = {
+    "broken JSON": b'{"text": "x"',
+    "a JSON list where an object was expected": b'["x"]',
+    "key 'text' is missing; the row has 'body'": b'{"body": "x"}',
+    "key 'text' holds null": b'{"text": null}',
+    "key 'text' holds a int": b'{"text": 3}',
+    "not valid UTF-8": b'{"text": "\xff"}',
+    "lone surrogate": b'{"text": "\\ud800"}',
+    "JSON beyond any use": b"[" * 100_000,
+}
+FINE_ROWS = {
+    b'\xef\xbb\xbf{"text": "byte order mark"}\n': ["byte order mark"],
+    b'{"text": "one"}\r\n\r\n{"text": "two"}\r\n': ["one", "two"],
+    b'\n  \n{"text": "blank lines"}\n\n': ["blank lines"],
+    b'{"text": "no final newline"}': ["no final newline"],
+    b'{"text": "\\ud83d\\ude00 pair"}\n': ["\U0001f600 pair"],
+}
+
+
+@pytest.mark.parametrize("reason", BAD_ROWS)
+def test_bad_rows(tmp_path: Path, sp_model: Path, sp: SentencePieceTokenizer, reason: str) -> None:
+    source, out = tmp_path / "corpus.jsonl", tmp_path / "out"
+    source.write_bytes(b'{"text": "first"}\n' + BAD_ROWS[reason] + b'\n{"text": "last"}\n')
+    with pytest.raises(DataError, match=r"corpus\.jsonl, row 2, byte (1[89]|[2-9]\d|\d{3,}): ") as stopped:
+        preprocess([str(source)], out / "c", "sentencepiece", sp_model)
+    assert reason in str(stopped.value)
+    assert not files_in(out)
+    report = preprocess([str(source)], out / "c", "sentencepiece", sp_model, on_bad_row="skip")
+    assert (report.documents, report.skipped) == (2, 1)
+    corpus = open_indexed(report.outputs["train"])
+    assert [corpus.document(index).tolist() for index in range(2)] == [
+        [*sp.encode(text), sp.eod_id] for text in ("first", "last")
+    ]
+    (skipped,) = [json.loads(line) for line in (out / "c_skipped.jsonl").read_text().splitlines()]
+    assert reason in skipped["reason"] and (skipped["source"], skipped["row"]) == (str(source), 2)
+    assert skipped["raw"] == BAD_ROWS[reason][:2000].decode(errors="replace")
+
+
+@pytest.mark.parametrize("content", FINE_ROWS)
+def test_rows_that_are_fine(tmp_path: Path, sp_model: Path, sp: SentencePieceTokenizer, content: bytes) -> None:
+    (tmp_path / "corpus.jsonl").write_bytes(content)
+    report = preprocess([str(tmp_path / "corpus.jsonl")], tmp_path / "c", "sentencepiece", sp_model, append_eod=False)
+    corpus = open_indexed(report.outputs["train"])
+    found = [corpus.document(index).tolist() for index in range(corpus.documents)]
+    assert found == [sp.encode(text) for text in FINE_ROWS[content]] and report.skipped == 0
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.txt", "x.py"])
+def test_an_empty_file_among_others(tmp_path: Path, sp_model: Path, name: str) -> None:
+    write_jsonl(tmp_path / "full.jsonl", ["text"])
+    (tmp_path / name).touch()
+    report = preprocess([str(tmp_path)], tmp_path / "out" / "c", "sentencepiece", sp_model)
+    assert report.documents == 1
+    assert report.skipped == (name in ("x.txt", "x.py"))  # a document without text, not a file without rows
+
+
+def compressed(content: bytes, suffix: str) -> bytes:
+    if suffix == "gz":
+        return gzip.compress(content)
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
+    return zstandard.compress(content)
+
+
+def parquet(texts: list[str]) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet as writer
+
+    sink = pyarrow.BufferOutputStream()
+    writer.write_table(pyarrow.table({"text": texts}), sink, row_group_size=50)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_truncated_files_stop_the_job_and_keep_what_was_before(
+    tmp_path: Path, sp_model: Path, suffix: str, policy: Any
+) -> None:
+    texts = make_texts(300)
+    write_jsonl(tmp_path / "a.jsonl", texts[:150])
+    rows = write_jsonl(tmp_path / "rows", texts[150:]).read_bytes()
+    whole = parquet(texts[150:]) if suffix == "parquet" else compressed(rows, suffix.rpartition(".")[2])
+    broken = tmp_path / f"b.{suffix}"
+    broken.write_bytes(whole[: len(whole) * 3 // 4])
+    inputs = [str(tmp_path / "a.jsonl"), str(broken)]
+    for workers in (1, 2) if policy == "stop" and suffix == "jsonl.gz" else (1,):
+        with pytest.raises(DataError, match=rf"b\.{suffix} is truncated or damaged.*is kept"):
+            preprocess(
+                inputs,
+                tmp_path / "out" / "c",
+                "sentencepiece",
+                sp_model,
+                on_bad_row=policy,
+                workers=workers,
+                pace=Pace(chunk_bytes=4096),
+            )
+    left = files_in(tmp_path / "out")
+    assert "c.progress.json" in left and not any(name.endswith(".json.partial") for name in left)
+    assert all(name.endswith((".partial", ".progress.json")) for name in left)
+    broken.write_bytes(whole)
+    report = preprocess(inputs, tmp_path / "out" / "c", "sentencepiece", sp_model, overwrite=True)
+    assert report.documents == 300 and report.skipped == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_an_unreadable_file(tmp_path: Path, sp_model: Path) -> None:
+    source = write_jsonl(tmp_path / "corpus.jsonl", ["text"])
+    source.chmod(0)
+    with pytest.raises(DataError, match=r"cannot read .*corpus\.jsonl: Permission denied"):
+        preprocess([str(source)], tmp_path / "c", "sentencepiece", sp_model)
+
+
+def test_a_file_that_goes_away(tmp_path: Path, sp_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", make_texts(20))
+    pace = Pace(chunk_bytes=1000)
+    (tmp_path / "b.jsonl").rename(tmp_path / "away")
+    with pytest.raises(DataError, match="matches no file"):
+        preprocess([f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"], tmp_path / "c", "sentencepiece", sp_model, pace=pace)
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"(matches no file|cannot read .*b\.jsonl)"):
+        preprocess([str(tmp_path)], tmp_path / "c", "sentencepiece", sp_model, pace=pace)
+
+
+@pytest.mark.parametrize("folder", ["file/below", "/proc/nowhere", "/sys"])
+def test_an_output_folder_that_cannot_be_written(tmp_path: Path, sp_model: Path, folder: str) -> None:
+    source = write_jsonl(tmp_path / "corpus.jsonl", ["text"])
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot write .*c\.lock: "):
+        preprocess([str(source)], tmp_path / folder / "c", "sentencepiece", sp_model)
+
+
+# ---------------------------------------------------------------- disks
+
+
+def test_a_full_disk_keeps_what_was_noted(tmp_path: Path, sp_model: Path) -> None:
+    # A limit on the size of files stands for the disk: writing beyond it fails as on a full one, but for the number.
+    inputs = mixed_inputs(tmp_path, 600)
+    options: dict[str, Any] = {"on_bad_row": "skip", "valid_fraction": 0.2}
+    reference = preprocess(inputs, tmp_path / "whole" / "c", "sentencepiece", sp_model, **options)
+    size = Path(f"{reference.outputs['train']}.bin").stat().st_size
+    for limit in (size // 3, size * 2 // 3, size - 1):
+        job = start_job(inputs, tmp_path / "out" / "c", sp_model, **options, pace={**PACE, "journal_bytes": 10_000})
+        resource.prlimit(job.pid, resource.RLIMIT_FSIZE, (limit, limit))
+        _, errors = job.communicate(timeout=60)
+        assert job.returncode == 2 and os.strerror(errno.EFBIG) in errors and "Traceback" not in errors, errors
+        assert "c_train_text_document.bin: File too large. What is written so far is kept" in errors
+        assert "c.progress.json" in files_in(tmp_path / "out")
+    report = preprocess(inputs, tmp_path / "out" / "c", "sentencepiece", sp_model, **options)
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+    assert report.sources == reference.sources
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_without_room(tmp_path: Path, sp_model: Path, small_disk: Path) -> None:
+    inputs = mixed_inputs(tmp_path, 1200)
+    options: dict[str, Any] = {"on_bad_row": "skip", "pace": Pace(8192, 50_000)}
+    (small_disk / "other").write_bytes(bytes(600_000))
+    with pytest.raises(DataError, match=r"No space left on device.*is kept"):
+        preprocess(inputs, small_disk / "c", "sentencepiece", sp_model, **options)
+    assert "c.progress.json" in files_in(small_disk)
+    (small_disk / "other").unlink()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    preprocess(inputs, small_disk / "c", "sentencepiece", sp_model, **options)
+    preprocess(inputs, tmp_path / "whole" / "c", "sentencepiece", sp_model, **options)
+    assert files_in(small_disk) == files_in(tmp_path / "whole")
+
+
+# ---------------------------------------------------------------- processes
+
+_KILLED = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from steel_megatron.data.preprocess import preprocess
+from steel_megatron.data.preprocess_run import Pace
+from steel_megatron.data.tokenizer import load_tokenizer
+
+arguments, pace, kills, seconds = json.loads(sys.argv[1])
+prefix = Path(arguments["output_prefix"])
+draw = random.Random(0)
+
+def run():
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if preprocess(**arguments, pace=Pace(**pace)) else 1)
+    return child
+
+resumed = complete = 0
+while kills:
+    resumed += (prefix.parent / f"{prefix.name}.progress.json").exists()
+    child = run()
+    time.sleep(draw.uniform(0, seconds))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        kills -= 1
+    else:
+        assert status == 0, status
+        complete += 1
+        for path in prefix.parent.iterdir():
+            path.unlink()
+_, status = os.waitpid(run(), 0)
+assert status == 0, status
+print(resumed, complete)
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("shard_size", [None, 20_000])
+def test_killed_at_random_moments(tmp_path: Path, sp_model: Path, shard_size: int | None) -> None:
+    inputs = mixed_inputs(tmp_path, 450)
+    arguments = {
+        "inputs": inputs,
+        "output_prefix": str(tmp_path / "out" / "c"),
+        "tokenizer_kind": "sentencepiece",
+        "tokenizer_path": str(sp_model),
+        "on_bad_row": "skip",
+        "valid_fraction": 0.2,
+        "shard_size": shard_size,
+    }
+    begun = time.monotonic()
+    preprocess(**{**arguments, "output_prefix": tmp_path / "whole" / "c"}, pace=Pace(**PACE))
+    seconds = time.monotonic() - begun
+    # Processes are forked from one that has everything imported, so that the moments fall into the work.
+    code = [sys.executable, "-c", _KILLED, json.dumps([arguments, PACE, 20, seconds * 0.8])]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    resumed, _ = map(int, done.stdout.split())
+    assert resumed >= 5, "hardly any run went on with the work of one that was killed"
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Enough text that a run with two workers takes a second or more."""
+    texts = make_texts(6_000)
+    return [str(write_jsonl(tmp_path_factory.mktemp("large") / "corpus.jsonl", [text * 3 for text in texts]))]
+
+
+@pytest.fixture(scope="module")
+def large_result(large_corpus: list[str], sp_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an undisturbed job makes of it."""
+    out = tmp_path_factory.mktemp("large_result")
+    preprocess(large_corpus, out / "c", "sentencepiece", sp_model)
+    return files_in(out)
+
+
+@pytest.mark.parametrize("victim", ["worker", "job"])
+def test_a_killed_process(
+    tmp_path: Path, sp_model: Path, large_corpus: list[str], large_result: dict[str, bytes], victim: str
+) -> None:
+    out = tmp_path / "out"
+    job = start_job(large_corpus, out / "c", sp_model, workers=2)
+    wait_for(job, out / "c_text_document.bin.partial")
+    workers = workers_of(job)
+    assert len(workers) == 2
+    os.kill(workers[0] if victim == "worker" else job.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = job.communicate(timeout=30)
+    assert time.monotonic() - killed < 30
+    if victim == "worker":
+        assert job.returncode == 2 and "error: one of 2 worker processes died" in errors and "Traceback" not in errors
+        assert "the same command goes on from there" in errors
+    wait_gone(workers)
+    left = files_in(out)
+    assert "c.progress.json" in left and all(name.endswith((".partial", ".lock", ".progress.json")) for name in left)
+    with pytest.raises(DataError):
+        open_indexed(out / "c_text_document")
+    preprocess(large_corpus, out / "c", "sentencepiece", sp_model)
+    assert files_in(out) == large_result
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stopped_job_goes_on(
+    tmp_path: Path,
+    sp_model: Path,
+    large_corpus: list[str],
+    large_result: dict[str, bytes],
+    number: int,
+    code: int,
+    workers: int,
+) -> None:
+    out = tmp_path / "out"
+    pace = {**PACE, "journal_bytes": 1 << 40, "journal_seconds": 1e9}  # nothing is noted but at the signal
+    job = start_job(large_corpus, out / "c", sp_model, workers=workers, pace=pace)
+    wait_for(job, out / "c_text_document.bin.partial")
+    children = workers_of(job)
+    for pid in (job.pid, *children):  # a terminal and a scheduler send it to all
+        os.kill(pid, number)
+    _, errors = job.communicate(timeout=30)
+    assert job.returncode == code and "Traceback" not in errors, errors
+    assert "What is written so far is kept" in errors
+    wait_gone(children)
+    assert json.loads(files_in(out)["c.progress.json"])["outputs"]["train.text"]["writer"]["tokens"] > 0
+    preprocess(large_corpus, out / "c", "sentencepiece", sp_model, workers=3 - workers)
+    assert files_in(out) == large_result
+
+
+def test_two_jobs_on_one_prefix(tmp_path: Path, sp_model: Path, large_corpus: list[str]) -> None:
+    out = tmp_path / "out"
+    job = start_job(large_corpus, out / "c", sp_model)
+    wait_for(job, out / "c_text_document.bin.partial")
+    second = start_job(large_corpus, out / "c", sp_model, overwrite=True)
+    _, errors = second.communicate(timeout=30)
+    assert second.returncode == 2 and "another job is writing to" in errors
+    assert job.poll() is None, "the first job ended before the second began"
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=30)

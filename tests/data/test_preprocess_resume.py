@@ -1,0 +1,198 @@
+"""A job that is interrupted goes on to the same bytes, and never mixes with another job."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steel_megatron.data.encoding import Encoded, Position
+from steel_megatron.data.preprocess import PreprocessReport, preprocess
+from steel_megatron.data.preprocess_run import Pace, Run
+from steel_megatron.errors import DataError
+from tests.data.conftest import make_texts, write_jsonl
+from tests.data.jobs import files_in, mixed_inputs
+
+
+def run_with(inputs: list[str], prefix: Path, model: Path, **options: Any) -> PreprocessReport:
+    return preprocess(
+        inputs, prefix, "sentencepiece", model, **{"on_bad_row": "skip", "valid_fraction": 0.2, **options}
+    )
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, writes: int, after: bool) -> None:
+    """Interrupt before or after that many tasks are written; within a write, signals wait."""
+    write, left = Run.write, writes
+
+    def counted(run: Run, result: Encoded, end: Position) -> bool:
+        nonlocal left
+        left -= 1
+        if left < 0 and not after:
+            raise KeyboardInterrupt
+        full = write(run, result, end)
+        if left < 0:
+            raise KeyboardInterrupt
+        return full
+
+    monkeypatch.setattr(Run, "write", counted)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    interrupts=st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=5),
+    chunk_bytes=st.sampled_from([1, 300, 3000, 1 << 20]),
+    journal_bytes=st.sampled_from([0, 2000, 1 << 30]),
+    shard_size=st.sampled_from([None, 300, 3000]),
+    overwrite=st.booleans(),
+)
+def test_an_interrupted_job_writes_the_same_bytes(
+    sp_model: Path,
+    interrupts: list[tuple[int, bool]],
+    chunk_bytes: int,
+    journal_bytes: int,
+    shard_size: int | None,
+    overwrite: bool,
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        inputs = mixed_inputs(root, 30)
+        whole = run_with(inputs, root / "whole" / "c", sp_model, shard_size=shard_size)
+        options: dict[str, Any] = {
+            "shard_size": shard_size,
+            "overwrite": overwrite,
+            "pace": Pace(chunk_bytes, journal_bytes),
+        }
+        for writes, after in interrupts:
+            with pytest.MonkeyPatch.context() as patch:
+                interrupt_at(patch, writes, after)
+                try:
+                    run_with(inputs, root / "out" / "c", sp_model, **options)
+                    break
+                except KeyboardInterrupt:
+                    left = files_in(root / "out")
+                    assert not left or "c.progress.json" in left
+        else:
+            done = run_with(inputs, root / "out" / "c", sp_model, **options)
+            assert (done.sources, done.documents, done.skipped) == (whole.sources, whole.documents, whole.skipped)
+        assert files_in(root / "out") == files_in(root / "whole")
+
+
+@pytest.fixture
+def half_done(tmp_path: Path, sp_model: Path) -> list[str]:
+    """The inputs of a job that was interrupted at ``out/c``."""
+    inputs = mixed_inputs(tmp_path, 60)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 25, after=True)
+        run_with(inputs, tmp_path / "out" / "c", sp_model, pace=Pace(1000))
+    assert "c.progress.json" in files_in(tmp_path / "out")
+    return inputs
+
+
+def test_another_job_is_refused_until_it_is_told_to_discard(
+    tmp_path: Path, sp_model: Path, hf_folder: Path, half_done: list[str]
+) -> None:
+    prefix, left = tmp_path / "out" / "c", files_in(tmp_path / "out")
+    other: dict[str, dict[str, Any]] = {
+        "settings.seed was 0, is 1": {"seed": 1},
+        "settings.valid_fraction was 0.2, is 0.5": {"valid_fraction": 0.5},
+        "settings.append_eod was True, is False": {"append_eod": False},
+        "shard_size was None, is 100": {"shard_size": 100},
+        r"keys was \['text'\], is \['body'\]": {"json_keys": ["body"]},
+    }
+    for message, options in other.items():
+        with pytest.raises(DataError, match=f"unfinished job that is not this one: {message}.*overwrite"):
+            run_with(half_done, prefix, sp_model, **options)
+    with pytest.raises(DataError, match=r"tokenizer\.kind was sentencepiece, is huggingface"):
+        preprocess(half_done, prefix, "huggingface", hf_folder, valid_fraction=0.2)
+    with pytest.raises(DataError, match=r"c\.jsonl is no longer among the inputs"):
+        run_with(half_done[:2], prefix, sp_model)
+    with pytest.raises(DataError, match="the inputs come in another order"):
+        run_with(half_done[::-1], prefix, sp_model)
+    os.utime(half_done[0])
+    with pytest.raises(DataError, match=r"a\.jsonl: mtime_ns was"):
+        run_with(half_done, prefix, sp_model)
+    assert files_in(tmp_path / "out") == left, "a refused job changes nothing"
+    run_with(half_done, prefix, sp_model, seed=1, overwrite=True)
+    run_with(half_done, tmp_path / "whole" / "c", sp_model, seed=1)
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+def test_damage_between_two_runs_is_found(tmp_path: Path, sp_model: Path, half_done: list[str]) -> None:
+    prefix, left = tmp_path / "out" / "c", files_in(tmp_path / "out")
+    damages = {
+        "c.progress.json": (left["c.progress.json"][:-40], "cannot be used"),
+        "c_train_text_document.bin.partial": (b"\xff" + left["c_train_text_document.bin.partial"][1:], "damaged"),
+        "c_valid_text_document.idx.partial": (left["c_valid_text_document.idx.partial"][:36], "shorter than"),
+        "c_skipped.jsonl.partial": (left["c_skipped.jsonl.partial"][:-1], "shorter than"),
+    }
+    for name, (content, message) in damages.items():
+        (tmp_path / "out" / name).write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            run_with(half_done, prefix, sp_model)
+        (tmp_path / "out" / name).write_bytes(left[name])
+    assert files_in(tmp_path / "out") == left
+    run_with(half_done, prefix, sp_model)
+    run_with(half_done, tmp_path / "whole" / "c", sp_model)
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+def test_overwrite_begins_a_damaged_job_anew(tmp_path: Path, sp_model: Path, half_done: list[str]) -> None:
+    (tmp_path / "out" / "c.progress.json").write_text("{}")
+    run_with(half_done, tmp_path / "out" / "c", sp_model, overwrite=True)
+    run_with(half_done, tmp_path / "whole" / "c", sp_model)
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+def test_a_finished_shard_that_was_replaced_is_noticed(tmp_path: Path, sp_model: Path) -> None:
+    inputs, prefix = mixed_inputs(tmp_path, 60), tmp_path / "out" / "c"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 12, after=True)
+        run_with(inputs, prefix, sp_model, shard_size=1000, pace=Pace(1000))
+    run_with(inputs, tmp_path / "other" / "c", sp_model, append_eod=False, shard_size=1000)
+    for suffix in ("bin", "idx", "json", "rows.npy"):
+        name = f"c_train_text_document_00000.{suffix}"
+        assert (tmp_path / "out" / name).exists()
+        (tmp_path / "out" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    with pytest.raises(DataError, match=r"document_00000, a shard of the interrupted job, was replaced"):
+        run_with(inputs, prefix, sp_model, shard_size=1000)
+
+
+def test_a_bad_row_keeps_what_is_done_and_skip_goes_on(tmp_path: Path, sp_model: Path) -> None:
+    inputs, out = mixed_inputs(tmp_path, 60), tmp_path / "out"
+    with pytest.raises(DataError, match=r"a\.jsonl, row 21, byte \d+: key 'text' holds null.*the same command goes on"):
+        run_with(inputs, out / "c", sp_model, on_bad_row="stop", pace=Pace(1000))
+    assert len(files_in(out)["c_train_text_document.bin.partial"]) > 100
+    run_with(inputs, out / "c", sp_model, workers=2, pace=Pace(1000))
+    run_with(inputs, tmp_path / "whole" / "c", sp_model)
+    assert files_in(out) == files_in(tmp_path / "whole")
+
+
+def test_overwrite_of_the_same_job_begins_anew_only_when_it_was_not_begun_so(
+    tmp_path: Path, sp_model: Path, half_done: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for expected in ("discarding the unfinished job", "going on with the job"):
+        caplog.clear()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt), caplog.at_level("INFO"):
+            interrupt_at(patch, 3, after=True)
+            run_with(half_done, tmp_path / "out" / "c", sp_model, overwrite=True, pace=Pace(1000))
+        assert expected in caplog.text
+
+
+def test_an_input_that_grows_meanwhile_is_noticed(
+    tmp_path: Path, sp_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, write = write_jsonl(tmp_path / "corpus.jsonl", make_texts(5)), Run.write
+
+    def grow(run: Run, result: Encoded, end: Position) -> bool:
+        with source.open("ab") as file:
+            file.write(b'{"text": "more"}\n')
+        return write(run, result, end)
+
+    monkeypatch.setattr(Run, "write", grow)
+    with pytest.raises(DataError, match=r"corpus\.jsonl changed while it was read"):
+        preprocess([str(source)], tmp_path / "out" / "c", "sentencepiece", sp_model, pace=Pace(100))
