@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -32,7 +33,8 @@ TRAIN, VALID = "train", "valid"
 
 _BYTES_PER_WORKER = 4 << 20
 """Raw bytes that are on the way for each worker; more would only take memory."""
-
+_SIGNAL_SECONDS = 0.3
+"""A scheduler that ends a job sends SIGTERM to the workers too: time for our own, which says more than their end."""
 _BEGIN = Place()
 
 
@@ -268,6 +270,10 @@ def encoded(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[
     try:
         yield from _in_order(pool, tasks, workers * _BYTES_PER_WORKER)
     except BrokenProcessPool as error:
+        # The pool asks the others to end by SIGTERM, which they ignore, and would wait for them for ever.
+        for worker in list((pool._processes or {}).values()):
+            worker.kill()
+        time.sleep(_SIGNAL_SECONDS)
         raise DataError(
             f"one of {workers} worker processes died (killed, perhaps for want of memory); run with fewer workers if "
             "memory is short"
@@ -315,8 +321,9 @@ def _start_worker(encoder: Encoder) -> None:
     global _worker_encoder
     _worker_encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # both reach the whole group or job step; the parent handles them
+    # Ctrl-C reaches the whole group; the parent handles it. SIGTERM must end a worker: it is how the pool ends the
+    # others when one has died.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

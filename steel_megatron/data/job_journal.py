@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -106,9 +107,11 @@ class Journal:
         write_atomically(self.path, json.dumps({"format": FORMAT, **noted}).encode(), DataError)
 
     def remove(self) -> None:
-        """Remove the notes of a job that is done."""
+        """Remove the notes of a job that is done, and what a job left that was killed while it wrote some."""
         with disk_errors("remove", self.path, DataError):
             self.path.unlink(missing_ok=True)
+            for unfinished in self.path.parent.glob(f"{glob.escape(self.path.name)}.*.partial"):
+                unfinished.unlink(missing_ok=True)
 
 
 def differences(noted: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -31,24 +31,21 @@ def pieces(text: str, encode: Callable[[str], Sequence[int]], longest: int = PIE
     """
     found, start = [], 0
     while len(text) - start > longest:
-        stop = _place(text, start + longest, encode)
-        if stop is None:  # try further on: the piece becomes longer
-            later = (
-                place for at in range(start + 2 * longest, len(text), longest) if (place := _place(text, at, encode))
-            )
-            stop = next(later, len(text))
+        # Without a place near the end of the piece it is looked for further on: the piece becomes longer.
+        ends = range(start + longest, len(text), longest)
+        stop = next((place for end in ends if (place := _place(text, start, end, encode))), len(text))
         found.append(text[start:stop])
         start = stop
     return [*found, text[start:]] if start < len(text) or not found else found
 
 
-def _place(text: str, before: int, encode: Callable[[str], Sequence[int]]) -> int | None:
-    """A place to cut shortly before a position."""
-    window_start = before - min(_SEARCHED, before // 2)
-    window = text[window_start:before]
+def _place(text: str, start: int, end: int, encode: Callable[[str], Sequence[int]]) -> int | None:
+    """A place to cut between two positions, near the second."""
+    start = max(start, end - _SEARCHED)
+    window = text[start:end]
     for kind in _PLACES:
         for match in _last(kind, window):
-            at = window_start + match
+            at = start + match
             left, right = text[max(0, at - _AROUND) : at], text[at : at + _AROUND]
             if [*encode(left), *encode(right)] == list(encode(left + right)):
                 return at

@@ -17,7 +17,6 @@ from steel_megatron.data.named_sources import Source
 from steel_megatron.data.shards import ShardedWriter
 from steel_megatron.data.stop_signals import StopSignals
 from steel_megatron.errors import DataError
-from steel_megatron.files import remove
 from steel_megatron.log import progress
 
 
@@ -172,7 +171,8 @@ class Run:
                 writer.discard()
         self._skipped.close(keep)
         if not keep:
-            remove(self.journal.path)
+            with suppress(DataError):
+                self.journal.remove()
         return keep
 
 

@@ -269,6 +269,11 @@ def test_removed_corpora_do_not_come_again() -> None:
         ledger.add([corpus("a", 100)])
 
 
+def test_a_paused_domain_may_lose_its_last_corpus() -> None:
+    ledger = two().set_mixture({"zh": 1, "en": 0}, at=0).remove(["b"]).activate(10)
+    assert ledger.capacity() == 100
+
+
 def test_lower_epochs_end_a_corpus_that_was_read_so_far() -> None:
     ledger = ledger_of(corpus("a", 100), corpus("b", 100), epochs=3)
     lowered = ledger.reweight({"a": 0.1}).activate(300)
