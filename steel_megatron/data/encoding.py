@@ -270,7 +270,7 @@ def encoded(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[
     try:
         yield from _in_order(pool, tasks, workers * _BYTES_PER_WORKER)
     except BrokenProcessPool as error:
-        # The pool asks the others to end by SIGTERM, which they ignore, and would wait for them for ever.
+        # The pool asks the others to end by SIGTERM and waits for them; none is to make it wait for ever.
         for worker in list((pool._processes or {}).values()):
             worker.kill()
         time.sleep(_SIGNAL_SECONDS)
@@ -299,7 +299,7 @@ def _in_order(
             if ahead is None or (waiting and on_the_way + ahead.bytes > bytes_on_the_way):
                 break
             on_the_way += ahead.bytes
-            waiting.append((ahead.bytes, ahead.end, pool.submit(_encode_in_worker, ahead)))
+            waiting.append((ahead.bytes, ahead.end, _submit(pool, ahead)))
             ahead = None
         if not waiting:
             break
@@ -313,6 +313,15 @@ def _in_order(
         raise failure
 
 
+def _submit(pool: ProcessPoolExecutor, task: Task) -> Future[Encoded]:
+    """Hand a task to the pool, which may start a worker for it: one that Ctrl-C does not reach before it is ready."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process inherits it
+    try:
+        return pool.submit(_encode_in_worker, task)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _worker_encoder: Encoder | None = None
 """The encoder of this worker process; None in every other process."""
 
@@ -324,6 +333,7 @@ def _start_worker(encoder: Encoder) -> None:
     # Ctrl-C reaches the whole group; the parent handles it. SIGTERM must end a worker: it is how the pool ends the
     # others when one has died.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
