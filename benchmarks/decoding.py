@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from steel_megatron.hf.configuration_steel import SteelConfig
-from steel_megatron.hf.modeling_steel import SteelCache, SteelForCausalLM
+from steel_megatron.hf.modeling_steel import CACHE, SteelCache, SteelForCausalLM
 
 MODES = ("block_causal", "merged", "token")
 
@@ -47,7 +47,7 @@ def with_cache(model: SteelForCausalLM, first: torch.Tensor, cache: SteelCache, 
     """``count`` tokens after ``first``, which the prompt that ``cache`` holds gave."""
     tokens = [first]
     while len(tokens) <= count:
-        out = model(tokens[-1], past_key_values=cache, logits_to_keep=1, use_cache=True)
+        out = model(tokens[-1], logits_to_keep=1, use_cache=True, **{CACHE: cache})
         tokens.append(out.logits[:, -1:].argmax(-1))
     return [int(token) for token in tokens[1:]]
 
@@ -82,7 +82,7 @@ def measure(mode: str, length: int, model: SteelForCausalLM, arguments: argparse
     count = arguments.tokens
     prompt = torch.randint(arguments.vocabulary, (1, length), generator=torch.Generator().manual_seed(length))
     out = model(prompt, logits_to_keep=1, use_cache=True)
-    first, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+    first, cache = out.logits[:, -1:].argmax(-1), out[CACHE]
     text = torch.cat((prompt, first), 1)
     cached_seconds, plain_seconds = [], []
     for round_number in range(arguments.rounds + 1):

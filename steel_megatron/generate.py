@@ -186,6 +186,8 @@ def with_cache(exported: torch.nn.Module) -> NextLogits:
     Args:
         exported: an exported model; one that is not causal gives no cache, and computes each text anew.
     """
+    from steel_megatron.hf.modeling_steel import CACHE
+
     seen, cache = torch.empty(1, 0, dtype=torch.int64), None
 
     @torch.no_grad()
@@ -194,8 +196,8 @@ def with_cache(exported: torch.nn.Module) -> NextLogits:
         length = seen.size(1)
         if cache is None or tokens.size(1) <= length or not torch.equal(tokens[:, :length], seen):
             length, cache = 0, None
-        out = exported(input_ids=tokens[:, length:], past_key_values=cache, logits_to_keep=1, use_cache=True)
-        seen, cache = tokens, out.past_key_values
+        out = exported(input_ids=tokens[:, length:], logits_to_keep=1, use_cache=True, **{CACHE: cache})
+        seen, cache = tokens, out.get(CACHE)
         return out.logits[0, -1]
 
     return next_logits

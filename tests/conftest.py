@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,3 +17,21 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("the fixtures' folder 'shared' is not beside the project")
     return folder
+
+
+class _Capabilities(ctypes.Structure):
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+@pytest.fixture
+def file_modes_hold() -> Iterator[None]:
+    """What a file's mode forbids is forbidden in this process, also when root runs the tests."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the call, for this thread
+    before = (_Capabilities * 2)()
+    assert libc.capget(header, before) == 0, os.strerror(ctypes.get_errno())
+    without = (_Capabilities * 2).from_buffer_copy(before)
+    without[0].effective &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, without) == 0, os.strerror(ctypes.get_errno())
+    yield
+    assert libc.capset(header, before) == 0, os.strerror(ctypes.get_errno())

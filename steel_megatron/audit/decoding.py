@@ -8,7 +8,7 @@ import torch
 
 from steel_megatron.audit.report import Difference, blocks_of
 from steel_megatron.config import ModelConfig
-from steel_megatron.hf.modeling_steel import SteelForCausalLM
+from steel_megatron.hf.modeling_steel import CACHE, SteelForCausalLM
 
 DECODED = 24
 """Tokens that are decoded one at a time after a prompt."""
@@ -35,8 +35,8 @@ def cached_decoding(exported: SteelForCausalLM, ids: torch.Tensor, prompts: Sequ
             out = exported(
                 input_ids=ids[:, position : position + 1],
                 attention_mask=mask[:, : position + 1],
-                past_key_values=out.past_key_values,
                 use_cache=True,
+                **{CACHE: out[CACHE]},
             )
             logits.append(out.logits)
         real = mask[:, :end].bool()
@@ -59,7 +59,7 @@ def published_decoding(exported: SteelForCausalLM, ids: torch.Tensor, prompts: S
             out = exported(input_ids=ids[:, :prompt], use_cache=True)
             for position in range(prompt, min(prompt + DECODED, ids.size(1))):
                 one = ids[:, position : position + 1]
-                out = exported(input_ids=one, past_key_values=out.past_key_values, use_cache=True)
+                out = exported(input_ids=one, use_cache=True, **{CACHE: out[CACHE]})
                 cached.append(out.logits[:, -1])
                 expected.append(exported(input_ids=ids[:, : position + 1], use_cache=False).logits[:, -1])
     finally:

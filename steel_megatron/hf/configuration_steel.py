@@ -28,7 +28,7 @@ class SteelConfig(PretrainedConfig):
     """
 
     model_type = "steel"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads it from the class)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers reads it from the class)
 
     def __init__(
         self,

@@ -57,6 +57,10 @@ class RoutingState:
                 setattr(self, field.name, value.index_select(0, rows.to(value.device)))
 
 
+# transformers 5.24 calls the cache `cache`, in what models take and give; before it was `past_key_values`.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
 class SteelCache(DynamicCache):
     """Attention's keys and values, and every layer's routing state."""
 
@@ -458,12 +462,14 @@ class SteelModel(SteelPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: DynamicCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Token ids [B, T], or their embeddings [B, T, d], to hidden states [B, T, d].
 
         ``attention_mask`` is [B, past + T] with 0 for padding. Positions, where they are not given, count real
-        tokens. ``use_cache`` has no effect where the model is not causal.
+        tokens. ``use_cache`` has no effect where the model is not causal. ``cache`` and ``past_key_values`` are the
+        same: the newer and the older name.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -474,7 +480,7 @@ class SteelModel(SteelPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
         past = cache.get_seq_length() if cache is not None else 0
         batch, length = x.shape[:2]
         if length == 0:
@@ -495,11 +501,9 @@ class SteelModel(SteelPreTrainedModel):
             if output_hidden_states:
                 states.append(x)
         x = states[-1] = self.norm(x)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=cache,
-            hidden_states=tuple(states) if output_hidden_states else None,
-        )
+        states_of_layers = tuple(states) if output_hidden_states else None
+        outputs: dict[str, Any] = {"last_hidden_state": x, CACHE: cache, "hidden_states": states_of_layers}
+        return BaseModelOutputWithPast(**outputs)
 
     def _cache(self, given: DynamicCache | None, use_cache: bool) -> DynamicCache | None:
         if not self.config.is_causal:
@@ -509,9 +513,7 @@ class SteelModel(SteelPreTrainedModel):
         if given is None:
             return SteelCache(self.config) if use_cache else None
         if self.config.has_running_sums and not isinstance(given, SteelCache):
-            raise ValueError(
-                f"past_key_values must be a SteelCache, which keeps the routing; it is {type(given).__name__}"
-            )
+            raise ValueError(f"{CACHE} must be a SteelCache, which keeps the routing; it is {type(given).__name__}")
         return given
 
     @staticmethod
@@ -548,6 +550,7 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: DynamicCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As :class:`SteelModel`, to logits [B, T, V]; ``labels`` are shifted here, -100 does not count."""
@@ -556,6 +559,7 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -568,7 +572,7 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: outputs.get(CACHE)}
         )
 
     def _prepare_cache_for_generation(
@@ -585,7 +589,7 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
                 )
             generation_config.use_cache = False
             model_kwargs["use_cache"] = False
-        elif generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = SteelCache(self.config)
+        elif generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = SteelCache(self.config)
         prepare: Any = GenerationMixin._prepare_cache_for_generation
         return prepare(self, generation_config, model_kwargs, *args, **kwargs)

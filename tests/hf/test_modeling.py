@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from steel_megatron.hf import modeling_steel
 from steel_megatron.hf.configuration_steel import SteelConfig
-from steel_megatron.hf.modeling_steel import SteelCache, SteelForCausalLM, SteelSoftMoE, is_refresh, network
+from steel_megatron.hf.modeling_steel import CACHE, SteelCache, SteelForCausalLM, SteelSoftMoE, is_refresh, network
 from steel_megatron.ops.reference import refresh_points
 from tests.hf import golden
 
@@ -127,7 +127,7 @@ def decode(model: SteelForCausalLM, ids: torch.Tensor, prompt: int, mask: torch.
     logits = [out.logits]
     for position in range(prompt, ids.size(1)):
         one, seen = ids[:, position : position + 1], mask[:, : position + 1]
-        out = model(one, attention_mask=seen, past_key_values=out.past_key_values)
+        out = model(one, attention_mask=seen, **{CACHE: out[CACHE]})
         logits.append(out.logits)
     return torch.cat(logits, 1)
 
@@ -165,7 +165,7 @@ def test_a_prompt_may_come_in_chunks(mode: str) -> None:
         pieces, seen = [], 0
         for part in ids.split([4, 1, 9, 9], dim=1):
             seen += part.size(1)
-            pieces.append(model(part, attention_mask=mask[:, :seen], past_key_values=cache).logits)
+            pieces.append(model(part, attention_mask=mask[:, :seen], **{CACHE: cache}).logits)
         logits = torch.cat(pieces, 1)
         torch.testing.assert_close(logits[0], full[0], atol=1e-11, rtol=0)
         torch.testing.assert_close(logits[1, 6:], full[1, 6:], atol=1e-11, rtol=0)
@@ -216,10 +216,10 @@ def test_rows_may_be_reordered_while_decoding(mode: str) -> None:
         out = model(text, attention_mask=seen, use_cache=True)
         for position in range(prompt, LENGTH):
             rows = torch.randint(3, (3,), generator=generator)
-            out.past_key_values.reorder_cache(rows)
+            out[CACHE].reorder_cache(rows)
             text = torch.cat((text[rows], ids[:, position : position + 1]), 1)
             seen = torch.cat((seen[rows], mask[:, position : position + 1]), 1)
-            out = model(text[:, -1:], attention_mask=seen, past_key_values=out.past_key_values)
+            out = model(text[:, -1:], attention_mask=seen, **{CACHE: out[CACHE]})
         full = model(text, attention_mask=seen, use_cache=False).logits[:, -1:]
         torch.testing.assert_close(out.logits, full, atol=1e-11, rtol=0)
 
@@ -229,10 +229,10 @@ def test_rows_may_be_reordered_while_decoding(mode: str) -> None:
 def test_rows_may_be_repeated_and_dropped(mode: str) -> None:
     model, ids = small_model(mode).double(), tokens()
     full = model(ids, use_cache=False).logits
-    cache = model(ids[:, :9], use_cache=True).past_key_values
+    cache = model(ids[:, :9], use_cache=True)[CACHE]
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([3, 0]))
-    logits = model(ids[[1, 0], 9:], past_key_values=cache).logits
+    logits = model(ids[[1, 0], 9:], **{CACHE: cache}).logits
     torch.testing.assert_close(logits, full[[1, 0], 9:], atol=1e-11, rtol=0)
 
 
@@ -280,10 +280,10 @@ def test_generation_goes_on_from_a_cache(mode: str) -> None:
     model, ids = small_model(mode), tokens(1)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     first = model.generate(ids[:, :8], return_dict_in_generate=True, **settings)
-    assert isinstance(first.past_key_values, SteelCache)
+    assert isinstance(first[CACHE], SteelCache)
     second = torch.cat((first.sequences, ids[:, :5]), 1)
     expected = model.generate(second, use_cache=False, **settings)
-    assert torch.equal(model.generate(second, past_key_values=first.past_key_values, **settings), expected)
+    assert torch.equal(model.generate(second, **{CACHE: first[CACHE]}, **settings), expected)
     assert torch.equal(model.generate(second, prefill_chunk_size=4, **settings), expected)
 
 
@@ -311,7 +311,7 @@ def test_what_else_a_forward_gives() -> None:
     assert torch.equal(model(ids, return_dict=False)[0], out.logits)
     assert torch.equal(model(inputs_embeds=model.model.embed_tokens(ids)).logits, out.logits)
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, out.logits[:, -2:])
-    assert model.train()(ids).past_key_values is None  # no state is kept in training
+    assert model.train()(ids).get(CACHE) is None  # no state is kept in training
 
 
 @torch.no_grad()
@@ -325,7 +325,7 @@ def test_speculation_only_where_tokens_can_be_taken_back() -> None:
     with pytest.raises(ValueError, match="takes tokens back"):
         model.generate(ids, prompt_lookup_num_tokens=3, **settings)
     with pytest.raises(NotImplementedError, match="running sums"):
-        model(ids, use_cache=True).past_key_values.crop(-2)
+        model(ids, use_cache=True)[CACHE].crop(-2)
 
 
 def routing_bytes(cache: SteelCache) -> int:
@@ -348,9 +348,9 @@ def test_the_state_does_not_grow() -> None:
         out = model(ids[:, :5], use_cache=True)
         for position in range(5, 60):
             one = ids[:, position : position + 1]
-            out = model(one, past_key_values=out.past_key_values)
-            assert routing_bytes(out.past_key_values) == expected[mode]
-        assert routing_bytes(model(ids, use_cache=True).past_key_values) == expected[mode]
+            out = model(one, **{CACHE: out[CACHE]})
+            assert routing_bytes(out[CACHE]) == expected[mode]
+        assert routing_bytes(model(ids, use_cache=True)[CACHE]) == expected[mode]
 
 
 @torch.no_grad()
@@ -409,6 +409,6 @@ def test_misuse_is_named() -> None:
         small_model("merged")(tokens(), past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="attention_mask must be"):
         small_model("merged")(tokens(), attention_mask=torch.ones(2, 3))
-    cache = small_model("token")(tokens(), use_cache=True).past_key_values
+    cache = small_model("token")(tokens(), use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="not causal"):
-        small_model("sequence")(tokens(), past_key_values=cache)
+        small_model("sequence")(tokens(), **{CACHE: cache})

@@ -1,0 +1,115 @@
+"""What runs over Slurm, on a real cluster of two nodes that this machine plays."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from steel_megatron.cli import main
+from steel_megatron.config import DataConfig, dump_yaml
+from steel_megatron.data import clean
+from steel_megatron.data.clean import clean_corpus
+from steel_megatron.data.ledger import Ledger
+from steel_megatron.errors import DataError
+from tests.data.conftest import make_texts, write_jsonl
+from tests.data.test_clean import content
+from tests.slurm.cluster import Cluster, cluster, missing_programs
+from tests.train.small_run import LAYOUTS
+from tests.train.test_loop import make_run, write_corpus
+
+pytestmark = [
+    pytest.mark.skipif(bool(missing_programs()), reason=f"Slurm is not here: {', '.join(missing_programs())}"),
+    pytest.mark.timeout(280),
+]
+PRETRAIN = Path(__file__).resolve().parents[2] / "examples/slurm/pretrain.sbatch"
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("slurm")) as found:
+        yield found
+
+
+@pytest.fixture
+def inside(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """The cluster, for commands of Slurm that this process gives."""
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    return slurm
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("datatrove", reason="the [data] extra is not installed")
+    monkeypatch.setattr(clean, "UNIT_BYTES", 60_000)
+    path = tmp_path / "recipe.yaml"
+    path.write_text("kind: text\noperators: [text_length_filter: {min_len: 40}, document_deduplicator]\n")
+    return path
+
+
+def test_cleaning_gives_the_same_bytes(inside: Cluster, recipe: Path, tmp_path: Path) -> None:
+    sources = [str(write_jsonl(tmp_path / f"{number}.jsonl", make_texts(20, seed=number % 2))) for number in range(3)]
+    clean_corpus(recipe, sources, tmp_path / "local")
+    options = {"slurm_partition": "cpu", "slurm_memory_gb": 1, "slurm_poll_seconds": 0.5, "workers": 2}
+    clean_corpus(recipe, sources, tmp_path / "over", executor="slurm", **options)  # type: ignore[arg-type]
+    assert content(tmp_path / "over") == content(tmp_path / "local")
+
+    Path(sources[1]).write_text('{"text": 3}\n')
+    with pytest.raises(DataError, match=r"1.jsonl, row 1, byte 0: key 'text' holds a int"):
+        clean_corpus(recipe, sources, tmp_path / "failed", executor="slurm", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "failed").exists()
+    with pytest.raises(DataError, match="sbatch refused the job"):
+        clean_corpus(
+            recipe, sources, tmp_path / "refused", executor="slurm", **{**options, "slurm_partition": "nowhere"}
+        )  # type: ignore[arg-type]
+
+
+def wait_for_text(path: Path, text: str, seconds: float) -> None:
+    """Return when a log has a text."""
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < deadline, path.read_text() if path.exists() else f"no {path.name}"
+        time.sleep(0.2)
+
+
+def test_a_requeued_run_goes_on_with_the_data_that_came(
+    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (write_corpus(tmp_path / name, 200, seed) for seed, name in enumerate(("first", "second")))
+    run = make_run(DataConfig(train=[first]), tmp_path / "run", LAYOUTS["tp2"], train_steps=100_000)
+    (tmp_path / "run.yaml").write_text(dump_yaml(run))
+    slurm.environment["PYTHON"] = sys.executable
+    words = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+    job = slurm.run("sbatch", "--parsable", *words, str(PRETRAIN), "run.yaml", cwd=tmp_path)
+    log = tmp_path / f"steel-{job}.log"
+    wait_for_text(log, "step      8 of", 120)
+    assert main(["data", "append", str(tmp_path / "run/ledger.json"), second]) == 0
+    assert "from where the run resumes: add second" in capsys.readouterr().out
+    slurm.run("scontrol", "requeue", job)
+    slurm.wait(job, "PENDING", 90)
+    stopped = int(re.findall(r"asked to stop: step (\d+) is saved", log.read_text())[0])
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm would wait two minutes
+    wait_for_text(log, f"step {stopped + 40:6d} of", 90)
+    slurm.run("scancel", job)
+    slurm.wait(job, "CANCELLED", 90)
+
+    steps = [int(step) for step in re.findall(r"^step +(\d+) of", log.read_text(), re.MULTILINE)]
+    assert steps == list(range(1, steps[-1] + 1))  # the log goes on, and no step comes twice
+    size = run.training.global_batch_size
+    settled = Ledger.load(tmp_path / "run/ledger.json")
+    assert [event.at for event in settled.events] == [0, size * stopped]
+    corpora = []
+    for step in (stopped, *range(stopped + 1, stopped + 41)):
+        assert (
+            main(["data", "show", str(tmp_path / "run/ledger.json"), "--step", str(step), "--json_output", "true"]) == 0
+        )
+        corpora.append({json.loads(line)["corpus"] for line in capsys.readouterr().out.splitlines()})
+    assert corpora[0] == {"first"} and set.union(*corpora[1:]) == {"first", "second"}
