@@ -4,11 +4,11 @@
 
 Without an input, texts are made from the examples' corpus, Python's standard library and random words, no two alike;
 without a tokenizer, a byte-level BPE is trained on them. All ways read the same JSON lines with two processes (the bare
-engine gets texts that are parsed already, and two threads), and write Megatron's files. Ours and the loop are first
-held to write the same .bin. The slow ways get the first ``--slice`` megabytes of the same file; what is compared is MB
-of input per second, in turn, as the median of the rounds' ratios. Ours writes a validation split, as in real use.
-Rates are steady ones: a tenth of the input is timed too and taken off, so that starting processes does not count. CPU
-seconds are of all processes.
+engine gets texts that are parsed already, and two threads), and write Megatron's files. First, ours and the loop are
+held to write the same .bin, and datatrove the same documents (its files have another order). The slow ways get the
+first ``--slice`` megabytes of the same file; what is compared is MB of input per second, in turn, as the median of the
+rounds' ratios. Ours writes a validation split, as in real use. Rates are steady ones: a tenth of the input is timed too
+and taken off, so that starting processes does not count. CPU seconds are of all processes.
 
     python benchmarks/preprocess.py --memory 1000 10000
 
@@ -31,10 +31,13 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import tokenizers
+
+from steel_megatron.data.indexed import open_indexed
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 2
@@ -149,8 +152,12 @@ def datatrove(corpus: str, tokenizer: str, output: str) -> None:
     lines = Path(corpus).read_bytes().splitlines(keepends=True)
     for part in range(WORKERS):
         (folder / f"{part}.jsonl").write_bytes(b"".join(lines[part::WORKERS]))
+    settings = json.loads(Path(tokenizer, "tokenizer_config.json").read_text(encoding="utf-8"))
+    eod = settings["eos_token"]
     writer = MegatronDocumentTokenizer(
-        output_folder=f"{output}.out", tokenizer_name_or_path=f"{tokenizer}/tokenizer.json", eos_token="<eod>"
+        output_folder=f"{output}.out",
+        tokenizer_name_or_path=f"{tokenizer}/tokenizer.json",
+        eos_token=eod if isinstance(eod, str) else eod["content"],
     )
     LocalPipelineExecutor(
         [JsonlReader(str(folder)), writer], tasks=WORKERS, workers=WORKERS, logging_dir=f"{output}.logs"
@@ -202,21 +209,29 @@ def first_part(corpus: Path, size: int, part: Path) -> Path:
     return part
 
 
+def documents_of(*prefixes: Path) -> list[bytes]:
+    """The ids of all documents of some corpora, sorted."""
+    corpora = [open_indexed(prefix) for prefix in prefixes]
+    return sorted(corpus.document(n).astype("<i4").tobytes() for corpus in corpora for n in range(corpus.documents))
+
+
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
     corpus, tokenizer = prepared(arguments, folder)
     small = first_part(corpus, arguments.slice * 1_000_000, folder / "slice.jsonl")
-    timed("ours_whole", small, tokenizer, folder / "a/x")
-    mine = (folder / "a/x_text_document.bin").read_bytes()
-    timed("megatron_style", small, tokenizer, folder / "b/x")
-    if mine != (folder / "b/x.bin").read_bytes():
-        sys.exit("error: ours and the loop wrote different .bin files")
     names = ["ours", "engine_alone", "megatron_style", "datatrove"]
     for name, package in (("engine_alone", "gigatoken"), ("datatrove", "datatrove")):
-        try:
-            __import__(package)
-        except ModuleNotFoundError:
+        if find_spec(package) is None:
             print(f"{package} is not installed, and left out (pip install 'steel-megatron[data]')")
             names.remove(name)
+    timed("ours_whole", small, tokenizer, folder / "a/x")
+    timed("megatron_style", small, tokenizer, folder / "b/x")
+    if (folder / "a/x_text_document.bin").read_bytes() != (folder / "b/x.bin").read_bytes():
+        sys.exit("error: ours and the loop wrote different .bin files")
+    if "datatrove" in names:
+        timed("datatrove", small, tokenizer, folder / "c/x")
+        parts = [path.with_suffix("") for path in sorted((folder / "c/x.out").glob("*.idx"))]
+        if documents_of(folder / "a/x_text_document") != documents_of(*parts):
+            sys.exit("error: ours and datatrove wrote different documents")
     speeds: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(arguments.rounds):

@@ -25,6 +25,8 @@ TokenizerKind = Literal["huggingface", "sentencepiece"]
 MEGATRON_TOKENIZER_TYPES: dict[str, TokenizerKind] = {
     "HuggingFaceTokenizer": "huggingface",
     "SentencePieceTokenizer": "sentencepiece",
+    "GPTSentencePieceTokenizer": "sentencepiece",
+    "Llama2Tokenizer": "sentencepiece",
 }
 """What Megatron's --tokenizer-type calls them."""
 Precision = Literal["float32", "bfloat16"]

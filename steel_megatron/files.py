@@ -11,6 +11,9 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -19,6 +22,9 @@ from steel_megatron.errors import SteelError
 from steel_megatron.log import get_logger
 
 logger = get_logger(__name__)
+
+_LOCK_SECONDS = 0.05
+"""Between two looks whether a lock is free."""
 
 
 @contextmanager
@@ -51,17 +57,19 @@ def remove(path: Path) -> None:
 
 
 def write_atomically(path: str | Path, content: bytes, error_type: type[SteelError]) -> None:
-    """Write a file that is there complete or not at all, also after a crash.
+    """Write a file that is there complete or not at all, also after a crash; what it replaces hands down its mode.
 
     Raises:
         SteelError: of the given type; the disk is full, or the folder cannot be made or written to.
     """
     path = Path(path)
-    temporary = with_suffix(path, f".{os.getpid()}.partial")
+    temporary = with_suffix(path, f".{uuid.uuid4().hex}.partial")  # processes of several machines may write at once
     with disk_errors("write", path, error_type), ExitStack() as cleanup:
         path.parent.mkdir(parents=True, exist_ok=True)
         cleanup.callback(remove, temporary)
         with temporary.open("wb") as file:
+            with suppress(FileNotFoundError):
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -97,30 +105,29 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def exclusive_lock(prefix: str | Path, error_type: type[SteelError]) -> Iterator[None]:
+def exclusive_lock(prefix: str | Path, error_type: type[SteelError], wait: float = 0.0) -> Iterator[None]:
     """Hold ``<prefix>.lock``, so that no second job writes under the same prefix.
 
     The lock ends with the process, however that ends; the file is removed when the block is left.
 
+    Args:
+        prefix: what is written.
+        error_type: the kind of error.
+        wait: seconds to wait for a job that holds it.
+
     Raises:
         SteelError: of the given type; another job holds it, or the folder cannot be made or written to.
     """
-    path = with_suffix(prefix, ".lock")
+    path, until, told = with_suffix(prefix, ".lock"), time.monotonic() + wait, False
     made = [folder for folder in path.parents if not folder.exists()]
-    with disk_errors("write", path, error_type):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder may have removed this very file between our opening and locking it.
-            ours = os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path))
-        except OSError as error:
-            ours = error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-            if ours:  # some cluster file systems know no locks
-                logger.warning(f"{path} cannot be locked ({error.strerror}); make sure that no other job writes there")
-        if not ours:
+    while (descriptor := _locked(path, error_type)) is None:
+        if time.monotonic() >= until:
             raise error_type(f"another job is writing to {prefix} (it holds {path}); wait or choose another name")
+        if not told:
+            logger.info(f"waiting for another job that is writing to {prefix} (it holds {path})")
+        told = True
+        time.sleep(_LOCK_SECONDS)
+    try:
         try:
             yield
         finally:
@@ -130,3 +137,25 @@ def exclusive_lock(prefix: str | Path, error_type: type[SteelError]) -> Iterator
         with suppress(OSError):  # folders that were made for work that then wrote nothing
             for folder in made:
                 folder.rmdir()
+
+
+def _locked(path: Path, error_type: type[SteelError]) -> int | None:
+    """The descriptor of a lock file that this process holds now; None when another one does."""
+    with disk_errors("write", path, error_type):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            descriptor = os.open(path, os.O_RDONLY)  # another user's, left by a kill: it can be locked all the same
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The holder may have removed this very file between our opening and locking it.
+        ours = os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError as error:
+        ours = error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.ENOENT)
+        if ours:  # some cluster file systems know no locks
+            logger.warning(f"{path} cannot be locked ({error.strerror}); make sure that no other job writes there")
+    if ours:
+        return descriptor
+    os.close(descriptor)
+    return None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from steel_megatron.cli import COMMANDS, main
+from steel_megatron.cli import COMMANDS, _parse, main
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "examples/quickstart/pretrain.yaml"
@@ -93,6 +93,36 @@ def test_folders_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere" in refused(capsys, "generate", "--model", "nowhere", "--prompts", "a")
     preprocess = ("preprocess", "--inputs", "nowhere", "--output_prefix", "out", "--tokenizer_path", "none")
     assert "nowhere" in refused(capsys, *preprocess)
+
+
+PREPROCESS = ("preprocess", "--output_prefix", "out", "--tokenizer_path", "none")
+
+
+@pytest.mark.parametrize(
+    ("words", "inputs"),
+    [
+        (["--inputs", "a", "--inputs", "b", "c"], ["a", "b", "c"]),
+        (["--inputs=a", "--workers", "2", "--inputs=b"], ["a", "b"]),
+        (["--config", "FILE"], ["x", "y"]),
+        (["--config", "FILE", "--inputs", "b", "--inputs", "c"], ["b", "c"]),
+        (["--inputs", "b", "--config", "FILE"], ["x", "y"]),
+    ],
+)
+def test_an_option_with_a_list_may_be_given_again(words: list[str], inputs: list[str]) -> None:
+    Path("FILE").write_text("inputs: [x, y]\n")
+    name, options = _parse([*PREPROCESS, *words])
+    assert name == "preprocess" and options["inputs"] == inputs and options["json_keys"] == ["text"]
+    _, options = _parse([*PREPROCESS, *words, "--json_keys", "q", "--json_keys", "a"])
+    assert options["json_keys"] == ["q", "a"], "the default is no part of what is given"
+
+
+def test_a_list_in_a_file_must_be_one(
+    capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.mktemp("config") / "job.yaml"
+    file.write_text("inputs: a.jsonl\n")
+    said = refused(capsys, *PREPROCESS, "--config", str(file))
+    assert "'a.jsonl' is no list; write [a.jsonl]" in said and "job.yaml" in said
 
 
 def run_pretrain(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

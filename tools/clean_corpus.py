@@ -18,7 +18,9 @@ from steel_megatron.log import exit_code
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("--sources", nargs="+", help="files, folders or patterns, each alone or as SOURCE=PATTERN")
+    parser.add_argument(
+        "--sources", nargs="+", action="extend", help="files, folders or patterns, each alone or as SOURCE=PATTERN"
+    )
     parser.add_argument("--output", help="folder of the result")
     parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer, or a .model file")
     parser.add_argument("--text-key", default="text", help="key of the text, for inputs without a source's name")

@@ -5,27 +5,64 @@ Given again after a kill, the same command goes on where it was.
 Example:
     python tools/preprocess_data.py --input 'corpus/*.jsonl' --output-prefix data/corpus \\
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model qwen_tokenizer --append-eod --workers 8
+    python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --append-eod --workers 8 \\
+        --tokenizer-type GPT2BPETokenizer --vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from pathlib import Path
 
-from steel_megatron.config import MEGATRON_TOKENIZER_TYPES
-from steel_megatron.data.preprocess import preprocess
-from steel_megatron.log import exit_code
+from steel_megatron.config import MEGATRON_TOKENIZER_TYPES, TokenizerKind
+from steel_megatron.data.huggingface_tokenizer import GPT2_EOD, save_gpt2
+from steel_megatron.data.preprocess import PreprocessReport, preprocess
+from steel_megatron.errors import ConfigError
+from steel_megatron.log import exit_code, get_logger
+
+GPT2 = "GPT2BPETokenizer"
+KINDS: dict[str, TokenizerKind] = {**MEGATRON_TOKENIZER_TYPES, GPT2: "huggingface"}
+"""What each ``--tokenizer-type`` is here."""
+
+NOT_NEEDED = {
+    "partitions": "the inputs are cut into pieces for all --workers anyway, in order",
+    "log_interval": "progress is logged by time",
+    "keep_sequential_samples": "documents always keep the order of the inputs",
+    "lang": "it only serves --split-sentences",
+    "keep_newlines": "it only serves --split-sentences",
+    "dataset_impl": "there is one format, Megatron's mmap",
+    "vocab_size": "the size is the tokenizer's",
+    "make_vocab_size_divisible_by": "ids are those of the tokenizer; a model pads its own vocabulary",
+}
+"""Flags of Megatron's that change nothing here, and why."""
+
+REFUSED = {
+    "split_sentences": "documents are not cut into sentences, which only BERT and T5 need; for GPT leave it out",
+    "find_optimal_num_workers": "the best number of --workers is that of free cores; leave it out",
+}
+"""Flags of Megatron's that ask for something else, and what to do."""
+
+_log = get_logger("steel_megatron.tools.preprocess_data")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--input", nargs="+", required=True, help="files, folders or patterns, each alone or as SOURCE=PATTERN"
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        help="files, folders or patterns, each alone or as SOURCE=PATTERN",
     )
     parser.add_argument("--output-prefix", required=True, help="begin of the output paths; _<key>_document is appended")
-    parser.add_argument("--tokenizer-type", choices=sorted(MEGATRON_TOKENIZER_TYPES), required=True)
-    parser.add_argument("--tokenizer-model", required=True, help="folder of a Hugging Face tokenizer, or a .model file")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the rows to make corpora of")
+    parser.add_argument("--tokenizer-type", choices=sorted(KINDS), required=True)
+    parser.add_argument("--tokenizer-model", help="folder or tokenizer.json of Hugging Face's, or a .model file")
+    parser.add_argument("--vocab-file", help=f"of {GPT2}: vocab.json")
+    parser.add_argument("--merge-file", help=f"of {GPT2}: merges.txt")
+    parser.add_argument("--eod-token", help="the token that ends a document, if not the one the tokenizer's files name")
+    parser.add_argument("--json-keys", nargs="+", action="extend", help="keys of the rows to make corpora of: text")
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
     parser.add_argument("--append-eod", action="store_true", help="end each document in the end-of-document token")
     parser.add_argument("--valid-fraction", type=float, default=0.0, help="share of the documents for validation")
@@ -34,30 +71,72 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="at a row that is no text")
     parser.add_argument("--overwrite", action="store_true", help="replace corpora that are there, or begin anew")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of the validation split")
+    _add_flags_without_use(parser)
     return parser.parse_args()
+
+
+def _add_flags_without_use(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("flags of Megatron's that change nothing, or are refused")
+    switches = ("keep_sequential_samples", "keep_newlines", *REFUSED)
+    for name, why in {**NOT_NEEDED, **REFUSED}.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in switches:
+            group.add_argument(flag, action="store_true", help=why)
+        else:
+            group.add_argument(flag, help=why)
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Say which flags are not needed.
+
+    Raises:
+        ConfigError: one asks for what is not done here, or the tokenizer's files are not those of its type.
+    """
+    for name, why in REFUSED.items():
+        if getattr(arguments, name):
+            raise ConfigError(f"--{name.replace('_', '-')}: {why}")
+    for name, why in NOT_NEEDED.items():
+        if getattr(arguments, name):
+            _log.info(f"--{name.replace('_', '-')} is not needed: {why}")
+    kind = arguments.tokenizer_type
+    needed = ("vocab_file", "merge_file") if kind == GPT2 else ("tokenizer_model",)
+    for name in ("vocab_file", "merge_file", "tokenizer_model"):
+        flag, given = f"--{name.replace('_', '-')}", getattr(arguments, name)
+        if name in needed and not given:
+            raise ConfigError(f"{flag} is missing, which names the tokenizer of --tokenizer-type {kind}")
+        if given and name not in needed:
+            raise ConfigError(f"{flag} {given} is not of --tokenizer-type {kind}; leave it out, or change the type")
+
+
+def run(arguments: argparse.Namespace) -> PreprocessReport:
+    """Preprocess as the flags say."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = arguments.tokenizer_model
+        if arguments.tokenizer_type == GPT2:
+            path, eod_token = folder, arguments.eod_token or GPT2_EOD
+            save_gpt2(Path(arguments.vocab_file), Path(arguments.merge_file), Path(folder), eod_token)
+        return preprocess(
+            inputs=arguments.input,
+            output_prefix=arguments.output_prefix,
+            tokenizer_kind=KINDS[arguments.tokenizer_type],
+            tokenizer_path=path,
+            json_keys=arguments.json_keys or ["text"],
+            workers=arguments.workers,
+            append_eod=arguments.append_eod,
+            valid_fraction=arguments.valid_fraction,
+            on_bad_row=arguments.on_bad_row,
+            overwrite=arguments.overwrite,
+            seed=arguments.seed,
+            shard_size=arguments.shard_size,
+            engine=arguments.engine,
+            eod_token=arguments.eod_token,
+        )
 
 
 def main() -> None:
     arguments = parse_arguments()
-    report = preprocess(
-        inputs=arguments.input,
-        output_prefix=arguments.output_prefix,
-        tokenizer_kind=MEGATRON_TOKENIZER_TYPES[arguments.tokenizer_type],
-        tokenizer_path=arguments.tokenizer_model,
-        json_keys=arguments.json_keys,
-        workers=arguments.workers,
-        append_eod=arguments.append_eod,
-        valid_fraction=arguments.valid_fraction,
-        on_bad_row=arguments.on_bad_row,
-        overwrite=arguments.overwrite,
-        seed=arguments.seed,
-        shard_size=arguments.shard_size,
-        engine=arguments.engine,
-    )
-    for name, prefix in report.outputs.items():
-        print(f"{name}: {prefix}  {report.split_documents[name]:,} documents, {report.split_tokens[name]:,} tokens")
-    print(f"documents: {report.documents:,} written + {report.skipped:,} skipped")
-    print(f"unigram entropy: {report.unigram_entropy:.4f} nats per token")
+    check_flags(arguments)
+    print(run(arguments).summary())
 
 
 if __name__ == "__main__":

@@ -21,17 +21,23 @@ from steel_megatron.log import exit_code
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--input", nargs="+", required=True, help="files, folders or patterns, each alone or as SOURCE=PATTERN"
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        help="files, folders or patterns, each alone or as SOURCE=PATTERN",
     )
     parser.add_argument("--output", required=True, help="path of the model without its suffix .model")
     parser.add_argument("--vocab-size", type=int, required=True)
-    parser.add_argument("--valid", nargs="+", default=[], help="what to measure on, if not on --input itself")
+    parser.add_argument(
+        "--valid", nargs="+", action="extend", default=[], help="what to measure on, if not on --input itself"
+    )
     parser.add_argument("--json-key", default="text", help="key of the text in JSON rows")
     parser.add_argument(
         "--control-tokens",
         nargs="*",
-        default=list(DIALOGUE_MARKS),
-        help="beside <unk>, <s> and </s>; default: %(default)s",
+        action="extend",
+        help=f"beside <unk>, <s> and </s>; default: {' '.join(DIALOGUE_MARKS)}",
     )
     parser.add_argument(
         "--character-coverage", type=float, default=0.9995, help="share of characters with their own token"
@@ -53,7 +59,7 @@ def main() -> None:
         arguments.vocab_size,
         valid=arguments.valid,
         text_key=arguments.json_key,
-        control_tokens=arguments.control_tokens,
+        control_tokens=DIALOGUE_MARKS if arguments.control_tokens is None else arguments.control_tokens,
         character_coverage=arguments.character_coverage,
         max_bytes=arguments.max_bytes,
         on_bad_row=arguments.on_bad_row,

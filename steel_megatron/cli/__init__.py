@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from argparse import ArgumentError
+from argparse import Action, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
@@ -55,6 +55,31 @@ GROUPS = {"data": "The ledger of a run: which corpora it reads, in which mixture
 """Commands of two words, by the first."""
 
 
+class _ListOption(Action):
+    """``--inputs A --inputs B`` means ``--inputs A B``; what a default or a file says is replaced, not added to."""
+
+    _given: list[Any] | None = None
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        self._given = [*before, *values] if self._given is not None and before is self._given else list(values)
+        setattr(namespace, self.dest, self._given)
+
+    def _check_type(self) -> None:
+        """Its being there tells jsonargparse to check values, also those of a file, with the next method."""
+
+    def _check_type_(self, value: object, **_: object) -> object:
+        if not isinstance(value, list):
+            raise TypeError(f'Parser key "{self.dest}": {value!r} is no list; write [{value}]')
+        assert callable(self.type)
+        try:
+            return [self.type(entry) for entry in value]
+        except ValueError as error:
+            raise TypeError(f'Parser key "{self.dest}": {error}') from error
+
+
 def _add_options(parser: jsonargparse.ArgumentParser, command: Command) -> None:
     """The arguments of a function as options; lists as ``--prompts A B``, where jsonargparse alone has ``[A,B]``."""
     hints = get_type_hints(command.function)
@@ -66,7 +91,8 @@ def _add_options(parser: jsonargparse.ArgumentParser, command: Command) -> None:
         default = inspect.signature(command.function).parameters[name].default
         required = default is inspect.Parameter.empty
         extra = {"required": True} if required else {"default": default}
-        parser.add_argument(f"--{name}", nargs="+", type=get_args(hints[name])[0], help=documented[name], **extra)
+        kind = get_args(hints[name])[0]
+        parser.add_argument(f"--{name}", nargs="+", type=kind, action=_ListOption, help=documented[name], **extra)
     for name in command.positional:
         several: dict[str, Any] = {"nargs": "+"} if name in lists else {}
         parser.add_argument(name, type=str, metavar=_metavar(name, command), help=documented[name], **several)

@@ -6,7 +6,6 @@ import sys
 from typing import Literal
 
 from steel_megatron.config import TokenizerKind
-from steel_megatron.errors import DataError
 
 
 def clean(
@@ -83,6 +82,7 @@ def preprocess(
     engine: Literal["auto", "gigatoken", "tokenizers"] = "auto",
     overwrite: bool = False,
     report: str | None = None,
+    eod_token: str | None = None,
 ) -> None:
     """Tokenize documents into an indexed corpus (.bin, .idx, .json); the same command goes on after a kill.
 
@@ -101,16 +101,10 @@ def preprocess(
         engine: what encodes; auto takes gigatoken where it is installed and gives the same ids.
         overwrite: whether to replace an earlier corpus of that name, or begin an interrupted one anew.
         report: file for the counts, as JSON.
+        eod_token: the token that ends a document; the tokenizer's own if not given.
     """
-    import dataclasses
-    import json
-    import os
-
     from steel_megatron.data.preprocess import preprocess as run
-    from steel_megatron.files import write_atomically
 
-    if report and os.path.isdir(report):
-        raise DataError(f"the report {report} is a folder; name a file")
     result = run(
         inputs,
         output_prefix,
@@ -125,14 +119,10 @@ def preprocess(
         on_bad_row=on_bad_row,
         engine=engine,
         overwrite=overwrite,
+        eod_token=eod_token,
+        report=report,
     )
-    if report:
-        write_atomically(report, json.dumps(dataclasses.asdict(result), indent=1).encode(), DataError)
-    for split, prefix in result.outputs.items():
-        sys.stdout.write(
-            f"{split}: {result.split_documents[split]:,} documents, {result.split_tokens[split]:,} tokens in {prefix}\n"
-        )
-    sys.stdout.write(f"unigram entropy: {result.unigram_entropy:.4f} nats per token\n")
+    sys.stdout.write(result.summary() + "\n")
 
 
 def inspect_corpora(

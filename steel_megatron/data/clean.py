@@ -10,25 +10,24 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steel_megatron.data.cleaning import funnel
-from steel_megatron.data.cleaning.filters import Perplexity, WordRepetition, WordsNum, tokenizer_at
+from steel_megatron.data.cleaning.filters import WordRepetition, WordsNum, tokenizer_at
 from steel_megatron.data.cleaning.job import Job, Stage, Unit
+from steel_megatron.data.cleaning.job_folder import check_places, finished_report, plan_of, prepare, publish
 from steel_megatron.data.cleaning.language_model import LanguageModel
 from steel_megatron.data.cleaning.mappers import ChineseConvert, CleanHtml, FixUnicode
 from steel_megatron.data.cleaning.recipe import Recipe, load_recipe
 from steel_megatron.data.cleaning.stages import CleanUnits, FindDuplicates, SampleTexts, TrainModel, WriteKept
+from steel_megatron.data.formats import PARQUET_SUFFIX
 from steel_megatron.data.sources import BadRowPolicy, Input, parse_inputs
 from steel_megatron.errors import ConfigError, DataError
-from steel_megatron.files import disk_errors, exclusive_lock, replace_folder, sha256_of, with_suffix, write_atomically
+from steel_megatron.files import disk_errors, exclusive_lock, with_suffix
 from steel_megatron.log import get_logger
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ logger = get_logger(__name__)
 UNIT_BYTES = 32 << 20
 """A file of more bytes, as stored, is cleaned in parts; smaller ones are put together up to as many."""
 _MOST_PARTS = 64
-_FORMAT = "steel_megatron cleaning job 1"
 
 
 @dataclass(frozen=True)
@@ -89,11 +87,12 @@ def clean_corpus(
         tasks: tasks of a stage; one for each unit of input if None.
         slurm_partition: partition of the Slurm jobs.
         slurm_time: time limit of a Slurm task.
-        slurm_memory_gb: memory of a Slurm task.
+        slurm_memory_gb: memory of a Slurm task; the comparison of documents gets more where it needs more.
         slurm_qos: quality of service of the Slurm jobs; the cluster's default if None.
         slurm_setup: shell command that sets this environment up on a node; this Python is put on the path if None.
         slurm_poll_seconds: how often Slurm is asked.
-        overwrite: whether to replace an earlier result, or begin anew an interrupted job of other settings.
+        overwrite: whether to replace an earlier result, or begin anew an interrupted job of other settings; nothing
+            else is ever replaced.
 
     Raises:
         ConfigError: the recipe or an option is wrong.
@@ -107,12 +106,13 @@ def clean_corpus(
     )
     if not loaded.sources:
         raise ConfigError(f"{recipe} names no sources; name them with --sources, or sources: in the recipe")
-    if loaded.output is None:
+    if not loaded.output:
         raise ConfigError(f"{recipe} names no output folder; name it with --output, or output: in the recipe")
     for name, value in (("workers", workers), ("tasks", tasks), ("slurm_memory_gb", slurm_memory_gb)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
-    check_packages(loaded)
+    inputs = parse_inputs(loaded.sources)
+    packages = check_packages(loaded, inputs)
     from steel_megatron.data.cleaning.executors import Execution, run_stage
 
     execution = Execution(
@@ -126,17 +126,18 @@ def clean_corpus(
         slurm_setup=slurm_setup,
         slurm_poll_seconds=slurm_poll_seconds,
     )
-    final = Path(loaded.output).absolute()
-    inputs = parse_inputs(loaded.sources)
+    final = Path(os.path.realpath(loaded.output))
     job = Job(loaded, _units(inputs), with_suffix(final, ".partial"), text_key, on_bad_row)
+    check_places(job, loaded.sources, inputs, final)
     _check_resources(job)
+    plan = plan_of(job, inputs, packages)
     with exclusive_lock(final, DataError):
-        report = _finished(job, final)
+        report = finished_report(job, plan, final)
         if report is None:
-            _prepare(job, inputs, final, overwrite)
+            prepare(job, plan, final, overwrite, executor == "slurm")
             for stage in _stages(job):
                 run_stage(stage, execution)
-            report = _publish(job, final)
+            report = publish(job, final, overwrite)
     totals = report["totals"]
     logger.info(
         f"{final}: {totals['documents_in']:,} documents in = {totals['documents_kept']:,} kept + "
@@ -156,23 +157,40 @@ def _stages(job: Job) -> list[Stage]:
     return stages
 
 
-def check_packages(recipe: Recipe) -> None:
-    """Refuse a recipe whose operators need a package that is not installed; nothing is ever installed on the way.
+def check_packages(recipe: Recipe, inputs: Sequence[Input]) -> list[str]:
+    """Refuse a recipe whose operators, or inputs whose format, need a package that is not installed.
+
+    Nothing is ever installed on the way.
+
+    Returns:
+        the packages whose versions decide what operators make of a text.
 
     Raises:
         DataError: names the packages and how to install them.
     """
-    needed = {"datatrove": "the engine"}
+    deciding: dict[str, str] = {}
     for operator in recipe.operators:
         for kind, package in ((ChineseConvert, "opencc"), (FixUnicode, "ftfy"), (CleanHtml, "selectolax")):
             if isinstance(operator, kind):
-                needed[package] = operator.name
+                deciding[package] = operator.name
         if isinstance(operator, (WordsNum, WordRepetition)) and operator.tokenization == "jieba":
-            needed["rjieba"] = operator.name
-    missing = {package: name for package, name in needed.items() if importlib.util.find_spec(package) is None}
+            deciding["rjieba"] = operator.name
+    needed = {"datatrove": "the engine", **deciding}
+    parquet = next((given.path for given in inputs if given.path.name.endswith(PARQUET_SUFFIX)), None)
+    if parquet is not None:
+        needed["pyarrow"] = parquet.name
+    missing = {package: name for package, name in needed.items() if not _is_installed(package)}
     if missing:
         what = ", ".join(f"{package} (for {name})" for package, name in missing.items())
         raise DataError(f"cleaning needs packages that are not installed: {what}; pip install 'steel-megatron[data]'")
+    return list(deciding)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _units(inputs: Sequence[Input]) -> tuple[Unit, ...]:
@@ -210,83 +228,3 @@ def _check_resources(job: Job) -> None:
                 f"{operator.name}: train_on names {name!r}, which is no source of this job; it has "
                 f"{', '.join(sorted(known))}"
             )
-
-
-def _plan(job: Job, inputs: Sequence[Input]) -> bytes:
-    """What decides the result, as JSON: a job that was interrupted goes on only under the same."""
-    with disk_errors("read", Path("the inputs"), DataError):
-        stats = [given.path.stat() for given in inputs]
-    recipe = job.recipe
-    given_model = job.language_model if recipe.perplexity and recipe.perplexity.model != "train" else None
-    return json.dumps(
-        {
-            "format": _FORMAT,
-            "kind": recipe.kind,
-            "operators": [{operator.name: dataclasses.asdict(operator)} for operator in recipe.operators],
-            "tokenizer": tokenizer_at(recipe.tokenizer).fingerprint if recipe.tokenizer else None,
-            "language_model": sha256_of(given_model / "model.json") if given_model else None,
-            "text_key": job.text_key,
-            "on_bad_row": job.on_bad_row,
-            "inputs": [
-                [str(given.path), given.source, stat.st_size, stat.st_mtime_ns]
-                for given, stat in zip(inputs, stats, strict=True)
-            ],
-            "units": [[*unit.files.values(), unit.part, unit.parts] for unit in job.units],
-        },
-        indent=1,
-    ).encode()
-
-
-def _prepare(job: Job, inputs: Sequence[Input], final: Path, overwrite: bool) -> None:
-    """Make the job's folder, or find it as an interrupted call with the same settings left it."""
-    if final.exists() and not overwrite:
-        raise DataError(f"{final} exists; choose another output, or replace it with --overwrite true")
-    plan, wanted = job.folder / "plan.json", _plan(job, inputs)
-    with disk_errors("write", job.folder, DataError):
-        if job.folder.exists():
-            found = plan.read_bytes() if plan.exists() else b""
-            if found == wanted:
-                logger.info(f"going on with the interrupted job in {job.folder}")
-                shutil.rmtree(job.folder / "tmp", ignore_errors=True)
-                return
-            if found and not overwrite:
-                raise DataError(
-                    f"{job.folder} holds an interrupted job with another recipe, other options or inputs that have "
-                    "changed since; finish it, remove the folder, or begin anew with --overwrite true"
-                )
-            shutil.rmtree(job.folder)
-        job.folder.mkdir(parents=True)
-    write_atomically(plan, wanted, DataError)
-
-
-def _publish(job: Job, final: Path) -> dict[str, Any]:
-    """Write the report and give the result its name."""
-    operators: list[dict[str, Any]] = [{"operator": funnel.READ, "settings": {}, "left_out": False}]
-    for label, operator in zip(job.recipe.labels, job.recipe.operators, strict=True):
-        left_out = isinstance(operator, Perplexity) and operator.model == "none"
-        settings = {key: None if value == math.inf else value for key, value in dataclasses.asdict(operator).items()}
-        operators.append({"operator": label, "settings": settings, "left_out": left_out})
-    units = [
-        (unit.source, funnel.load_counts(job.marker(stage, number).read_bytes()))
-        for number, unit in enumerate(job.units)
-        for stage in (CleanUnits.name, WriteKept.name)
-        if job.marker(stage, number).exists()
-    ]
-    report = {"kind": job.recipe.kind, **funnel.merge(units, operators)}
-    write_atomically(job.output / "funnel.json", json.dumps(report, indent=1, ensure_ascii=False).encode(), DataError)
-    with disk_errors("write", final, DataError):
-        funnel.draw(report, job.output / "funnel.png")
-        write_atomically(job.folder / "finished", b"", DataError)
-        replace_folder(job.output, final)
-        shutil.rmtree(job.folder)
-    return report
-
-
-def _finished(job: Job, final: Path) -> dict[str, Any] | None:
-    """The report of a job that was killed when its result had its name already; its folder goes."""
-    if not (job.folder / "finished").exists() or job.output.exists() or not final.exists():
-        return None
-    report: dict[str, Any] = json.loads((final / "funnel.json").read_bytes())
-    with disk_errors("remove", job.folder, DataError):
-        shutil.rmtree(job.folder)
-    return report

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,8 @@ _BYTES_PER_WORKER = 4 << 20
 """Raw bytes that are on the way for each worker; more would only take memory."""
 _SIGNAL_SECONDS = 0.3
 """A scheduler that ends a job sends SIGTERM to the workers too: time for our own, which says more than their end."""
+_LOOK_SECONDS = 5.0
+"""After so much time without a result, look whether all workers are alive."""
 _BEGIN = Place()
 
 
@@ -218,11 +220,13 @@ class Encoder:
 def _groups(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
     """Texts together, as long as they have no more characters."""
     group: list[str] = []
+    size = 0
     for text in texts:
-        if group and sum(map(len, group)) + len(text) > characters:
+        if group and size + len(text) > characters:
             yield group
-            group = []
+            group, size = [], 0
         group.append(text)
+        size += len(text)
     if group:
         yield group
 
@@ -252,6 +256,8 @@ class _SkippedTo:
 def encoded(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[tuple[Position, Encoded]]:
     """Encode tasks here or in worker processes; what comes back is in the order of the tasks.
 
+    Closed early, or ended by an error or a signal, it does not wait for what the workers are at.
+
     Yields:
         The end of each task and what it gave.
 
@@ -270,16 +276,32 @@ def encoded(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[
     try:
         yield from _in_order(pool, tasks, workers * _BYTES_PER_WORKER)
     except BrokenProcessPool as error:
-        # The pool asks the others to end by SIGTERM and waits for them; none is to make it wait for ever.
-        for worker in list((pool._processes or {}).values()):
-            worker.kill()
+        _kill_workers(pool)  # the pool asks them to end by SIGTERM and waits; none is to make it wait for ever
         time.sleep(_SIGNAL_SECONDS)
         raise DataError(
             f"one of {workers} worker processes died (killed, perhaps for want of memory); run with fewer workers if "
             "memory is short"
         ) from error
+    except BaseException:
+        _kill_workers(pool)  # nobody takes their results any more, and a scheduler does not wait for a long row
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _kill_workers(pool: ProcessPoolExecutor) -> None:
+    for worker in list((pool._processes or {}).values()):
+        worker.kill()
+    # The pool would wait for ever for the rest of a result that one of them was sending; this ends the pipe.
+    pool._result_queue._writer.close()  # type: ignore[attr-defined]
+
+
+def _result(pool: ProcessPoolExecutor, future: Future[Encoded]) -> Encoded:
+    """What a task gave; notices a worker that died while it sent a result, for the rest of which the pool waits."""
+    while not wait([future], timeout=_LOOK_SECONDS).done:
+        if not all(worker.is_alive() for worker in list((pool._processes or {}).values())):
+            raise BrokenProcessPool("a worker died")
+    return future.result()
 
 
 def _in_order(
@@ -304,7 +326,7 @@ def _in_order(
         if not waiting:
             break
         size, end, future = waiting.popleft()
-        result = future.result()
+        result = _result(pool, future)
         del future
         on_the_way -= size
         yield end, result

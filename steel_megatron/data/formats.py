@@ -7,9 +7,11 @@ source-code file. :func:`read_chunks` only cuts a file into pieces of about a me
 
 from __future__ import annotations
 
+import bisect
 import codecs
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,7 +38,11 @@ KNOWN_SUFFIXES = (*LINE_SUFFIXES, *JSON_SUFFIXES, PARQUET_SUFFIX, *WHOLE_FILE_SU
 
 CHUNK_BYTES = 1 << 20
 _BYTE_ORDER_MARK = codecs.BOM_UTF8
+WHOLE_FILE_BYTES = 1 << 30
+"""The largest file that is one document. It is in memory several times over, while it is encoded."""
 _PARQUET_BUFFER = 1 << 18
+_PARQUET_ROWS = 256
+"""Rows that are decoded at a time, at most: a table that repeats itself says little about how large they become."""
 _STORED_BYTES = 1 << 12
 """Of a zstd file, decompressed at once; text that repeats itself may become ten thousand times as long."""
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
@@ -85,6 +91,15 @@ class UncheckedRow(dict[str, Any]):
 def has_keys(path: Path) -> bool:
     """Whether the file's rows are objects, so that a text is picked from them by its key."""
     return not path.name.endswith(WHOLE_FILE_SUFFIXES)
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raise a DataError when a file that is one document has more bytes than a document may."""
+    if path.name.endswith(WHOLE_FILE_SUFFIXES) and size > WHOLE_FILE_BYTES:
+        raise DataError(
+            f"{path} has {size:,} bytes; a file of its kind is one document, of at most {WHOLE_FILE_BYTES:,}: cut it, "
+            "or make a .jsonl file with a row for each document of it"
+        )
 
 
 def read_chunks(
@@ -146,6 +161,7 @@ def _chunks(
 ) -> Iterator[RawChunk]:
     if path.name.endswith(WHOLE_FILE_SUFFIXES):
         if start.row == 0:
+            check_size(path, os.fstat(raw.fileno()).st_size)
             yield RawChunk(str(path), "file", raw.read(), 1, 1, 0, Place(1))
     elif path.name.endswith(PARQUET_SUFFIX):
         yield from _parquet_chunks(path, raw, start, chunk_bytes, columns, tell)
@@ -285,25 +301,39 @@ def _parquet_chunks(
         first = 0
         for group in range(file.num_row_groups):
             facts = file.metadata.row_group(group)
-            rows_at_once = max(1, chunk_bytes * facts.num_rows // max(1, facts.total_byte_size))
+            rows_at_once = max(1, min(_PARQUET_ROWS, chunk_bytes * facts.num_rows // max(1, facts.total_byte_size)))
             if first + facts.num_rows <= start.row:
                 first += facts.num_rows
                 continue
             for batch in file.iter_batches(rows_at_once, row_groups=[group], columns=wanted):
-                end = Place(first + batch.num_rows)
-                if end.row > start.row:
+                batch, first = _plain(batch.slice(max(0, start.row - first))), first + batch.num_rows
+                while batch.num_rows:
+                    taken = _rows_within(batch, chunk_bytes)
                     sink = pyarrow.BufferOutputStream()
                     with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
-                        writer.write_batch(batch.slice(start.row - first))
-                    payload = sink.getvalue().to_pybytes()
-                    yield RawChunk(str(path), "arrow", payload, end.row - start.row, start.row + 1, 0, end)
+                        writer.write_batch(batch.slice(0, taken))
+                    end, payload = Place(start.row + taken), sink.getvalue().to_pybytes()
+                    yield RawChunk(str(path), "arrow", payload, taken, start.row + 1, 0, end)
                     tell()
-                    start = end
-                first = end.row
+                    start, batch = end, batch.slice(taken)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the file system, not of the format
             raise
         raise DataError(f"{path} is truncated or damaged after row {start.row}: {error}") from error
+
+
+def _plain(batch: Any) -> Any:
+    """A batch with its values themselves where it has numbers of values that all its parts would have to carry."""
+    columns = [column.dictionary_decode() if hasattr(column, "dictionary") else column for column in batch.columns]
+    return type(batch).from_arrays(columns, batch.schema.names)
+
+
+def _rows_within(batch: Any, size: int) -> int:
+    """How many of the first rows have no more bytes together, in memory; one in any case."""
+    rows: int = batch.num_rows
+    if batch.nbytes <= size:
+        return rows
+    return max(1, bisect.bisect_right(range(1, rows), size, key=lambda count: batch.slice(0, count).nbytes))
 
 
 def parse_chunk(chunk: RawChunk) -> Iterator[tuple[int, int, bytes, object]]:

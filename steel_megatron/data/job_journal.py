@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import base64
 import glob
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from steel_megatron.data.encoding import Skipped
+from steel_megatron.data.formats import check_size
 from steel_megatron.data.indexed_format import partial
 from steel_megatron.data.sources import Input
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, remove, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 
-FORMAT = "steel-megatron-preprocess-1"
+FORMAT = "steel-megatron-preprocess-2"
 """Name and version of the journal."""
 
-_FIELDS = {"job", "overwrite", "position", "outputs", "skipped_bytes", "skipped_rows"}
+_FIELDS = {"job", "overwrite", "position", "outputs", "skipped_bytes", "skipped_rows", "token_counts"}
 _SAMPLE = 1 << 16
 """Bytes at each end of an input that enter its fingerprint."""
 
@@ -54,7 +59,7 @@ def examine(found: Input) -> InputFile:
     """Look at an input.
 
     Raises:
-        DataError: it cannot be read, or its path cannot be written down.
+        DataError: it cannot be read, is too large for one document, or its path cannot be written down.
     """
     try:
         str(found.path).encode()
@@ -62,6 +67,7 @@ def examine(found: Input) -> InputFile:
         raise DataError(f"the path {str(found.path)!r} is not valid UTF-8; rename the file or its folder") from None
     with disk_errors("read", found.path, DataError), found.path.open("rb") as file:
         status = os.fstat(file.fileno())
+        check_size(found.path, status.st_size)
         digest = hashlib.sha256(f"{status.st_size}\n".encode())
         digest.update(file.read(_SAMPLE))
         file.seek(max(file.tell(), status.st_size - _SAMPLE))
@@ -77,7 +83,7 @@ class Journal:
         self.path = with_suffix(prefix, ".progress.json")
 
     def read(self) -> dict[str, Any] | None:
-        """What an earlier job noted; None if there is none.
+        """What an earlier job noted; None if there is none. ``token_counts`` is an int64 array [vocabulary].
 
         Raises:
             DataError: it is damaged.
@@ -92,7 +98,8 @@ class Journal:
                 raise ValueError(f"format {noted['format']!r}, not {FORMAT!r}")
             if missing := _FIELDS - set(noted):
                 raise ValueError(f"without {', '.join(sorted(missing))}")
-        except (ValueError, KeyError, TypeError) as error:
+            noted["token_counts"] = _unpacked(noted["token_counts"])
+        except (ValueError, KeyError, TypeError, zlib.error) as error:
             raise DataError(
                 f"{self.path}, the notes of an unfinished job, cannot be used ({error!r}); start again with overwrite"
             ) from error
@@ -104,7 +111,8 @@ class Journal:
         Raises:
             DataError: the disk is full.
         """
-        write_atomically(self.path, json.dumps({"format": FORMAT, **noted}).encode(), DataError)
+        content = {"format": FORMAT, **noted, "token_counts": _packed(noted["token_counts"])}
+        write_atomically(self.path, json.dumps(content).encode(), DataError)
 
     def remove(self) -> None:
         """Remove the notes of a job that is done, and what a job left that was killed while it wrote some."""
@@ -112,6 +120,15 @@ class Journal:
             self.path.unlink(missing_ok=True)
             for unfinished in self.path.parent.glob(f"{glob.escape(self.path.name)}.*.partial"):
                 unfinished.unlink(missing_ok=True)
+
+
+def _packed(counts: np.ndarray) -> str:
+    """Counts [vocabulary] as text; of 150,000 tokens, some 400 KB in 10 ms."""
+    return base64.b64encode(zlib.compress(counts.astype("<i8").tobytes(), 1)).decode()
+
+
+def _unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<i8").astype(np.int64)
 
 
 def differences(noted: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -5,29 +5,45 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+DIALOGUE_MARKS = ("<|im_start|>", "<|im_end|>")
+"""What begins and ends a turn in the text form of a dialogue; no cut goes through one."""
+
 PIECE = 1 << 16
 """Characters of a piece."""
 
-_PLACES = (re.compile(r"\n(?=\w)"), re.compile(r"(?<=\w)(?= \w)"), re.compile(r"[。！？；，](?=\w)"))
-"""Where a token hardly ever goes across, best first: after a line, before a word, after a Chinese mark."""
+_ASCII_MARK = r"[!-/:-@\[-`{-~]"
+_PLACES = (
+    # Where a token hardly ever goes across: after a line, before a word, after a Chinese mark.
+    re.compile(r"\n(?=\w)"),
+    re.compile(r"(?<=\w)(?= \w)"),
+    re.compile(r"[。！？；，](?=\w)"),
+    # For text without these (numbers, compact JSON, Japanese): around an ASCII mark, after any other mark.
+    re.compile(rf"(?<=[^\W_])(?={_ASCII_MARK})|(?<={_ASCII_MARK})(?=[^\W_])"),
+    re.compile(r"[^\w\s\x00-\x7f](?=\w)"),
+)
+"""Kinds of places, best first. After them come the last places of all, between any two characters."""
 _SEARCHED = 1 << 14
 """Characters before the end of a piece in which it may be cut."""
 _TRIED = 8
 """Places of each kind that are tried there."""
-_AROUND = 1 << 10
-"""Characters on both sides of a place that must encode alike with and without the cut."""
+_TRIED_ANYWHERE = 16
+"""Places between any two characters that are tried: more than most tokens have characters."""
+_AROUND = (1 << 10, (1 << 10) - 1)
+"""Characters on both sides of a place that must encode alike with and without the cut, in two trials."""
 
 
 def pieces(text: str, encode: Callable[[str], Sequence[int]], longest: int = PIECE) -> list[str]:
     """Cut a text where its ids fall apart.
 
     Tokenizers decide locally: most never let a token go across the end of a line, all others merge neighbours. So a cut
-    is made only where the text around it has the same ids in two parts as in one.
+    is made only where the text around it has the same ids in two parts as in one. In a run of one character, tokens
+    follow each other from its begin and nothing near a place tells where they end; two trials, one a character shorter
+    than the other, agree only on a place that does not depend on that.
 
     Args:
         text: of any length.
         encode: the ids of a short text.
-        longest: characters of a piece, as far as there are places to cut.
+        longest: characters of a piece, as far as there are places to cut. A stretch where none is found stays whole.
     """
     found, start = [], 0
     while len(text) - start > longest:
@@ -42,16 +58,26 @@ def pieces(text: str, encode: Callable[[str], Sequence[int]], longest: int = PIE
 def _place(text: str, start: int, end: int, encode: Callable[[str], Sequence[int]]) -> int | None:
     """A place to cut between two positions, near the second."""
     start = max(start, end - _SEARCHED)
-    window = text[start:end]
+    places = (start + found for found in _places(text[start:end]))
+    return next((at for at in places if not _in_mark(text, at) and _falls_apart(text, at, encode)), None)
+
+
+def _places(window: str) -> Iterator[int]:
+    """Places to try, best first; not the window's own end, behind which nothing is known."""
     for kind in _PLACES:
-        for match in _last(kind, window):
-            at = start + match
-            left, right = text[max(0, at - _AROUND) : at], text[at : at + _AROUND]
-            if [*encode(left), *encode(right)] == list(encode(left + right)):
-                return at
-    return None
+        yield from reversed([match.end() for match in kind.finditer(window) if 0 < match.end() < len(window)][-_TRIED:])
+    yield from range(len(window) - 1, max(len(window) - 1 - _TRIED_ANYWHERE, 0), -1)
 
 
-def _last(kind: re.Pattern[str], window: str) -> Iterator[int]:
-    """Ends of the last few matches, the last one first; not at the window's own end, behind which nothing is known."""
-    yield from reversed([match.end() for match in kind.finditer(window) if 0 < match.end() < len(window)][-_TRIED:])
+def _in_mark(text: str, at: int) -> bool:
+    """Whether a place is within a mark of a dialogue, which an encoder of dialogues must see whole."""
+    return any(text.find(mark, max(0, at - len(mark) + 1), at + len(mark) - 1) >= 0 for mark in DIALOGUE_MARKS)
+
+
+def _falls_apart(text: str, at: int, encode: Callable[[str], Sequence[int]]) -> bool:
+    """Whether the ids around a place are the same with and without a cut."""
+    for around in _AROUND:
+        left, right = text[max(0, at - around) : at], text[at : at + around]
+        if [*encode(left), *encode(right)] != list(encode(left + right)):
+            return False
+    return True

@@ -235,12 +235,12 @@ def _pairs(said: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 class Moss(Source):
     """MOSS: ``{"conversation": {"turn_1": {"Human", "MOSS"}, ...}}``, or a list of turns ``{"human", "assistant"}``."""
 
-    _marks = re.compile(r"^\s*<\|(?:Human|MOSS)\|>:\s*|\s*<eo[a-z]>\s*$")
-    """MOSS's own marks at the beginning and the end of what was said."""
+    _marks = re.compile(r"\A<\|(?:Human|MOSS)\|>:|<eo[a-z]>\Z")
+    """MOSS's own marks at the beginning and the end of what was said, without the spaces around it."""
 
     def _said(self, turn: Row, *names: str) -> str:
         name = next((name for name in names if name in turn), names[0])
-        return self._marks.sub("", string(turn, name)).strip()
+        return self._marks.sub("", string(turn, name).strip()).strip()
 
     def text(self, row: Row) -> Dialogue:
         turns = next((row[key] for key in ("conversation", "chat") if key in row), None)

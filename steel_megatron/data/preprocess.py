@@ -9,32 +9,47 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from steel_megatron.config import TokenizerKind
 from steel_megatron.data.encoding import TRAIN, VALID, Encoder
-from steel_megatron.data.formats import has_keys, read_chunks
+from steel_megatron.data.formats import RawChunk, has_keys, read_chunks
 from steel_megatron.data.indexed import token_dtype
-from steel_megatron.data.indexed_format import BIN
-from steel_megatron.data.job_journal import InputFile, Journal, differences, examine
+from steel_megatron.data.job_journal import InputFile, Journal, SkippedRows, differences, examine
 from steel_megatron.data.named_sources import Source, get_source
+from steel_megatron.data.preprocess_report import (
+    PreprocessReport,
+    SourceReport,
+    finished_report,
+    report_of,
+    report_path,
+    write_report,
+)
 from steel_megatron.data.preprocess_run import Pace, Run, write_all
-from steel_megatron.data.shards import Counts, refuse_existing, remove_partial
+from steel_megatron.data.shards import corpora_at, refuse_existing, remove_corpus, remove_partial
 from steel_megatron.data.sources import BadRowPolicy, documents_of, parse_inputs
-from steel_megatron.data.stop_signals import stop_signals
+from steel_megatron.data.stop_signals import StopSignals, stop_signals
 from steel_megatron.data.tokenizer import Engine, Tokenizer, load_tokenizer
 from steel_megatron.errors import ConfigError, DataError
-from steel_megatron.files import disk_errors, exclusive_lock, with_suffix
+from steel_megatron.files import exclusive_lock, write_atomically
 from steel_megatron.log import get_logger
 
-_COUNTED = 1 << 22
-"""Tokens that are counted at a time."""
+__all__ = ["PreprocessReport", "SourceReport", "preprocess"]
+
+_COMPARED = 100_000
+"""Characters on which a fast engine is compared with the tokenizer's own library."""
+_LOOKED_AT = 8
+"""Chunks of a source in which they are looked for."""
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on all common file systems."""
+_APPENDED = 64
+"""Bytes of what is appended to the names of outputs, such as ``_00000.rows.npy.partial``, at most."""
 _KEPT = (
     "What is written so far is kept: the same command goes on from there, with any number of workers and with either "
     "on_bad_row. Where an input has to change, begin anew with overwrite"
@@ -42,46 +57,6 @@ _KEPT = (
 
 _PACE = Pace()
 _log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class SourceReport:
-    """What became of the rows of one source."""
-
-    splits: dict[str, Counts]
-    """What was written to each output."""
-    skipped: int
-    """Rows that gave no document."""
-
-
-@dataclass(frozen=True)
-class PreprocessReport:
-    """What :func:`preprocess` read and wrote. ``documents + skipped`` is the number of rows that were read."""
-
-    documents: int
-    """Documents written, over all outputs."""
-    skipped: int
-    """Rows that gave no document."""
-    tokens: int
-    """Tokens written, over all outputs."""
-    bytes: int
-    """Bytes of the documents' text in UTF-8."""
-    seconds: float
-    """Wall time of this run; of a job that was interrupted, since it went on."""
-    outputs: dict[str, str]
-    """Prefix of each corpus by split (``train``, ``valid``); ``<split>.<key>`` when there are several keys. Where
-    corpora are sharded, shard numbers follow (``_00000``)."""
-    shards: dict[str, list[str]]
-    """Prefixes of the corpora of each output; the one above where it is not sharded."""
-    split_documents: dict[str, int]
-    """Documents of each output."""
-    split_tokens: dict[str, int]
-    """Tokens of each output."""
-    sources: dict[str, SourceReport]
-    """The same by the name of the source."""
-    unigram_entropy: float
-    """Nats per token of the distribution of single tokens in the training split: the loss of a model that knows
-    nothing but how often each token occurs."""
 
 
 def preprocess(
@@ -99,13 +74,16 @@ def preprocess(
     shard_size: int | None = None,
     engine: Engine = "auto",
     pace: Pace = _PACE,
+    eod_token: str | None = None,
+    report: str | Path | None = None,
 ) -> PreprocessReport:
     """Tokenize documents into indexed corpora.
 
     Without a validation split the corpus of a key is ``<output_prefix>_<key>_document``; with one,
     ``<output_prefix>_train_<key>_document`` and ``<output_prefix>_valid_<key>_document``. A document's split follows
     from its text and ``seed`` alone: it never moves, and copies of it fall on the same side. Nothing appears under
-    these names before it is complete. Rows that gave no document are listed in ``<output_prefix>_skipped.jsonl``.
+    these names before it is complete. Rows that gave no document are listed in ``<output_prefix>_skipped.jsonl``, and
+    ``<output_prefix>.report.json`` says what was done. Once finished, the same job says so and returns that report.
 
     A job that was stopped, by a signal, a bad row or a full disk, leaves ``<output_prefix>.progress.json``; called
     again with the same arguments (``workers``, ``on_bad_row``, ``engine`` and ``pace`` may differ), it goes on, and
@@ -113,7 +91,7 @@ def preprocess(
 
     Args:
         inputs: files, folders and patterns, each alone or as ``SOURCE=PATTERN``, see
-            :func:`~steel_megatron.data.sources.parse_inputs`.
+            :func:`~steel_megatron.data.sources.parse_inputs`. What this job itself writes is none.
         output_prefix: begin of all output paths; missing folders are made.
         tokenizer_kind: ``huggingface`` or ``sentencepiece``.
         tokenizer_path: its folder or file.
@@ -127,32 +105,25 @@ def preprocess(
         shard_size: most tokens of a corpus; the next one takes what follows. None for a single corpus.
         engine: what encodes, see :func:`~steel_megatron.data.tokenizer.load_tokenizer`.
         pace: the size of the steps.
+        eod_token: the token that ends a document; the tokenizer's own by default.
+        report: file for the report, as JSON.
 
     Raises:
         ConfigError: an argument is out of range.
         DataError: inputs, tokenizer or outputs cannot be used, a worker died, a split got no document, or another
             job is at work, or unfinished, under the prefix.
     """
-    _check_arguments(output_prefix, json_keys, workers, valid_fraction, on_bad_row, shard_size)
-    started = time.monotonic()
+    _check_arguments(output_prefix, json_keys, workers, valid_fraction, on_bad_row, shard_size, seed)
     prefix = os.fspath(output_prefix)
-    files = [examine(found) for found in parse_inputs(inputs)]
+    outputs = _outputs(prefix, json_keys, valid_fraction)
+    _check_names([prefix, *outputs.values()])
+    files = [examine(found) for found in parse_inputs(inputs, _own_files(prefix, json_keys, report))]
     sources = _sources(files, json_keys)
-    splits = (TRAIN, VALID) if valid_fraction else (TRAIN,)
-    outputs = {
-        (split, key): f"{prefix}{f'_{split}' if valid_fraction else ''}_{key}_document"
-        for key in json_keys
-        for split in splits
-    }
+    if report is not None:
+        _check_report(report)
     journal = Journal(prefix)
     with exclusive_lock(prefix, DataError), stop_signals() as signals:
-        if not journal.path.exists():
-            for path in outputs.values():
-                refuse_existing(path, overwrite)
-        tokenizer = load_tokenizer(tokenizer_kind, tokenizer_path, engine=engine)
-        _verify_engine(tokenizer, files[0], sources[json_keys[0]])
-        dtype = token_dtype(tokenizer.vocab_size)
-        encoder = Encoder(tokenizer, dtype, sources, on_bad_row, append_eod, valid_fraction, seed)
+        tokenizer = load_tokenizer(tokenizer_kind, tokenizer_path, engine=engine, eod_token=eod_token)
         settings = {
             "tokenizer": tokenizer.describe(),
             "append_eod": append_eod,
@@ -160,21 +131,49 @@ def preprocess(
             "seed": seed,
         }
         job = {"settings": settings, "shard_size": shard_size, "keys": list(json_keys), "inputs": [*map(asdict, files)]}
+        if not journal.path.exists() and not overwrite:
+            if (finished := finished_report(prefix, job, outputs.values())) is not None:
+                _log.info(f"this very job is finished already; its report is in {report_path(prefix)}")
+                _write_report_to(report, finished)
+                return finished
+            for path in outputs.values():
+                refuse_existing(path, overwrite)
+        _verify_engine(tokenizer, files, sources)
+        dtype = token_dtype(tokenizer.vocab_size)
+        encoder = Encoder(tokenizer, dtype, sources, on_bad_row, append_eod, valid_fraction, seed)
         noted = _go_on(journal, job, outputs.values(), overwrite)
         run = Run(job, outputs, encoder.dtype, journal, overwrite, noted)
-        try:
-            write_all(run, encoder, files, workers, pace, signals)
-            with signals.held():
-                run.complete()
-        except BaseException as error:
-            with signals.held():
-                kept = run.leave()
-            if kept and isinstance(error, DataError):
-                raise DataError(f"{error}. {_KEPT}") from error
-            if kept:
-                _log.warning(f"stopped. {_KEPT}")
-            raise
-    return _report(run, time.monotonic() - started, tokenizer.vocab_size)
+        return _work(run, encoder, files, workers, pace, signals, report)
+
+
+def _work(
+    run: Run,
+    encoder: Encoder,
+    files: Sequence[InputFile],
+    workers: int,
+    pace: Pace,
+    signals: StopSignals,
+    report: str | Path | None,
+) -> PreprocessReport:
+    """Do a job, or what is left of it."""
+    started = time.monotonic()
+    try:
+        write_all(run, encoder, files, workers, pace, signals)
+        with signals.held():
+            run.complete()
+            done = report_of(run, time.monotonic() - started)
+            write_report(run, done)
+            _write_report_to(report, done)
+            run.forget()  # the very last: until here, the same command comes to the same end
+    except BaseException as error:
+        with signals.held():
+            kept = run.leave()
+        if kept and isinstance(error, DataError):
+            raise DataError(f"{error}. {_KEPT}") from error
+        if kept:
+            _log.warning(f"stopped. {_KEPT}")
+        raise
+    return done
 
 
 def _check_arguments(
@@ -184,6 +183,7 @@ def _check_arguments(
     valid_fraction: float,
     on_bad_row: str,
     shard_size: int | None,
+    seed: int,
 ) -> None:
     if on_bad_row not in ("stop", "skip"):
         raise ConfigError(f"on_bad_row is {on_bad_row!r}; it must be stop or skip")
@@ -194,8 +194,57 @@ def _check_arguments(
         )
     if shard_size is not None and shard_size < 1:
         raise ConfigError(f"shard_size is {shard_size}; a shard holds at least 1 token")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ConfigError(f"seed is a number of {seed.bit_length()} bits; it must be one of 64, from -2^63 to 2^63 - 1")
     if not Path(output_prefix).name or os.fspath(output_prefix).endswith(os.sep):
         raise ConfigError(f"output_prefix is {os.fspath(output_prefix)!r}; it must end in a name, such as data/corpus")
+
+
+def _outputs(prefix: str, json_keys: Sequence[str], valid_fraction: float) -> dict[tuple[str, str], str]:
+    """Paths of a job's corpora, without shard number and suffix, by split and key."""
+    splits = {TRAIN: f"_{TRAIN}", VALID: f"_{VALID}"} if valid_fraction else {TRAIN: ""}
+    return {(split, key): f"{prefix}{infix}_{key}_document" for key in json_keys for split, infix in splits.items()}
+
+
+def _check_names(prefixes: Iterable[str]) -> None:
+    """Refuse names that a file system refuses, before anything is written under shorter ones."""
+    for name in (os.path.basename(prefix) for prefix in prefixes):
+        if (size := len(os.fsencode(name))) > _LONGEST_NAME - _APPENDED:
+            raise ConfigError(
+                f"output_prefix makes names of {size} bytes ({name[:40]}...), and up to {_APPENDED} are appended; "
+                f"{_LONGEST_NAME} is the most that the name of a file has: choose a shorter prefix"
+            )
+
+
+def _check_report(path: str | Path) -> None:
+    """Refuse a report that cannot be written, before the work."""
+    if os.path.isdir(path):
+        raise DataError(f"the report {path} is a folder; name a file")
+    with exclusive_lock(path, DataError):
+        pass
+
+
+def _write_report_to(path: str | Path | None, report: PreprocessReport) -> None:
+    if path is not None:
+        write_atomically(path, report.as_json().encode(), DataError)
+
+
+def _own_files(prefix: str, json_keys: Sequence[str], report: str | Path | None) -> Callable[[Path], bool]:
+    """Tells the files that a job under this prefix may write and that look like inputs."""
+    corpora = "|".join(map(re.escape, [*_outputs("", json_keys, 0).values(), *_outputs("", json_keys, 0.5).values()]))
+    name = re.compile(
+        re.escape(os.path.basename(prefix))
+        + rf"(\.progress\.json|\.report\.json|_skipped\.jsonl|({corpora})(_\d{{5,}})?\.json)"
+    )
+    folder = os.path.realpath(os.path.dirname(prefix))
+    reported = None if report is None else os.path.realpath(report)
+
+    def own(path: Path) -> bool:
+        if name.fullmatch(path.name) and os.path.realpath(path.parent) == folder:
+            return True
+        return reported is not None and os.path.realpath(path) == reported
+
+    return own
 
 
 def _sources(files: Sequence[InputFile], json_keys: Sequence[str]) -> dict[str, dict[str, Source]]:
@@ -208,15 +257,46 @@ def _sources(files: Sequence[InputFile], json_keys: Sequence[str]) -> dict[str, 
     return {key: {name: get_source(name, key) for name in names} for key in json_keys}
 
 
-def _verify_engine(tokenizer: Tokenizer, file: InputFile, sources: Mapping[str, Source]) -> None:
-    """Compare a fast engine with the tokenizer's own library on the first documents there are."""
-    source = sources[file.source]
-    for chunk in itertools.islice(read_chunks(file.path, columns=source.columns), 1):
-        tokenizer.verify_on([document.text for document in documents_of(chunk, source, "skip")])
+def _verify_engine(
+    tokenizer: Tokenizer, files: Sequence[InputFile], sources: Mapping[str, Mapping[str, Source]]
+) -> None:
+    """Compare a fast engine with the tokenizer's own library on documents of each source, and of the middle file."""
+    choices: dict[str, Sequence[InputFile]] = {}
+    for file in files:
+        choices[file.source] = [*choices.get(file.source, ()), file]
+    choices[""] = files[len(files) // 2 :]
+    samples = [_first_texts(choice, by_name) for by_name in sources.values() for choice in choices.values()]
+    share = _COMPARED // len(samples)
+    tokenizer.verify_on([text for texts in samples for text in _begin_of(texts, share)])
+
+
+def _first_texts(files: Iterable[InputFile], sources: Mapping[str, Source]) -> list[str]:
+    """Texts of the first chunk that has any; what is damaged is said when its turn comes."""
+
+    def chunks() -> Iterator[tuple[RawChunk, Source]]:
+        for file in files:
+            source = sources[file.source]
+            with suppress(DataError):
+                for chunk in read_chunks(file.path, columns=source.columns):
+                    yield chunk, source
+
+    for chunk, source in itertools.islice(chunks(), _LOOKED_AT):
+        if texts := [document.text for document in documents_of(chunk, source, "skip")]:
+            return texts
+    return []
+
+
+def _begin_of(texts: Iterable[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        if characters <= 0:
+            return
+        yield text[:characters]
+        characters -= len(text)
 
 
 def _go_on(journal: Journal, job: Mapping[str, Any], outputs: Iterable[str], overwrite: bool) -> dict[str, Any] | None:
     """What is noted of this very job; None to begin."""
+    noted = None
     try:
         noted = journal.read()
         if noted is None:
@@ -237,65 +317,21 @@ def _go_on(journal: Journal, job: Mapping[str, Any], outputs: Iterable[str], ove
                 "Finish that one, choose another prefix, or discard it with overwrite"
             )
     _log.warning(f"discarding the unfinished job that {journal.path} describes")
-    for prefix in outputs:
-        remove_partial(prefix)
-    journal.remove()
+    _discard(journal, noted, outputs)
     return None
 
 
-def _report(run: Run, seconds: float, vocab_size: int) -> PreprocessReport:
-    several = len({key for _, key in run.outputs}) > 1
-    named = {f"{split}.{key}" if several else split: writer for (split, key), writer in run.outputs.items()}
-    names = dict.fromkeys(entry["source"] for entry in run.job["inputs"])
-    sources = {
-        source: SourceReport(
-            {name: writer.per_source.get(source, Counts()) for name, writer in named.items()},
-            run.skipped_rows.get(source, 0),
-        )
-        for source in names
-    }
-    for name, writer in named.items():
-        assert writer.documents == sum(of.splits[name].documents for of in sources.values()), name
-    training = [shard.prefix for (split, _), writer in run.outputs.items() if split == TRAIN for shard in writer.shards]
-    report = PreprocessReport(
-        documents=sum(writer.documents for writer in named.values()),
-        skipped=run.skipped,
-        tokens=sum(writer.tokens for writer in named.values()),
-        bytes=sum(counts.text_bytes for of in sources.values() for counts in of.splits.values()),
-        seconds=seconds,
-        outputs={name: writer.prefix for name, writer in named.items()},
-        shards={name: [shard.prefix for shard in writer.shards] for name, writer in named.items()},
-        split_documents={name: writer.documents for name, writer in named.items()},
-        split_tokens={name: writer.tokens for name, writer in named.items()},
-        sources=sources,
-        unigram_entropy=_unigram_entropy(training, vocab_size),
-    )
-    _log_report(report)
-    return report
-
-
-def _log_report(report: PreprocessReport) -> None:
-    for source, found in report.sources.items() if len(report.sources) > 1 else ():
-        for name, counts in found.splits.items():
-            _log.info(
-                f"preprocess: {source}, {name}: {counts.documents:,} documents, {counts.tokens:,} tokens, "
-                f"{counts.text_bytes / 1e6:,.1f} MB"
-            )
-        _log.info(f"preprocess: {source}: {found.skipped:,} skipped")
-    _log.info(
-        f"preprocess: {report.documents + report.skipped:,} documents in = {report.documents:,} written + "
-        f"{report.skipped:,} skipped; {report.tokens:,} tokens, {report.bytes / max(report.tokens, 1):.2f} bytes each, "
-        f"{report.seconds:,.1f} s"
-    )
-
-
-def _unigram_entropy(prefixes: Sequence[str], vocab_size: int) -> float:
-    """Entropy of the distribution of single tokens in corpora, in nats per token."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for prefix in prefixes:
-        path = with_suffix(prefix, BIN)
-        with disk_errors("read", path, DataError), path.open("rb") as file:
-            while len(ids := np.fromfile(file, token_dtype(vocab_size), _COUNTED)):
-                counts += np.bincount(ids, minlength=vocab_size)
-    frequencies = counts[counts > 0] / counts.sum()
-    return float(-(frequencies * np.log(frequencies)).sum())
+def _discard(journal: Journal, noted: Mapping[str, Any] | None, outputs: Iterable[str]) -> None:
+    """Remove everything an unfinished job wrote; of one whose journal is damaged, what has the names of this one."""
+    for prefix in outputs:
+        remove_partial(prefix)
+    if noted is not None:
+        job = noted["job"]
+        for (split, key), prefix in _outputs(journal.prefix, job["keys"], job["settings"]["valid_fraction"]).items():
+            remove_partial(prefix)
+            # Until its first shard is complete, a job that may overwrite leaves the corpora of an earlier one.
+            if noted["outputs"][f"{split}.{key}"]["shards"] or not noted["overwrite"]:
+                for corpus in corpora_at(prefix):
+                    remove_corpus(corpus)
+    SkippedRows(journal.prefix).close(keep=False)
+    journal.remove()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from steel_megatron.data.encoding import Encoded, Encoder, Position, Task, encoded
+from steel_megatron.data.encoding import TRAIN, Encoded, Encoder, Position, Task, encoded
 from steel_megatron.data.formats import CHUNK_BYTES, Place, RawChunk, read_chunks
 from steel_megatron.data.job_journal import InputFile, Journal, SkippedRows
 from steel_megatron.data.named_sources import Source
@@ -63,10 +63,13 @@ class Run:
         """Rows that gave no document, by source."""
         self.position = Position()
         """Where the next task begins."""
+        self.token_counts = np.zeros(job["settings"]["tokenizer"]["vocab_size"], dtype=np.int64)
+        """How often each token was written to the training split [vocabulary]."""
         if noted is not None:
             number, row, offset = noted["position"]
             self.position = Position(number, Place(row, offset))
             self.skipped_rows = dict(noted["skipped_rows"])
+            self.token_counts += noted["token_counts"]
         self._noted = self.position
         self._in_step, self._left = True, False
         # Manifests are the same wherever and whenever a file was copied; its age only tells this job of a change.
@@ -93,6 +96,9 @@ class Run:
         """Write what a task gave; returns whether a shard became full, which is the time to :meth:`note`."""
         self._in_step = False
         full = [self.outputs[name].add(documents) for name, documents in result.documents.items()]
+        for (split, _), documents in result.documents.items():
+            if split == TRAIN:
+                self.token_counts += np.bincount(documents.ids, minlength=len(self.token_counts))
         self._skipped.add(result.skipped)
         for entry in result.skipped:
             source = self.job["inputs"][entry.input]["source"]
@@ -117,12 +123,13 @@ class Run:
                 "outputs": {f"{split}.{key}": writer.state() for (split, key), writer in self.outputs.items()},
                 "skipped_bytes": self._skipped.length(),
                 "skipped_rows": self.skipped_rows,
+                "token_counts": self.token_counts,
             }
         )
         self._noted = self.position
 
     def complete(self) -> None:
-        """Give everything its final name.
+        """Give everything its final name; what goes on from here, after a kill, comes to the same end.
 
         Raises:
             DataError: an output got no document, which leaves nothing; or the disk is full.
@@ -139,6 +146,9 @@ class Run:
         for writer in self.outputs.values():
             writer.commit()
         self._skipped.commit()
+
+    def forget(self) -> None:
+        """Remove the journal of a job that is complete and reported: the last step."""
         self.journal.remove()
         self._left = True
 
@@ -152,6 +162,11 @@ class Run:
                 raise DataError(
                     f"the {split} split got none of {documents:,} documents with valid_fraction = {fraction}; choose "
                     "a fraction nearer to one half, or another seed, or 0 for no split"
+                )
+            if writer.tokens == 0:
+                raise DataError(
+                    f"the tokenizer makes no token of any of the {writer.documents:,} documents under key {key!r} in "
+                    f"the {split} split; a corpus needs tokens: end documents in a token of their own with append_eod"
                 )
 
     def leave(self) -> bool:
@@ -204,7 +219,7 @@ def write_all(
                         run.note()
                         noted_at, unnoted = time.monotonic(), 0
         except BaseException:
-            with suppress(DataError), signals.held():  # before the workers end, for which a scheduler may not wait
+            with suppress(DataError), signals.held():  # first of all: a scheduler does not wait long
                 run.note()
             raise
 
@@ -216,24 +231,30 @@ def _tasks(
     chunk_bytes: int,
     on_bytes: Callable[[int], None],
 ) -> Iterator[Task]:
-    """The inputs from a position on; chunks of small files come together."""
+    """The inputs from a position on; chunks of small files come together, up to ``chunk_bytes``."""
     pieces: list[tuple[int, str, RawChunk]] = []
     size, end = 0, start
+
+    def taken() -> Task:  # handed out from here, as a frame that waits would keep it in memory
+        nonlocal pieces, size
+        task, pieces, size = Task(tuple(pieces), end), [], 0
+        return task
+
     for number in range(start.input, len(files)):
         file = files[number]
         columns = _columns([by_name[file.source] for by_name in sources.values()])
         place = start.place if number == start.input else Place()
         for chunk in read_chunks(file.path, place, chunk_bytes, columns, on_bytes):
+            if pieces and size + len(chunk.payload) > chunk_bytes:
+                yield taken()
             pieces.append((number, file.source, chunk))
             size, end = size + len(chunk.payload), Position(number, chunk.end)
             del chunk  # it may be large, and this frame waits
             if size >= chunk_bytes // 2:
-                task, pieces, size = Task(tuple(pieces), end), [], 0
-                yield task
-                del task
+                yield taken()
         file.check_unchanged()
     if pieces:
-        yield Task(tuple(pieces), end)
+        yield taken()
 
 
 def _columns(sources: Sequence[Source]) -> list[str] | None:

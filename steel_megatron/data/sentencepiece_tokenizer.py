@@ -44,14 +44,15 @@ class SentencePieceTokenizer(TokenizerBase):
     Args:
         model_file: the ``.model`` file.
         engine: what encodes many texts.
+        eod_token: the piece that ends a document; by default the model's end-of-sentence piece.
 
     Raises:
-        DataError: the file is missing or damaged, or the model has no end-of-sentence piece.
+        DataError: the file is missing or damaged; or the model has no end-of-sentence piece, or not the one named.
     """
 
     kind: TokenizerKind = "sentencepiece"
 
-    def __init__(self, model_file: str | Path, engine: Engine = "auto") -> None:
+    def __init__(self, model_file: str | Path, engine: Engine = "auto", eod_token: str | None = None) -> None:
         try:
             model = Path(model_file).read_bytes()
         except OSError as error:
@@ -59,27 +60,39 @@ class SentencePieceTokenizer(TokenizerBase):
         try:
             if not model:  # which the library takes for no model being given
                 raise ValueError("the file is empty")
-            super().__init__(str(model_file), model, engine)
+            super().__init__(str(model_file), (model, eod_token), engine)
         except (RuntimeError, ValueError) as error:
             raise DataError(f"{model_file} is no SentencePiece model: {error}") from error
-        if self._processor.eos_id() < 0:
-            raise DataError(f"{model_file} has no end-of-sentence piece, which ends a document here")
+        if eod_token is not None and eod_token not in self._control_ids:
+            raise DataError(f"{model_file} has no piece {eod_token!r}, which is named as the end of a document")
+        if self.eod_id < 0:
+            raise DataError(
+                f"{model_file} has no end-of-sentence piece, which ends a document here; name a piece as eod_token"
+            )
+        self._check_plain_text(self._control_ids, self._control_ids)
 
-    def _content(self) -> bytes:
-        return self._model
+    def _content(self) -> tuple[bytes, str | None]:
+        return self._model, self._eod_token
 
-    def _load(self, content: bytes) -> None:
-        self._model = content
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+    def _load(self, content: tuple[bytes, str | None]) -> None:
+        self._model, self._eod_token = content
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         self._parsed = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-        self._parsed.ParseFromString(content)
-        found_in_text = [piece for piece in self._parsed.pieces if piece.type == _USER_DEFINED]
-        if marks := [piece for piece in found_in_text if _CONTROL_NAME.fullmatch(piece.piece)]:
+        self._parsed.ParseFromString(self._model)
+        if marks := [piece for piece in self._parsed.pieces if self._is_hidden_control(piece)]:
             for piece in marks:
                 piece.type = _CONTROL
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._parsed.SerializeToString())
         self._lossless = _is_lossless(self._parsed)
         self._space_symbol_ids = [self._processor.PieceToId(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
+
+    def _is_hidden_control(self, piece: Any) -> bool:
+        """Whether a piece that the plain library finds in any text is a control piece by what it is for."""
+        trainer = self._parsed.trainer_spec
+        if piece.type == _USER_DEFINED and _CONTROL_NAME.fullmatch(piece.piece):
+            return True
+        named = (trainer.bos_piece, trainer.eos_piece, trainer.pad_piece, self._eod_token)
+        return piece.type in (_NORMAL, _USER_DEFINED) and piece.piece in named
 
     def _fast_model(self) -> str:
         if not self._lossless:
@@ -93,8 +106,8 @@ class SentencePieceTokenizer(TokenizerBase):
 
     @property
     def eod_id(self) -> int:
-        """The id that ends a document: the model's end-of-sentence piece."""
-        return self._processor.eos_id()
+        """The id that ends a document: the model's end-of-sentence piece, or the one named."""
+        return self._processor.eos_id() if self._eod_token is None else self._control_ids[self._eod_token]
 
     @functools.cached_property
     def _control_ids(self) -> dict[str, int]:
@@ -109,8 +122,9 @@ class SentencePieceTokenizer(TokenizerBase):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the model file."""
-        return hashlib.sha256(self._model).hexdigest()
+        """SHA-256 (hex) of the model file, and of the end-of-document piece where that is another than its own."""
+        other = self.eod_id != self._processor.eos_id()
+        return hashlib.sha256(self._model + f"\0{self._eod_token}".encode() * other).hexdigest()
 
     def _encode(self, text: str) -> list[int]:
         if not self._lossless or SPACE_SYMBOL not in text:
@@ -151,7 +165,7 @@ class SentencePieceTokenizer(TokenizerBase):
                 )
         unknown, bos, eos = (
             self._processor.IdToPiece(index) if index >= 0 else None
-            for index in (self._processor.unk_id(), self._processor.bos_id(), self._processor.eos_id())
+            for index in (self._processor.unk_id(), self._processor.bos_id(), self.eod_id)
         )
         save_huggingface(Path(folder), exported, {"unk_token": unknown, "bos_token": bos, "eos_token": eos})
 

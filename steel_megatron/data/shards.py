@@ -96,7 +96,7 @@ class ShardedWriter:
                 _check_still_there(shard)
             if not overwrite:  # what is beyond the noted shard can only be of the interrupted job itself
                 for beyond in set(corpora_at(prefix)) - {shard.prefix for shard in self.shards} - {self._prefix()}:
-                    _remove_corpus(beyond)
+                    remove_corpus(beyond)
         self._writer = self._open(None if state is None else state["writer"])
 
     def _open(self, state: Mapping[str, Any] | None = None) -> IndexedWriter:
@@ -174,10 +174,10 @@ class ShardedWriter:
         self._committing = True
         if not self.shards:
             for stale in set(corpora_at(self.prefix)) - {self._writer.prefix}:
-                _remove_corpus(stale)
+                remove_corpus(stale)
         self._writer.commit()
         self.shards.append(
-            Shard(self._writer.prefix, self._writer.documents, self._writer.tokens, _content(self._writer.prefix))
+            Shard(self._writer.prefix, self._writer.documents, self._writer.tokens, content_of(self._writer.prefix))
         )
 
     def state(self) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class ShardedWriter:
         if not self._committing:
             self._writer.discard()
         for shard in reversed(self.shards):
-            _remove_corpus(shard.prefix)
+            remove_corpus(shard.prefix)
 
 
 def refuse_existing(prefix: str, overwrite: bool) -> None:
@@ -240,18 +240,28 @@ def remove_partial(prefix: str) -> None:
             remove(partial(with_suffix(unfinished, suffix)))
 
 
-def _remove_corpus(prefix: str) -> None:
+def remove_corpus(prefix: str) -> None:
+    """Remove the files of a corpus, as far as they are there.
+
+    Raises:
+        DataError: one cannot be removed.
+    """
     for suffix in reversed(SUFFIXES):  # the manifest first
         path = with_suffix(prefix, suffix)
         with disk_errors("remove", path, DataError):
             path.unlink(missing_ok=True)
 
 
-def _content(prefix: str) -> str | None:
+def content_of(prefix: str) -> str | None:
+    """The identity of a corpus' tokens, as its manifest has it; None without a manifest.
+
+    Raises:
+        DataError: the corpus is damaged.
+    """
     manifest = open_indexed(prefix).manifest
     return None if manifest is None else manifest["content"]
 
 
 def _check_still_there(shard: Shard) -> None:
-    if _content(shard.prefix) != shard.content:
+    if content_of(shard.prefix) != shard.content:
         raise DataError(f"{shard.prefix}, a shard of the interrupted job, was replaced; start again with overwrite")

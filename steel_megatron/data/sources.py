@@ -26,6 +26,7 @@ from steel_megatron.data.formats import (
 )
 from steel_megatron.data.named_sources import SOURCES, Dialogue, Source, get_source
 from steel_megatron.errors import DataError
+from steel_megatron.log import get_logger
 
 __all__ = [
     "CODE_SUFFIXES",
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 BadRowPolicy = Literal["stop", "skip"]
+
+_log = get_logger(__name__)
 
 _SKIPPED_FOLDERS = ("__pycache__",)
 _QUARANTINED = 2000
@@ -87,34 +90,62 @@ class Input:
     """Name of a source."""
 
 
-def parse_inputs(inputs: Sequence[str]) -> list[Input]:
+def parse_inputs(inputs: Sequence[str], own: Callable[[Path], bool] | None = None) -> list[Input]:
     """Turn files, folders and glob patterns, each alone or as ``SOURCE=PATTERN``, into a list of files.
 
     The order is that of ``inputs``, and within a folder or a pattern sorted by path, so it does not depend on the
-    file system. A file that is named twice is read once. Folders are searched through all levels for files of a
-    known format; hidden files and ``__pycache__`` are left out, and links to folders are not followed.
+    file system. A file that is named twice, in whichever way, is read once, under its first name. Folders are
+    searched through all levels for files of a known format; hidden files and ``__pycache__`` are left out, and links
+    to folders are not followed.
 
     Args:
         inputs: paths or patterns (``*``, ``?``, ``[...]``, and ``**`` for any depth); without a source's name, rows
             are read by their text key.
+        own: tells the files that the caller itself writes; they are left out of folders and patterns.
 
     Raises:
-        DataError: an input matches nothing, a file is of no known format or named with two sources, or there is no
-            such source.
+        DataError: an input matches nothing, a file is of no known format or named with two sources, or one that the
+            caller itself writes, or there is no such source.
     """
-    files: dict[Path, str] = {}
+    if isinstance(inputs, str):
+        raise DataError(f"the inputs are one string, {inputs!r}, where a list is expected: [{inputs}]")
+    files: dict[tuple[int, ...] | str, Input] = {}
     for given in inputs:
         name, pattern = "text", given
         if "=" in given and not os.path.exists(given):
             name, pattern = given.split("=", 1)
             if name not in SOURCES:
                 raise DataError(f"input {given!r}: there is no source {name!r}; known are {', '.join(SOURCES)}")
-        for path in _matching(pattern, given):
-            if files.setdefault(path, name) != name:
-                raise DataError(f"{path} is named as {files[path]} and as {name}; a file has one source")
+        for path in _not_own(_matching(pattern, given), pattern, own):
+            first = files.setdefault(_identity(path), Input(path, name))
+            if first.source != name:
+                raise DataError(f"{path} is named as {first.source} and as {name}; a file has one source")
+            if first.path != path:
+                _log.info(f"{path} is {first.path}, which is read already")
     if not files:
         raise DataError("no input was given; name at least one file, folder or pattern")
-    return [Input(path, name) for path, name in files.items()]
+    return [*files.values()]
+
+
+def _identity(path: Path) -> tuple[int, ...] | str:
+    """The same for all names of a file."""
+    try:
+        found = path.stat()
+    except OSError:  # which is said when it is read
+        return os.path.realpath(path)
+    # Some network file systems number their files carelessly: not by the number alone.
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _not_own(paths: Sequence[Path], pattern: str, own: Callable[[Path], bool] | None) -> Iterator[Path]:
+    """Files without those that the job itself writes."""
+    for path in paths:
+        if own is None or not own(path):
+            yield path
+        elif os.path.isfile(pattern):
+            raise DataError(f"{path} is a file that this very job writes; name other inputs, or another output")
+        else:
+            _log.info(f"{path} is left out of the inputs: this very job writes it")
 
 
 def expand_inputs(inputs: Sequence[str]) -> list[Path]:

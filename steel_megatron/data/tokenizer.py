@@ -20,6 +20,7 @@ import numpy as np
 from steel_megatron.config import TokenizerKind
 from steel_megatron.data.fast_encoding import FlatIds, as_texts
 from steel_megatron.data.huggingface_tokenizer import HuggingFaceTokenizer
+from steel_megatron.data.long_texts import DIALOGUE_MARKS
 from steel_megatron.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from steel_megatron.data.tokenizer_base import Engine
 from steel_megatron.errors import DataError
@@ -34,9 +35,6 @@ __all__ = [
     "encode_dialogues",
     "load_tokenizer",
 ]
-
-DIALOGUE_MARKS = ("<|im_start|>", "<|im_end|>")
-"""What begins and ends a turn in the text form of a dialogue."""
 
 
 class Tokenizer(Protocol):
@@ -95,24 +93,27 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(kind: TokenizerKind, path: str | Path, engine: Engine = "auto") -> Tokenizer:
+def load_tokenizer(
+    kind: TokenizerKind, path: str | Path, engine: Engine = "auto", eod_token: str | None = None
+) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
-        kind: ``huggingface`` for a folder or its ``tokenizer.json``, ``sentencepiece`` for a ``.model`` file.
+        kind: ``huggingface`` for a folder or a ``tokenizer.json``, ``sentencepiece`` for a ``.model`` file.
         path: the folder or file.
         engine: what encodes many texts: ``gigatoken``, ``tokenizers`` for the tokenizer's own library, or ``auto``
             for gigatoken where it is installed and gives the same ids.
+        eod_token: the token that ends a document; by default the one that the tokenizer's files name.
 
     Raises:
-        DataError: it is missing, damaged, or has no end-of-document token; or gigatoken is asked for and cannot be
-            used.
+        DataError: it is missing, damaged, or has no end-of-document token; plain text gives a control token whatever
+            is done; or gigatoken is asked for and cannot be used.
     """
     tokenizer: Tokenizer
     if kind == "huggingface":
-        tokenizer = HuggingFaceTokenizer(path, engine=engine)
+        tokenizer = HuggingFaceTokenizer(path, eod_token, engine)
     elif kind == "sentencepiece":
-        tokenizer = SentencePieceTokenizer(path, engine=engine)
+        tokenizer = SentencePieceTokenizer(path, engine, eod_token)
     else:
         raise DataError(f"tokenizer kind {kind!r} is unknown; it must be huggingface or sentencepiece")
     if engine == "gigatoken":

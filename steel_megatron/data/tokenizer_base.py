@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -28,6 +28,9 @@ Engine = Literal["auto", "gigatoken", "tokenizers"]
 
 _VERIFIED_CHARACTERS = 100_000
 """How much of the texts handed to ``verify_on`` is compared: what takes well under a second."""
+
+_RARE = "".join(chr(point) for point in (*range(1, 0x250), 0x5E8F, 0xE000, 0x10FFFD))
+"""Characters among which a vocabulary of characters has some and not others."""
 
 _log = get_logger(__name__)
 
@@ -80,6 +83,36 @@ class TokenizerBase(ABC):
         """Texts on which gigatoken must give the same ids to be chosen."""
         return CHECK_TEXTS
 
+    def _check_plain_text(self, control: Mapping[str, int], spelled: Collection[str] = ()) -> None:
+        """Make sure that no text gives the id of a control token; to be called when a tokenizer is loaded.
+
+        Args:
+            control: ids of control tokens by name.
+            spelled: control tokens whose characters must be kept from making them; those must not get lost.
+
+        Raises:
+            DataError: a text gives one, or loses it.
+        """
+        texts = [*CHECK_TEXTS, _RARE, *(text for name in control for text in (name, f"a{name}b", f" {name} "))]
+        try:
+            encoded = self._encode_flat(texts)
+        except Exception as error:  # the Rust extension raises bare Exceptions, as where there is no unknown token
+            raise DataError(f"{self._name} cannot encode every text: {error}") from error
+        names = {index: name for name, index in control.items()}
+        for text, ids in zip(texts, _split(*encoded), strict=True):
+            if found := names.keys() & set(ids.tolist()):
+                raise DataError(
+                    f"{self._name} gives the control token {names[min(found)]!r} for the plain text {_begin(text)!r}, "
+                    "so that a document could end itself; name another end-of-document token (eod_token), or do not "
+                    "mark that token as special"
+                )
+        for name in spelled:
+            if not self._encode(name):
+                raise DataError(
+                    f"{self._name} has no id for the plain text {name!r} but that of the control token of this name; "
+                    "name another end-of-document token (eod_token), or do not mark that token as special"
+                )
+
     @property
     @abstractmethod
     def vocab_size(self) -> int:
@@ -130,7 +163,7 @@ class TokenizerBase(ABC):
         ours, theirs = _split(*self._encode_flat(texts)), _split(*fast.encode_flat(texts))
         for text, expected, found in zip(texts, ours, theirs, strict=True):
             if not np.array_equal(expected, found):
-                raise EngineProblem(f"it gives other ids for {text if len(text) <= 60 else text[:60] + '...'!r}")
+                raise EngineProblem(f"it gives other ids for {_begin(text)!r}")
 
     def verify_on(self, texts: Sequence[str] | Sequence[bytes]) -> None:
         """Compare gigatoken, if that is the engine, with the tokenizer's own library on the begin of real texts.
@@ -210,6 +243,10 @@ class TokenizerBase(ABC):
             "vocab_size": self.vocab_size,
             "eod_id": self.eod_id,
         }
+
+
+def _begin(text: str) -> str:
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def _split(ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

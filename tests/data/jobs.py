@@ -29,9 +29,12 @@ PACE = {"chunk_bytes": 4096, "journal_bytes": 1 << 14, "journal_seconds": 0.2}
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """Names and contents; none when the folder is not there: work that wrote nothing leaves none."""
+    """Names and contents, without reports: those tell the time and the place.
+
+    None when the folder is not there: work that wrote nothing leaves none.
+    """
     found = sorted(folder.iterdir()) if folder.exists() else []
-    return {path.name: path.read_bytes() for path in found if path.is_file()}
+    return {path.name: path.read_bytes() for path in found if path.is_file() and not path.match("*.report.json")}
 
 
 def mixed_inputs(folder: Path, count: int) -> list[str]:

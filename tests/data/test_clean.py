@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import zstandard
 
 from steel_megatron.data import clean
 from steel_megatron.data.clean import clean_corpus
+from steel_megatron.data.cleaning import executors, job_folder
 from steel_megatron.data.cleaning.funnel import table
 from steel_megatron.data.cleaning.stages import CleanUnits, SampleTexts, WriteKept
 from steel_megatron.data.named_sources import Dialogue
@@ -120,7 +122,7 @@ def test_every_document_is_kept_once_or_quarantined_once(whole: Path, corpus: Pa
             assert raw[path, 45]["original"] == {"path": first, "row": 45} and raw[path, 45]["value"] <= 4
 
 
-def test_the_report_agrees_with_the_files(whole: Path) -> None:
+def test_the_report_agrees_with_the_files(whole: Path, corpus: Path) -> None:
     report = json.loads((whole / "funnel.json").read_text())
     assert (whole / "funnel.png").read_bytes().startswith(b"\x89PNG")
     for row in report["operators"]:
@@ -138,7 +140,16 @@ def test_the_report_agrees_with_the_files(whole: Path) -> None:
     assert totals["bytes_kept"] == sum(len(entry["text"].encode()) for entry in kept)
     assert totals["documents_in"] == 4 * 46 == len(kept) + totals["documents_dropped"]
     by_name = {row["operator"]: row for row in report["operators"]}
-    assert by_name["clean_email_mapper"]["documents_changed"] == 4
+    mail = by_name["clean_email_mapper"]
+    assert (mail["documents_changed"], mail["documents_halved"]) == (4, 0)
+    assert [len(counts["changes"]) for counts in mail["sources"].values()] == [2, 2]
+    assert mail["sources"]["text"]["changes"][0] == {
+        "path": f"{corpus}/2.jsonl",
+        "row": 46,
+        "before": "写信给 a.b@c.com 就行了，谢谢大家！",
+        "after": "写信给  就行了，谢谢大家！",
+    }
+    assert all(not counts["changes"] for counts in by_name["text_length_filter"]["sources"].values())
     assert by_name["text_length_filter"]["settings"] == {"min_len": 10, "max_len": None}
     lines = table(report).splitlines()
     assert lines[1].split() == ["read", "184", "0", "0", f"{totals['bytes_in'] / 1e6:.2f}", "100.0%"]
@@ -226,6 +237,16 @@ def test_bad_rows_stop_or_are_quarantined(recipe: Path, tmp_path: Path) -> None:
     assert skipped[1]["reason"] == "empty"
 
 
+def test_a_mapper_that_takes_most_of_a_text_is_counted(recipe: Path, tmp_path: Path) -> None:
+    lines = ["甲乙丙丁。" * 9, "甲乙丙丁。戊己庚辛。", "子丑寅卯。辰巳午未。子丑寅卯。"]
+    source = write_jsonl(tmp_path / "a.jsonl", lines)
+    recipe.write_text("kind: text\noperators: [remove_repeat_sentences_mapper]")
+    result = clean_corpus(recipe, [str(source)], tmp_path / "out")
+    (_, row) = result.report["operators"]
+    assert (row["documents_changed"], row["documents_halved"]) == (2, 1)
+    assert [change["after"] for change in row["sources"]["text"]["changes"]] == ["甲乙丙丁。", "子丑寅卯。辰巳午未。"]
+
+
 def test_a_source_that_loses_all(recipe: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["x", "y"])
     empty = tmp_path / "b.jsonl"
@@ -281,6 +302,37 @@ def test_missing_packages_are_named(
         DataError, match=r"ftfy \(for fix_unicode_mapper\), rjieba \(for words_num_filter\); pip install"
     ):
         clean_corpus(recipe, inputs(corpus), tmp_path / "out")
+    monkeypatch.setattr(clean.importlib.util, "find_spec", lambda name: None if name == "pyarrow" else find_spec(name))
+    table_file = tmp_path / "a.parquet"
+    table_file.touch()
+    with pytest.raises(DataError, match=r"not installed: pyarrow \(for a.parquet\); pip install"):
+        clean_corpus(recipe, [*inputs(corpus), str(table_file)], tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_is_told_in_bytes(
+    recipe: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    told: list[tuple[str, float | None, str]] = []
+    read: list[float] = []
+
+    class Shown:
+        def advance(self, amount: float = 1, note: str = "") -> None:
+            read.append(amount)
+
+    @contextmanager
+    def progress(description: str, total: float | None = None, unit: str = "it") -> Iterator[Shown]:
+        told.append((description, total, unit))
+        yield Shown()
+
+    monkeypatch.setattr(executors, "progress", progress)
+    recipe.write_text("kind: text\noperators: [text_length_filter]")
+    size = sum(path.stat().st_size for path in corpus.iterdir())
+    monkeypatch.setattr(clean, "UNIT_BYTES", size // 6)  # so that each file is read in parts
+    clean_corpus(recipe, inputs(corpus), tmp_path / "out", workers=workers)
+    assert told == [("clean", pytest.approx(size, abs=8), "bytes")]
+    assert sum(read) == pytest.approx(size)
 
 
 def test_an_output_is_not_overwritten_by_accident(recipe: Path, corpus: Path, tmp_path: Path) -> None:
@@ -368,7 +420,7 @@ def test_completed_tasks_are_not_done_again(
 def test_an_interrupted_job_goes_on_only_as_it_was(recipe: Path, corpus: Path, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     partial.mkdir()
-    (partial / "plan.json").write_text("{}")
+    (partial / "plan.json").write_text(json.dumps({"format": job_folder.PLAN_FORMAT}))
     recipe.write_text("kind: text\noperators: [text_length_filter]")
     with pytest.raises(DataError, match=r"out.partial holds an interrupted job with another recipe"):
         clean_corpus(recipe, inputs(corpus), tmp_path / "out")
@@ -380,7 +432,7 @@ def test_an_interrupted_job_goes_on_only_as_it_was(recipe: Path, corpus: Path, t
 def test_a_kill_around_the_last_rename(
     recipe: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: bool
 ) -> None:
-    replace = clean.replace_folder
+    replace = job_folder.replace_folder
     recipe.write_text("kind: text\noperators: [text_length_filter]")
 
     def killed(partial: Path, final: Path) -> None:
@@ -388,11 +440,11 @@ def test_a_kill_around_the_last_rename(
             replace(partial, final)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(clean, "replace_folder", killed)
+    monkeypatch.setattr(job_folder, "replace_folder", killed)
     with pytest.raises(KeyboardInterrupt):
         clean_corpus(recipe, inputs(corpus), tmp_path / "out")
     assert (tmp_path / "out").exists() == published
-    monkeypatch.setattr(clean, "replace_folder", replace)
+    monkeypatch.setattr(job_folder, "replace_folder", replace)
     result = clean_corpus(recipe, inputs(corpus), tmp_path / "out")
     assert result.report == json.loads((tmp_path / "out" / "funnel.json").read_text())
     assert not (tmp_path / "out.partial").exists()
@@ -416,7 +468,7 @@ def test_a_full_disk_is_an_error_and_the_job_goes_on_later(
 @pytest.mark.timeout(60)
 def test_a_killed_worker_fails_the_job(recipe: Path, corpus: Path, tmp_path: Path) -> None:
     big = write_jsonl(tmp_path / "big.jsonl", make_texts(20_000, seed=6))
-    command = tool(recipe, corpus, tmp_path / "out", "--workers", "2", "--sources", str(corpus), str(big))
+    command = tool(recipe, corpus, tmp_path / "out", "--workers", "2", "--sources", str(big))
     job = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         workers: list[psutil.Process] = []

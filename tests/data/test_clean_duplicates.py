@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steel_megatron.data.cleaning import duplicates
 from steel_megatron.data.cleaning.duplicates import (
     EXACT,
     KEPT,
@@ -17,7 +19,7 @@ from steel_megatron.data.cleaning.duplicates import (
     ExactDeduplicator,
     SimhashDeduplicator,
     find_duplicates,
-    near_pairs,
+    near_components,
 )
 
 ZH = "光合作用把阳光、水和二氧化碳变成糖和氧气，是地球上几乎所有生命的能量来源；植物、藻类和一些细菌都能进行光合作用。"
@@ -69,19 +71,34 @@ def test_exact_and_near_copies_across_the_input() -> None:
     assert len(find_duplicates(np.empty(0, dtype=SIGNATURE), exact, near)) == 0
 
 
-def plain_pairs(hashes: np.ndarray, distance: int) -> set[tuple[int, int]]:
+def plain_components(pairs: list[tuple[int, int]], count: int) -> list[int]:
+    """The smallest index in the component of each of ``count``, by plain loops."""
+    smallest = list(range(count))
+    for _ in range(count):
+        before = list(smallest)
+        for i, j in pairs:
+            smallest[i] = smallest[j] = min(smallest[i], smallest[j])
+        if smallest == before:
+            break
+    return smallest
+
+
+def plain_pairs(hashes: np.ndarray, distance: int) -> list[tuple[int, int]]:
     values = [int(value) for value in hashes]
-    return {
+    return [
         (i, j)
         for i in range(len(values))
         for j in range(i)
         if (values[i] ^ values[j]).bit_count() <= distance
-    }  # fmt: skip
+    ]  # fmt: skip
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 8), st.data())
-def test_all_near_pairs_are_found(seed: int, num_blocks: int, data: st.DataObject) -> None:
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 8), st.integers(1, 64), st.booleans(), st.data())
+def test_components_are_those_of_plain_loops(
+    seed: int, num_blocks: int, width: int, cut: bool, data: st.DataObject
+) -> None:
+    """Hashes around some centres, and hashes of which only ``width`` bits vary; also where buckets are cut again."""
     distance = data.draw(st.integers(0, num_blocks - 1))
     draw = np.random.default_rng(seed)
     centres = draw.integers(0, 2**64, size=6, dtype=np.uint64)
@@ -89,13 +106,27 @@ def test_all_near_pairs_are_found(seed: int, num_blocks: int, data: st.DataObjec
         [sum(1 << int(bit) for bit in draw.choice(64, draw.integers(0, 7), replace=False)) for _ in range(60)],
         dtype=np.uint64,
     )
-    hashes = np.unique(centres[draw.integers(0, 6, size=60)] ^ flips)
-    found = {
-        (max(i, j), min(i, j))
-        for left, right in near_pairs(hashes, num_blocks, distance)
-        for i, j in zip(left.tolist(), right.tolist(), strict=True)
-    }
-    assert found == plain_pairs(hashes, distance)
+    varying = draw.choice(64, width, replace=False)
+    template = [sum(int(draw.integers(2)) << int(bit) for bit in varying) for _ in range(60)]
+    hashes = np.unique(
+        np.concatenate([centres[draw.integers(0, 6, size=60)] ^ flips, np.array(template, dtype=np.uint64)])
+    )
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if cut:
+            monkeypatch.setattr(duplicates, "_FIRST_STEPS", 1)
+            monkeypatch.setattr(duplicates, "_MANY_PAIRS", 0)
+            monkeypatch.setattr(duplicates, "_PAIRS_AT_ONCE", 7)
+        found = near_components(hashes, num_blocks, distance)
+    assert found.tolist() == plain_components(plain_pairs(hashes, distance), len(hashes))
+
+
+@pytest.mark.parametrize("varying", [22, 42])
+def test_documents_of_one_template_take_no_quadratic_time(varying: int) -> None:
+    """Comparing all of a bucket takes half a minute; with 22 bits most are one component, with 42 almost none."""
+    hashes = np.unique(np.random.default_rng(0).integers(0, 2**varying, 100_000, dtype=np.uint64))
+    begin = time.process_time()
+    near_components(hashes, 6, 4)
+    assert time.process_time() - begin < 8
 
 
 def plain_verdicts(table: np.ndarray, distance: int) -> list[bool]:
@@ -135,10 +166,8 @@ def test_agrees_with_the_package_that_data_juicer_uses() -> None:
     hashes = np.unique(
         np.concatenate([centres, centres ^ np.uint64(0b1011), centres ^ np.uint64(1 << 60 | 1 << 3 | 0xF0)])
     )
-    theirs = {tuple(sorted(pair)) for pair in simhash.find_all(hashes.tolist(), 6, 4)}
-    ours = {
-        tuple(sorted((int(hashes[i]), int(hashes[j]))))
-        for left, right in near_pairs(hashes, 6, 4)
-        for i, j in zip(left, right, strict=True)
-    }
-    assert ours == theirs and len(ours) == 40
+    theirs = [(max(pair), min(pair)) for pair in simhash.find_all(hashes.tolist(), 6, 4)]
+    places = {int(value): place for place, value in enumerate(hashes)}
+    by_place = [(places[left], places[right]) for left, right in theirs]
+    found = near_components(hashes, 6, 4)
+    assert found.tolist() == plain_components(by_place, len(hashes)) and len(np.unique(found)) == len(hashes) - 40

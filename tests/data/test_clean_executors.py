@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from steel_megatron.data import clean
 from steel_megatron.data.clean import clean_corpus
+from steel_megatron.data.cleaning import stages
 from steel_megatron.errors import DataError
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.test_clean import content
@@ -73,15 +76,26 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.timeout(90)
-def test_slurm_gives_the_same_bytes(recipe: Path, sources: list[str], slurm: Path, tmp_path: Path) -> None:
+def test_slurm_gives_the_same_bytes(
+    recipe: Path, sources: list[str], slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "BYTES_A_DOCUMENT", 1 << 28)
     clean_corpus(recipe, sources, tmp_path / "local")
     options = {"executor": "slurm", "slurm_partition": "cpu", "tasks": 2, "workers": 2, "slurm_poll_seconds": 0.01}
-    clean_corpus(recipe, sources, tmp_path / "slurm_out", **options)  # type: ignore[arg-type]
+    report = clean_corpus(recipe, sources, tmp_path / "slurm_out", **options).report  # type: ignore[arg-type]
     assert content(tmp_path / "slurm_out") == content(tmp_path / "local")
     scripts = [path.read_text() for path in slurm.glob("script.*")]
     assert len(scripts) == 3  # cleaning, comparison, writing; nothing else
     assert sum("#SBATCH --array=0-1%2" in script for script in scripts) == 2
     assert all("#SBATCH --partition=cpu" in script and "--qos" not in script for script in scripts)
+    memory = {
+        re.findall("--job-name=clean-([a-z]+)-", script)[0]: int(re.findall("--mem-per-cpu=([0-9]+)G", script)[0])
+        for script in scripts
+    }
+    comparison = memory.pop("duplicates")  # which counts the heads of three files as some more documents
+    compared = report["operators"][2]["documents_in"]
+    assert memory == {"clean": 4, "deduplicate": 4}
+    assert 1 + math.ceil(compared / 4) <= comparison <= 1 + math.ceil((compared + 30) / 4)
 
 
 @pytest.mark.timeout(90)
@@ -121,5 +135,5 @@ def test_ray_gives_the_same_bytes(recipe: Path, sources: list[str], tmp_path: Pa
 
 def test_no_ray(recipe: Path, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(DataError, match=r"executor ray needs the package ray .*pip install"):
+    with pytest.raises(DataError, match=r"executor ray needs the package ray .*pip install 'steel-megatron\[ray\]'"):
         clean_corpus(recipe, sources, tmp_path / "out", executor="ray")

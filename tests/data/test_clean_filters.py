@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steel_megatron.data.cleaning import stages
 from steel_megatron.data.cleaning.filters import (
     Alphanumeric,
     AverageLineLength,
@@ -21,6 +22,7 @@ from steel_megatron.data.cleaning.filters import (
     WordRepetition,
     WordsNum,
 )
+from steel_megatron.data.cleaning.mappers import CleanEmail
 from steel_megatron.data.cleaning.stages import Dropped, operate
 from steel_megatron.data.cleaning.texts import Lost, Text
 from steel_megatron.data.named_sources import Dialogue
@@ -85,6 +87,17 @@ def test_words_by_tokens(hf_folder: Path) -> None:
     assert decoded and not any(letter.isalpha() for piece in decoded for letter in piece)
     letters = sum(map(str.isalpha, text))
     assert Alphanumeric(tokenization=True).measure(Sample(text, resources)) == letters / len(ids)
+
+
+def test_parts_of_a_character_are_words(qwen_folder: Path) -> None:
+    """Rare characters are two tokens each, which are no text by themselves."""
+    assert len(Resources(str(qwen_folder)).word_tokens("龘靐。")) == 4
+
+
+def test_a_mapper_cannot_make_a_text_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "LONGEST", 20)
+    assert operate(Text("a@b.cn " * 2), CleanEmail(repl="某人的地址"), NONE) is True
+    assert operate(Text("a@b.cn " * 4), CleanEmail(repl="某人的地址"), NONE) == Dropped(24, "more than 20 characters")
 
 
 @pytest.mark.parametrize("build", [lambda: Alphanumeric(min_ratio=0.9, max_ratio=0.2),

@@ -9,11 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from steel_megatron.data.cleaning.filters import Perplexity, Resources
 from steel_megatron.data.cleaning.language_model import HalfModel, LanguageModel, half_of
+from steel_megatron.data.cleaning.stages import Dropped, operate
+from steel_megatron.data.cleaning.texts import Text
 from steel_megatron.errors import DataError
 from tests.data.conftest import make_texts
 
 TEXTS = make_texts(400)
+
+
+def of_one(texts: list[str]) -> list[tuple[str, str]]:
+    """Texts of one source."""
+    return [("text", text) for text in texts]
 
 
 @pytest.mark.parametrize("order", [2, 3, 5])
@@ -45,7 +53,7 @@ def test_bigrams_by_hand() -> None:
 
 
 def test_sense_is_less_perplexing_than_nonsense(tmp_path: Path) -> None:
-    model = LanguageModel.train(TEXTS)
+    model = LanguageModel.train(of_one(TEXTS))
     unseen = make_texts(30, seed=9)
     draw = random.Random(0)
     for text in unseen:
@@ -64,9 +72,8 @@ def test_sense_is_less_perplexing_than_nonsense(tmp_path: Path) -> None:
 def test_a_text_is_scored_by_the_half_that_did_not_see_it() -> None:
     text = "这一句话只出现一次，谁也没有说过第二遍！"
     texts = [*TEXTS, text]
-    assert LanguageModel.train(texts).perplexity(text) > LanguageModel.train([*texts, *_other_half(text)]).perplexity(
-        text
-    )
+    more = [*texts, *_other_half(text)]
+    assert LanguageModel.train(of_one(texts)).perplexity(text) > LanguageModel.train(of_one(more)).perplexity(text)
 
 
 def _other_half(text: str) -> list[str]:
@@ -75,14 +82,32 @@ def _other_half(text: str) -> list[str]:
     return [candidate for candidate in candidates if half_of(candidate) != half_of(text)]
 
 
+def test_each_source_has_its_own_quantiles(tmp_path: Path) -> None:
+    """Classical Chinese is strange among web pages; of its own texts it loses only the strangest."""
+    draw = random.Random(2)
+    old = ["".join(draw.choices("之乎者也矣焉哉其而则以于为何若乃", k=40)) for _ in range(60)]
+    model = LanguageModel.train([*(("web", text) for text in TEXTS), *(("classics", text) for text in old)])
+    model.save(tmp_path / "model")
+    model = LanguageModel.load(tmp_path / "model")
+
+    def lost(texts: list[str], source: str | None) -> int:
+        limits = Perplexity(max_quantile=0.95), Resources(language_model=str(tmp_path / "model"), source=source)
+        return sum(isinstance(operate(Text(text), *limits), Dropped) for text in texts)
+
+    assert lost(old, "classics") == 3 and 15 <= lost(TEXTS, "web") <= 25
+    assert lost(old, None) > 20
+    assert model.quantile(0.95, "unheard of") == model.quantile(0.95)
+    assert model.quantile(0.95, "web") < model.quantile(0.95) < model.quantile(0.95, "classics")
+
+
 def test_too_few_texts() -> None:
     with pytest.raises(DataError, match=r"there are 1 texts .* too few.*model: none"):
-        LanguageModel.train(["x"])
+        LanguageModel.train([("text", "x")])
 
 
 @pytest.mark.parametrize("damage", ["missing", "json", "format", "array", "truncated"])
 def test_damage_is_named(tmp_path: Path, damage: str) -> None:
-    LanguageModel.train(TEXTS[:50]).save(tmp_path)
+    LanguageModel.train(of_one(TEXTS[:50])).save(tmp_path)
     about, array = tmp_path / "model.json", tmp_path / "1_2_grams.npy"
     if damage == "missing":
         about.unlink()

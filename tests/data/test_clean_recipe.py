@@ -87,6 +87,10 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
             "text_length_filter stands behind document_deduplicator; deduplicators must be the last",
         ),
         ("kind: text\noperators: [document_deduplicator, document_deduplicator]", "is there twice"),
+        (
+            "kind: text\noperators: [document_simhash_deduplicator, document_deduplicator]",
+            "document_deduplicator stands behind document_simhash_deduplicator; exact copies are found first",
+        ),
         ("kind: text\noperators: [perplexity_filter, perplexity_filter]", "is there twice"),
         ("kind: text\noperators: [words_num_filter: {tokenization: tokenizer}]", "words_num_filter counts tokens"),
     ],

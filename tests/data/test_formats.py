@@ -218,6 +218,23 @@ def test_a_row_group_is_not_read_whole(tmp_path: Path) -> None:
     assert first.rows + sum(chunk.rows for chunk in chunks) == 20_000
 
 
+@pytest.mark.parametrize("categories", [False, True])
+def test_chunks_of_a_table_are_cut_by_the_bytes_of_its_rows(tmp_path: Path, categories: bool) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs the extra data")
+    import pyarrow
+
+    path = tmp_path / "a.parquet"  # of a few KB: five texts, and which of them each row has
+    texts = pyarrow.array([f"{row % 5}" + " word" * 2000 for row in range(1000)])
+    parquet.write_table(pyarrow.table({"text": texts.dictionary_encode() if categories else texts}), path)
+    chunks = list(read_chunks(path, chunk_bytes=100_000))
+    assert max(len(chunk.payload) for chunk in chunks) < 110_000 and sum(chunk.rows for chunk in chunks) == 1000
+    assert texts_of(chunks) == list(enumerate(texts.to_pylist(), start=1))
+    for done in (0, 7, len(chunks) - 2):
+        assert list(read_chunks(path, chunks[done].end, 100_000)) == chunks[done + 1 :]
+    largest = read_chunks(path, chunk_bytes=100)  # a row is never cut
+    assert [chunk.rows for chunk in largest] == [1] * 1000
+
+
 def test_zstd_frames_that_hold_no_text_are_passed_over(tmp_path: Path) -> None:
     note = b"\x50\x2a\x4d\x18\x05\x00\x00\x00hello"  # parallel compressors put such frames between the others
     frames = [zstandard.compress(b'{"text": "%s"}\n' % text) for text in (b"a", b"b")]
@@ -245,7 +262,7 @@ def test_a_compressed_file_that_became_shorter(tmp_path: Path) -> None:
         list(read_chunks(path, Place(90, 100_000)))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+@pytest.mark.usefixtures("file_modes_hold")
 def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", TEXTS)
     path.chmod(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -234,7 +233,7 @@ def test_what_is_no_readable_file(tmp_path: Path, suffix: str) -> None:
             open_indexed(prefix)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.usefixtures("file_modes_hold")
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".rows.npy", ".json"])
 def test_a_file_that_may_not_be_read(tmp_path: Path, suffix: str) -> None:
     prefix = write(tmp_path / "x", [[1, 2], [3]], rows=[1, 2], inputs=inputs(2))

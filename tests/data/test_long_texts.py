@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
+import random
+import re
+import string
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +19,7 @@ from hypothesis import strategies as st
 from steel_megatron.data.encoding import Encoder, Position, Task
 from steel_megatron.data.formats import Place, RawChunk
 from steel_megatron.data.indexed import token_dtype
-from steel_megatron.data.long_texts import pieces
+from steel_megatron.data.long_texts import DIALOGUE_MARKS, pieces
 from steel_megatron.data.named_sources import get_source
 from steel_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from tests.data.conftest import make_texts
@@ -58,10 +63,117 @@ def test_pieces_of_any_text(sp: SentencePieceTokenizer, words: list[str], longes
     assert [index for piece in found for index in sp.encode(piece)] == sp.encode(text)
 
 
+Encode = Callable[[str], list[int]]
+
+
+def splitter(pattern: str) -> tuple[Callable[[str], list[str]], Encode]:
+    """A tokenizer whose tokens are the matches of a pattern, each with an id of its own."""
+    ids: dict[str, int] = {}
+
+    def tokens(text: str) -> list[str]:
+        return re.findall(pattern, text, re.DOTALL)
+
+    return tokens, lambda text: [ids.setdefault(token, len(ids)) for token in tokens(text)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        (r"\nb|a c|.", "xxx\nb"),
+        (r"\nb|a c|.", "xxx\nb y c"),
+        (r"\nb|a c|.", "xa c"),
+        (r"\d{1,3}|\D", "1234567"),
+        (r"\d{1,3}|\D", "123,4567890;"),
+        (r"\w+|\W+", "ab, cd\n"),
+        (r"a{1,5}|.", "aaaaaaaaaaaaaab"),
+    ],
+)
+def test_no_cut_goes_through_a_token(pattern: str, text: str) -> None:
+    tokens, encode = splitter(pattern)
+    text *= 1200
+    found = pieces(text, encode, 500)
+    assert "".join(found) == text
+    assert set(itertools.accumulate(map(len, found))) <= set(itertools.accumulate(map(len, tokens(text))))
+    assert [index for piece in found for index in encode(piece)] == encode(text)
+    assert len(found) >= len(text) // 600 or set(text) <= set(string.digits)
+
+
 def test_a_text_without_a_place_stays_whole(sp: SentencePieceTokenizer) -> None:
-    assert pieces("a" * 1000, sp.encode, 100) == ["a" * 1000]
-    assert pieces("a" * 1000 + "\nb" + "c" * 99, sp.encode, 100) == ["a" * 1000 + "\n", "b" + "c" * 99]
+    whole: Encode = lambda text: [hash(text)]  # noqa: E731
+    for text in ("a" * 1000, "a b\nc。d,1" * 300):
+        assert pieces(text, whole, 100) == [text]
+    until: Encode = lambda text: [hash(part) for part in text.split("|")]  # noqa: E731
+    assert pieces("a\nb," * 1000, until, 100) == ["a\nb," * 1000]
+    assert pieces("a" * 1000 + "\nb" + "c" * 99, sp.encode, 100)[-1] == "b" + "c" * 99
     assert pieces("", sp.encode, 100) == [""]
+
+
+@pytest.mark.parametrize("unit", [3, 2, 16])
+def test_runs_whose_tokens_depend_on_their_begin_stay_whole(unit: int) -> None:
+    """Near a place in the middle, a token seems to end where it does not."""
+    _, encode = splitter(rf"a{{1,{unit}}}|.")
+    for text in ("a" * 20_000, "b" + "a" * 20_000):
+        found = pieces(text, encode, 700)
+        assert [index for piece in found for index in encode(piece)] == encode(text)
+
+
+def test_no_cut_goes_through_a_mark_of_a_dialogue() -> None:
+    encode: Encode = lambda text: list(map(ord, text))  # noqa: E731
+    for filling in ("x" * 37, "x1,y;" * 7, "、よ" * 9):
+        text = "".join(f"{mark}{filling}" for mark in DIALOGUE_MARKS * 200)
+        for longest in (13, 50, 51, 97):
+            found = pieces(text, encode, longest)
+            assert len(found) > 100
+            assert sum(piece.count(mark) for piece in found for mark in DIALOGUE_MARKS) == 400
+
+
+DRAW = random.Random(0)
+SORTS = {
+    "numbers": ",".join(f"{DRAW.random():.6f}" for _ in range(2500)),
+    "digits": "".join(DRAW.choices(string.digits, k=20_000)),
+    "base64": base64.b64encode(DRAW.randbytes(15_000)).decode(),
+    "letters": "".join(DRAW.choices(string.ascii_lowercase, k=20_000)),
+    "json": '{"a":[1,2],"b":"c"},' * 1000,
+    "script": "function(a,b){return a+b};" * 800,
+    "thai": "สวัสดีครับ" * 2000,
+    "japanese": "これは長い文章、" * 2500,
+    "kana": "".join(DRAW.choices("これはながいぶんしょうカタ漢字", k=20_000)),
+    "emoji": "".join(DRAW.choices("😀👍🏽🇨🇳\u200d\ufe0fe\u0301", k=20_000)),
+}
+RUNS = {name: mark * 12_000 for name, mark in (("a", "a"), ("line ends", "\n"), ("spaces", " "), ("equals", "="))}
+
+
+@pytest.mark.parametrize("name", [*SORTS, *RUNS])
+@pytest.mark.parametrize("kind", ["sp", "qwen"])
+def test_text_without_lines_and_words(kind: str, name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    text, longest = {**SORTS, **RUNS}[name], 3000
+    read = 0
+
+    def encode(part: str) -> list[int]:
+        nonlocal read
+        read += len(part)
+        return tokenizer.encode(part)
+
+    found = pieces(text, encode, longest)
+    assert "".join(found) == text
+    assert [index for piece in found for index in tokenizer.encode(piece)] == tokenizer.encode(text)
+    assert name in RUNS or max(map(len, found)) <= longest
+    assert read <= 56 * 8192 * (len(text) // longest + 1)  # no more places in each window, and characters for each
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(["sp", "qwen"]), longest=st.integers(300, 3000))
+def test_pieces_of_long_mixtures(
+    sp: SentencePieceTokenizer, request: pytest.FixtureRequest, data: st.DataObject, kind: str, longest: int
+) -> None:
+    tokenizer: Tokenizer = sp if kind == "sp" else request.getfixturevalue("qwen")
+    sorts = st.sampled_from([*SORTS.values(), *RUNS.values(), "word " * 900, "行。\n" * 900])
+    parts = data.draw(st.lists(st.tuples(sorts, st.integers(0, 9000), st.integers(1, 4000)), min_size=1, max_size=6))
+    text = "".join(sort[start : start + size] for sort, start, size in parts)
+    found = pieces(text, tokenizer.encode, longest)
+    assert "".join(found) == text
+    assert [index for piece in found for index in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
 def encoded(tokenizer: Tokenizer, rows: list[dict[str, object]], long: int) -> tuple[list[int], list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,14 @@ def test_dialogues(name: str, row: dict[str, Any], turns: list[tuple[str, str]])
     turns = turns or [("你好", "你好！"), ("再见", "再见！")]
     said = [f"<|im_start|>user\n{a}<|im_end|>\n<|im_start|>assistant\n{b}<|im_end|>" for a, b in turns]
     assert get_source(name).text(row) == Dialogue(SYSTEM + "\n".join(said))
+
+
+def test_moss_takes_linear_time() -> None:
+    said = "<|Human|>:  a" + " " * 200_000 + "b <eoh> \n"
+    begin = time.process_time()
+    document = get_source("moss").text({"conversation": [{"Human": said, "MOSS": "ok"}]})
+    assert time.process_time() - begin < 2
+    assert document == Dialogue.of([("a" + " " * 200_000 + "b", "ok")])
 
 
 def test_the_template_is_the_published_tokenizer_s(qwen_by_transformers: PreTrainedTokenizerBase) -> None:

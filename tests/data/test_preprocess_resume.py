@@ -11,13 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steel_megatron.data.encoding import Encoded, Position
+from steel_megatron.data.encoding import Documents, Encoded, Position
 from steel_megatron.data.job_journal import Journal
 from steel_megatron.data.preprocess import PreprocessReport, preprocess
 from steel_megatron.data.preprocess_run import Pace, Run
+from steel_megatron.data.shards import ShardedWriter
 from steel_megatron.errors import DataError
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.jobs import files_in, mixed_inputs
+
+FILES = ("bin", "idx", "json", "rows.npy")
 
 
 def run_with(inputs: list[str], prefix: Path, model: Path, **options: Any) -> PreprocessReport:
@@ -26,26 +29,34 @@ def run_with(inputs: list[str], prefix: Path, model: Path, **options: Any) -> Pr
     )
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, writes: int, after: bool) -> None:
-    """Interrupt before or after that many tasks are written; within a write, signals wait."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, writes: int, moment: str) -> None:
+    """Interrupt ``before`` or ``after`` that many tasks are written (within a write, signals wait).
+
+    When ``killed``, it is after the write, and nothing can be noted any more.
+    """
     write, left = Run.write, writes
 
     def counted(run: Run, result: Encoded, end: Position) -> bool:
         nonlocal left
         left -= 1
-        if left < 0 and not after:
+        if left < 0 and moment == "before":
             raise KeyboardInterrupt
         full = write(run, result, end)
         if left < 0:
+            if moment == "killed":
+                monkeypatch.setattr(Run, "note", refuse)
             raise KeyboardInterrupt
         return full
+
+    def refuse(run: Run) -> None:
+        raise DataError("nothing can be noted any more")
 
     monkeypatch.setattr(Run, "write", counted)
 
 
 @settings(max_examples=12, deadline=None)
 @given(
-    interrupts=st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=5),
+    interrupts=st.lists(st.tuples(st.integers(0, 6), st.sampled_from(["before", "after", "killed"])), max_size=5),
     chunk_bytes=st.sampled_from([300, 3000, 1 << 20]),
     journal_bytes=st.sampled_from([0, 2000, 1 << 30]),
     shard_size=st.sampled_from([None, 300, 3000]),
@@ -53,7 +64,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, writes: int, after: bool) -> N
 )
 def test_an_interrupted_job_writes_the_same_bytes(
     sp_model: Path,
-    interrupts: list[tuple[int, bool]],
+    interrupts: list[tuple[int, str]],
     chunk_bytes: int,
     journal_bytes: int,
     shard_size: int | None,
@@ -68,9 +79,9 @@ def test_an_interrupted_job_writes_the_same_bytes(
             "overwrite": overwrite,
             "pace": Pace(chunk_bytes, journal_bytes),
         }
-        for writes, after in interrupts:
+        for writes, moment in interrupts:
             with pytest.MonkeyPatch.context() as patch:
-                interrupt_at(patch, writes, after)
+                interrupt_at(patch, writes, moment)
                 try:
                     run_with(inputs, root / "out" / "c", sp_model, **options)
                     break
@@ -80,6 +91,7 @@ def test_an_interrupted_job_writes_the_same_bytes(
         else:
             done = run_with(inputs, root / "out" / "c", sp_model, **options)
             assert (done.sources, done.documents, done.skipped) == (whole.sources, whole.documents, whole.skipped)
+            assert done.unigram_entropy == whole.unigram_entropy
         assert files_in(root / "out") == files_in(root / "whole")
 
 
@@ -88,7 +100,7 @@ def half_done(tmp_path: Path, sp_model: Path) -> list[str]:
     """The inputs of a job that was interrupted at ``out/c``."""
     inputs = mixed_inputs(tmp_path, 60)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 25, after=True)
+        interrupt_at(patch, 25, "after")
         run_with(inputs, tmp_path / "out" / "c", sp_model, pace=Pace(1000))
     assert "c.progress.json" in files_in(tmp_path / "out")
     return inputs
@@ -152,7 +164,7 @@ def test_overwrite_begins_a_damaged_job_anew(tmp_path: Path, sp_model: Path, hal
 def test_a_finished_shard_that_was_replaced_is_noticed(tmp_path: Path, sp_model: Path) -> None:
     inputs, prefix = mixed_inputs(tmp_path, 60), tmp_path / "out" / "c"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 12, after=True)
+        interrupt_at(patch, 12, "after")
         run_with(inputs, prefix, sp_model, shard_size=1000, pace=Pace(1000))
     run_with(inputs, tmp_path / "other" / "c", sp_model, append_eod=False, shard_size=1000)
     for suffix in ("bin", "idx", "json", "rows.npy"):
@@ -173,15 +185,84 @@ def test_a_bad_row_keeps_what_is_done_and_skip_goes_on(tmp_path: Path, sp_model:
     assert files_in(out) == files_in(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("options", [{"valid_fraction": 0.0}, {"shard_size": None}, {"json_keys": ["input"]}])
+def test_overwrite_leaves_nothing_of_an_unfinished_job(tmp_path: Path, sp_model: Path, options: dict[str, Any]) -> None:
+    inputs = mixed_inputs(tmp_path, 60)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 25, "after")
+        run_with(inputs, tmp_path / "out" / "c", sp_model, shard_size=600, pace=Pace(1000))
+    left = files_in(tmp_path / "out")
+    assert {"c_train_text_document_00000.bin", "c_valid_text_document_00000.json", "c_skipped.jsonl.partial"} <= set(
+        left
+    )
+    (tmp_path / "out" / "cc_train_text_document_00000.bin").touch()  # of another job
+    other = {"shard_size": 600, **options}
+    others = [f"{tmp_path}/c.jsonl"] if "json_keys" in options else inputs
+    report = run_with(others, tmp_path / "out" / "c", sp_model, overwrite=True, **other)
+    written = {
+        f"{Path(shard).name}.{suffix}" for shards in report.shards.values() for shard in shards for suffix in FILES
+    }
+    assert set(files_in(tmp_path / "out")) == {*written, "c_skipped.jsonl", "cc_train_text_document_00000.bin"}
+
+
+@pytest.mark.parametrize("shard_size", [None, 20_000])
+def test_a_discarded_job_leaves_the_corpus_that_it_was_to_replace(
+    tmp_path: Path, sp_model: Path, shard_size: int | None
+) -> None:
+    inputs, out = mixed_inputs(tmp_path, 60), tmp_path / "out"
+    run_with(inputs, out / "c", sp_model, shard_size=shard_size)
+    finished = files_in(out)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3, "after")
+        run_with(inputs, out / "c", sp_model, shard_size=shard_size, overwrite=True, pace=Pace(1000))
+    run_with(inputs, out / "c", sp_model, valid_fraction=0.0, overwrite=True)
+    assert finished.items() <= files_in(out).items()
+
+
 def test_overwrite_of_the_same_job_begins_anew_only_when_it_was_not_begun_so(
     tmp_path: Path, sp_model: Path, half_done: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     for expected in ("discarding the unfinished job", "going on with the job"):
         caplog.clear()
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt), caplog.at_level("INFO"):
-            interrupt_at(patch, 3, after=True)
+            interrupt_at(patch, 3, "after")
             run_with(half_done, tmp_path / "out" / "c", sp_model, overwrite=True, pace=Pace(1000))
         assert expected in caplog.text
+
+
+@pytest.mark.parametrize("failing", [10, 11])
+def test_a_write_to_one_of_two_outputs_is_not_noted(tmp_path: Path, sp_model: Path, failing: int) -> None:
+    inputs, add, calls = mixed_inputs(tmp_path, 60), ShardedWriter.add, 0
+
+    def fail_later(writer: ShardedWriter, documents: Documents) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == failing:  # the other output has its part of the task already, or never gets it
+            raise DataError("no room")
+        return add(writer, documents)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(DataError, match=r"no room\. What is written so far is kept"),
+    ):
+        patch.setattr(ShardedWriter, "add", fail_later)
+        run_with(inputs, tmp_path / "out" / "c", sp_model, valid_fraction=0.5, pace=Pace(8000, 0))
+    run_with(inputs, tmp_path / "out" / "c", sp_model, valid_fraction=0.5)
+    run_with(inputs, tmp_path / "whole" / "c", sp_model, valid_fraction=0.5)
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moment", ["after", "killed"])
+def test_what_was_written_after_the_last_note_is_written_again(tmp_path: Path, sp_model: Path, moment: str) -> None:
+    # One task fills several shards and skips rows; the second try must not stumble over them.
+    inputs, options = mixed_inputs(tmp_path, 60), {"shard_size": 600, "pace": Pace(20_000)}
+    for writes in (0, 1, 2):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_at(patch, writes, moment)
+            run_with(inputs, tmp_path / "out" / "c", sp_model, **options)
+    run_with(inputs, tmp_path / "out" / "c", sp_model, **options)
+    run_with(inputs, tmp_path / "whole" / "c", sp_model, **options)
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
 
 
 def test_an_input_that_grows_meanwhile_is_noticed(

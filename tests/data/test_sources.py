@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from steel_megatron.data.sources import Document, SkippedRow, expand_inputs, read_documents
+from steel_megatron.data.sources import Document, SkippedRow, expand_inputs, parse_inputs, read_documents
 from steel_megatron.errors import DataError
 
 GOOD = b'{"text": "fine"}\n'
@@ -155,3 +155,21 @@ def test_inputs_that_match_nothing(tmp_path: Path) -> None:
         expand_inputs([str(tmp_path / "x.csv")])
     with pytest.raises(DataError, match="no input was given"):
         expand_inputs([])
+
+
+def test_one_string_is_no_list_of_inputs(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the inputs are one string, 'a\.jsonl'.*\[a\.jsonl\]"):
+        expand_inputs("a.jsonl")
+
+
+def test_files_that_a_caller_writes_itself_are_left_out(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "own.jsonl"):
+        (tmp_path / name).touch()
+
+    def own(path: Path) -> bool:
+        return path.name == "own.jsonl"
+
+    for given in (tmp_path, tmp_path / "*.jsonl"):
+        assert [found.path for found in parse_inputs([str(given)], own)] == [tmp_path / "a.jsonl"]
+    with pytest.raises(DataError, match=r"own\.jsonl is a file that this very job writes"):
+        parse_inputs([f"{tmp_path}/../{tmp_path.name}/own.jsonl"], own)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from steel_megatron.data.indexed import open_indexed
 from steel_megatron.data.tokenizer import SentencePieceTokenizer
 from tests.data.conftest import make_texts, write_jsonl
@@ -44,7 +46,7 @@ def test_the_way_from_text_to_a_checked_corpus(tmp_path: Path) -> None:
         "--workers", 2, "--append-eod", "--valid-fraction", 0.2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "documents: 200 written + 0 skipped" in done.stdout and "unigram entropy:" in done.stdout
+    assert "200 documents in = 200 written + 0 skipped" in done.stdout and "unigram entropy:" in done.stdout
     corpus = open_indexed(tmp_path / "c_train_content_document")
     assert corpus.document(0)[-1] == tokenizer.eod_id
 
@@ -68,3 +70,105 @@ def test_errors_are_one_line(tmp_path: Path, sp_model: Path) -> None:
         assert done.returncode == 2
         assert "error: " in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+GPT2_FLAGS = ("--tokenizer-type", "GPT2BPETokenizer", "--append-eod")
+
+
+def gpt2_files(folder: Path) -> tuple[Path, Path]:
+    """A small pair of the kind of GPT-2's."""
+    import tokenizers
+
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: index for index, piece in enumerate([*letters, "th", "the", "<|endoftext|>", "<|eot|>"])}
+    (folder / "gpt2-vocab.json").write_text(json.dumps(vocab))
+    (folder / "gpt2-merges.txt").write_text("#version: 0.2\nt h\nth e\n")
+    return folder / "gpt2-vocab.json", folder / "gpt2-merges.txt"
+
+
+def test_the_command_line_of_megatron(tmp_path: Path) -> None:
+    """With flags that change nothing here, the files of GPT-2 and a second --input."""
+    vocab, merges = gpt2_files(tmp_path)
+    first = write_jsonl(tmp_path / "a.jsonl", ["the a<|endoftext|>", "b"], key="q")
+    second = write_jsonl(tmp_path / "b.jsonl", ["then c"], key="q")
+    done = run(
+        "preprocess_data.py", "--input", first, "--input", second, "--output-prefix", tmp_path / "c", *GPT2_FLAGS,
+        "--vocab-file", vocab, "--merge-file", merges, "--json-keys", "q", "--workers", 1, "--partitions", 4,
+        "--log-interval", 1000, "--keep-sequential-samples", "--dataset-impl", "mmap",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for flag in ("--partitions", "--log-interval", "--keep-sequential-samples", "--dataset-impl"):
+        assert f"{flag} is not needed: " in done.stderr
+    corpus = open_indexed(tmp_path / "c_q_document")
+    ids = json.loads(vocab.read_text())
+    end = ids["<|endoftext|>"]
+    documents = [corpus.document(number).tolist() for number in range(corpus.documents)]
+    assert [document[0] for document in documents] == [ids["the"], ids["b"], ids["the"]]
+    assert [document.count(end) for document in documents] == [1, 1, 1] and {d[-1] for d in documents} == {end}
+
+
+@pytest.mark.parametrize("name", ["SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"])
+def test_names_of_sentencepiece(name: str, tmp_path: Path, sp_model: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["the sea"])
+    flags = ("--tokenizer-type", name, "--tokenizer-model", sp_model)
+    done = run("preprocess_data.py", "--input", source, "--output-prefix", tmp_path / "c", *flags, "--append-eod")
+    assert done.returncode == 0, done.stderr
+    sp = SentencePieceTokenizer(sp_model)
+    assert open_indexed(tmp_path / "c_text_document").document(0).tolist() == [*sp.encode("the sea"), sp.eod_id]
+
+
+def test_the_end_of_a_document_is_named(tmp_path: Path, hf_folder: Path) -> None:
+    (tmp_path / "my_tok.json").write_bytes((hf_folder / "tokenizer.json").read_bytes())
+    source = write_jsonl(tmp_path / "a.jsonl", ["the sea"])
+    vocab, merges = gpt2_files(tmp_path)
+    hugging_face = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tmp_path / "my_tok.json")
+    gpt2 = (*GPT2_FLAGS, "--vocab-file", vocab, "--merge-file", merges)
+    ends = {"<s>": hugging_face, "<|eot|>": gpt2}
+    for end, flags in ends.items():
+        command = ("--input", source, "--output-prefix", tmp_path / "c", *flags, "--append-eod", "--overwrite")
+        done = run("preprocess_data.py", *command, "--eod-token", end)
+        assert done.returncode == 0, done.stderr
+        eod_id = 1 if end == "<s>" else json.loads(vocab.read_text())[end]
+        assert open_indexed(tmp_path / "c_text_document").document(0)[-1] == eod_id
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--split-sentences",), "--split-sentences: documents are not cut into sentences"),
+        (("--find-optimal-num-workers",), "--find-optimal-num-workers: the best number of --workers"),
+        (("--vocab-file", "v.json"), "--vocab-file v.json is not of --tokenizer-type SentencePieceTokenizer"),
+        (("--tokenizer-type", "GPT2BPETokenizer"), "--vocab-file is missing, which names the tokenizer of --tokenizer"),
+        (("--tokenizer-model", ""), "--tokenizer-model is missing"),
+        (("--tokenizer-type", "BertWordPieceCase"), "invalid choice: 'BertWordPieceCase'"),
+    ],
+)
+def test_flags_that_ask_for_something_else(flags: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["text"])
+    usual = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "m.model")
+    done = run("preprocess_data.py", "--input", tmp_path, "--output-prefix", tmp_path / "c", *usual, *flags)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_inputs_given_twice_are_all_trained_on(tmp_path: Path) -> None:
+    folders = []
+    for name, texts in (("a", make_texts(60)), ("b", make_texts(60, seed=1))):
+        folders.append(write_jsonl(tmp_path / f"{name}.jsonl", texts))
+    flags = (
+        "--vocab-size",
+        450,
+        "--report",
+        tmp_path / "r.json",
+        "--control-tokens",
+        "<|a|>",
+        "--control-tokens",
+        "<|b|>",
+    )
+    inputs = ("--input", folders[0], "--input", folders[1])
+    done = run("train_tokenizer.py", *inputs, "--output", tmp_path / "t", *flags)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert sum(kind["documents"] for kind in report["kinds"].values()) == 120
+    trained = SentencePieceTokenizer(tmp_path / "t.model")
+    assert [trained.control_id(name) for name in ("<|a|>", "<|b|>", "<|im_start|>")] == [3, 4, None]

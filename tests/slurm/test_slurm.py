@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,51 @@ def test_cleaning_gives_the_same_bytes(inside: Cluster, recipe: Path, tmp_path: 
         clean_corpus(
             recipe, sources, tmp_path / "refused", executor="slurm", **{**options, "slurm_partition": "nowhere"}
         )  # type: ignore[arg-type]
+
+
+def test_a_killed_driver_of_cleaning_is_started_again(
+    inside: Cluster, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for the tasks that its first call submitted, under which nothing is removed, and submits no others."""
+    monkeypatch.undo()  # of the small units, which a driver in its own process does not have
+    monkeypatch.setenv("SLURM_CONF", inside.environment["SLURM_CONF"])
+    recipe.write_text("kind: text\noperators: [text_length_filter: {min_len: 40}]\n")
+    sources = [str(write_jsonl(tmp_path / f"{number}.jsonl", make_texts(20, seed=number))) for number in range(2)]
+    clean_corpus(recipe, sources, tmp_path / "local")
+    setup = f'touch {tmp_path}/begun; export PATH="{Path(sys.executable).parent}:$PATH"; sleep 6'
+    options = {"slurm_memory_gb": 1, "slurm_partition": "cpu", "slurm_setup": setup, "workers": 2}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    tool = [sys.executable, str(PRETRAIN.parents[2] / "tools" / "clean_corpus.py"), str(recipe), *words]
+    driver = subprocess.Popen([*tool, "--executor=slurm", f"--output={tmp_path / 'over'}", "--sources", *sources])
+    try:
+        wait_for(lambda: (tmp_path / "begun").exists(), 60)
+    finally:
+        driver.kill()
+        driver.wait()
+    at_work = tmp_path / "over.partial" / "tmp" / "of-a-task"
+    at_work.mkdir(parents=True)
+    with pytest.raises(DataError, match=r"Slurm still runs \d+ for .*over.partial; end it \(scancel \d+\)"):
+        clean_corpus(recipe, sources, tmp_path / "over")
+    kept: list[bool] = []
+    options["slurm_poll_seconds"] = 0.5
+    with pytest.MonkeyPatch.context() as patched:
+        sleep = time.sleep
+        patched.setattr(time, "sleep", lambda seconds: (kept.append(at_work.exists()), sleep(seconds))[1])
+        clean_corpus(recipe, sources, tmp_path / "over", executor="slurm", **options)  # type: ignore[arg-type]
+    assert kept and all(kept)
+    assert content(tmp_path / "over") == content(tmp_path / "local")
+    names = inside.run("squeue", "--states=all", "--noheader", "--format=%A %j").splitlines()
+    jobs = dict(line.split() for line in names)  # one line for each task of an array
+    last = jobs[max(jobs, key=int)]
+    assert last.startswith("clean-clean-") and list(jobs.values()).count(last) == 1
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    """Return when something is so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def wait_for_text(path: Path, text: str, seconds: float) -> None:

@@ -1,7 +1,7 @@
 """Exact and near duplicates across all sources, from signatures alone.
 
 A document's signature is a hash of its normalised text and a SimHash of its shingles. Signatures are made document by
-document, in any number of processes; :func:`find_duplicates` needs all of them at once, some 200 bytes a
+document, in any number of processes; :func:`find_duplicates` needs all of them at once, some 300 bytes a
 document, and never a text. Of documents that are alike the first in input order is kept.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,7 +25,13 @@ VERDICT = np.dtype([("kind", "u1"), ("distance", "u1"), ("original", "<i8")])
 """One of KEPT, EXACT, NEAR; bits by which its SimHash differs from the original's; the original's index."""
 KEPT, EXACT, NEAR = 0, 1, 2
 
+BYTES_A_DOCUMENT = 320
+"""Memory that :func:`find_duplicates` and its caller need for each document."""
+
 _PAIRS_AT_ONCE = 1 << 20
+_FIRST_STEPS, _MORE_STEPS = 16, 8
+_MANY_PAIRS = 512
+"""Comparisons a hash, in one bucket, above which cutting the bucket again takes less time."""
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 
 
@@ -114,7 +120,7 @@ def find_duplicates(
     near_to = documents
     if near and len(signatures):
         hashes, of_document = np.unique(signatures["simhash"], return_inverse=True)
-        components = _components(hashes, near.num_blocks, near.hamming_distance)[of_document]
+        components = near_components(hashes, near.num_blocks, near.hamming_distance)[of_document]
         firsts = np.full(len(hashes), len(signatures))
         np.minimum.at(firsts, components, documents)
         near_to = firsts[components]
@@ -139,57 +145,119 @@ def _first_equal(signatures: np.ndarray) -> np.ndarray:
     return first
 
 
-def _components(hashes: np.ndarray, num_blocks: int, distance: int) -> np.ndarray:
-    """For each of different hashes the smallest index in its connected component, [hashes]."""
-    parents = np.arange(len(hashes))
-    for left, right in near_pairs(hashes, num_blocks, distance):
-        _unite(parents, left, right)
-    return _roots(parents, np.arange(len(hashes)))
-
-
-def near_pairs(hashes: np.ndarray, num_blocks: int, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All pairs of hashes that differ in at most ``distance`` bits, some of them more than once.
-
-    Of ``num_blocks`` blocks of bits, at least ``num_blocks - distance`` are equal in such a pair: for each choice of
-    that many blocks, hashes that have them equal are compared.
+def near_components(hashes: np.ndarray, num_blocks: int, distance: int) -> np.ndarray:
+    """Connected components of hashes, where those that differ in at most ``distance`` bits are connected.
 
     Args:
-        hashes: [hashes] uint64.
+        hashes: [hashes] uint64, no two equal.
+        num_blocks: in how many blocks their bits are cut, more than ``distance``.
+        distance: bits.
 
-    Yields:
-        indices, [pairs] and [pairs].
+    Returns:
+        for each hash the smallest index in its component, [hashes].
     """
-    edges = [64 * block // num_blocks for block in range(num_blocks + 1)]
-    blocks = [(1 << end) - (1 << begin) for begin, end in itertools.pairwise(edges)]
-    for chosen in itertools.combinations(blocks, num_blocks - distance):
-        keys = hashes & np.uint64(sum(chosen))
+    components = _Components(hashes, num_blocks, distance)
+    components.link(np.arange(len(hashes)), range(64))
+    return components.roots(np.arange(len(hashes)))
+
+
+class _Components:
+    """The components as they grow.
+
+    Of ``num_blocks`` blocks of bits, at least ``num_blocks - distance`` are equal in a near pair: for each choice of
+    that many blocks, hashes that have them equal (a bucket) are compared. Two things keep that from being quadratic
+    in documents made from one template, whose hashes share many bits: what is in one component already is not
+    compared, and a bucket with too much left to compare is cut again, by the bits that may still differ in it.
+    """
+
+    def __init__(self, hashes: np.ndarray, num_blocks: int, distance: int) -> None:
+        self._hashes, self._num_blocks, self._distance = hashes, num_blocks, distance
+        self._parents = np.arange(len(hashes))
+
+    def roots(self, of: np.ndarray) -> np.ndarray:
+        """The smallest index in the component of each of some hashes."""
+        roots = self._parents[of]
+        while not np.array_equal(further := self._parents[roots], roots):
+            roots = further
+        self._parents[of] = roots
+        return roots
+
+    def link(self, places: np.ndarray, bits: Sequence[int]) -> None:
+        """Unite all that are near among some hashes, which are equal but for some bits."""
+        edges = [len(bits) * block // self._num_blocks for block in range(self._num_blocks + 1)]
+        blocks = [bits[begin:end] for begin, end in itertools.pairwise(edges)]
+        for chosen in itertools.combinations(blocks, self._num_blocks - self._distance):
+            equal = set(itertools.chain(*chosen))
+            free = [bit for bit in bits if bit not in equal]
+            left, steps = places, _FIRST_STEPS
+            while len(left):
+                left = self._link_equal(left, sum(1 << bit for bit in equal), free, steps)
+                steps *= _MORE_STEPS
+
+    def _link_equal(self, places: np.ndarray, mask: int, free: Sequence[int], steps: int) -> np.ndarray:
+        """Unite what is near and has the masked bits equal; give back the buckets that are not done.
+
+        Each hash is compared with ``steps`` others, so that hashes that are near many soon are in one component.
+        """
+        places, keys = self._in_buckets(places, np.uint64(mask))
+        begins = _begins(keys)
+        sizes = np.diff(begins, append=len(keys))
+        ends = np.repeat(begins + sizes, sizes)
+        runs = _begins(keys, self.roots(places))  # of one component in one bucket
+        members = np.diff(runs, append=len(keys))
+        first = np.repeat(runs + members, members)
+        # Each is to be compared with those from first, where its own component ends, to the end of its bucket.
+        if steps > _FIRST_STEPS and len(free) >= 2 * self._num_blocks and len(begins):
+            pairs = np.add.reduceat(ends - first, begins)
+            for bucket in np.flatnonzero(pairs > _MANY_PAIRS * sizes):
+                inside = slice(begins[bucket], begins[bucket] + sizes[bucket])
+                self.link(places[inside], free)
+                first[inside] = ends[inside]
+        left = np.zeros(len(begins), dtype=bool)
+        left[np.searchsorted(begins, self._compare(places, first, ends, steps), side="right") - 1] = True
+        return places[np.repeat(left, sizes)]
+
+    def _in_buckets(self, places: np.ndarray, mask: np.uint64) -> tuple[np.ndarray, np.ndarray]:
+        """Those that share their bucket with others, by bucket and in it by component, the largest first; its keys."""
+        keys = self._hashes[places] & mask
         order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        places, step = np.arange(len(keys)), 1
-        while len(places):
-            places = places[: np.searchsorted(places, len(keys) - step)]
-            places = places[keys[places] == keys[places + step]]
-            for begin in range(0, len(places), _PAIRS_AT_ONCE):
-                some = places[begin : begin + _PAIRS_AT_ONCE]
-                left, right = order[some], order[some + step]
-                close = np.bitwise_count(hashes[left] ^ hashes[right]) <= distance
-                if close.any():
-                    yield left[close], right[close]
-            step += 1
+        places, keys = places[order], keys[order]
+        sizes = np.diff(_begins(keys), append=len(keys))
+        shared = np.repeat(sizes > 1, sizes)
+        places, keys = places[shared], keys[shared]
+        roots = self.roots(places)
+        _, of_place, members = np.unique(roots, return_inverse=True, return_counts=True)
+        order = np.lexsort((of_place, -members[of_place], keys))
+        return places[order], keys[order]
+
+    def _compare(self, places: np.ndarray, first: np.ndarray, ends: np.ndarray, steps: int) -> np.ndarray:
+        """Compare each place with ``steps`` others from ``first`` on; which ones have more left, as indices."""
+        hashes = self._hashes[places]
+        active = np.flatnonzero(first < ends)
+        for step in range(steps):
+            if not len(active):
+                break
+            for begin in range(0, len(active), _PAIRS_AT_ONCE):
+                some = active[begin : begin + _PAIRS_AT_ONCE]
+                others = first[some] + step
+                close = np.bitwise_count(hashes[some] ^ hashes[others]) <= self._distance
+                self._unite(places[some[close]], places[others[close]])
+            active = active[first[active] + step + 1 < ends[active]]
+        return active
+
+    def _unite(self, left: np.ndarray, right: np.ndarray) -> None:
+        """Put pairs into one component each; a root is the smallest index of its component."""
+        while len(left):
+            left, right = self.roots(left), self.roots(right)
+            apart = left != right
+            left, right = np.minimum(left[apart], right[apart]), np.maximum(left[apart], right[apart])
+            np.minimum.at(self._parents, right, left)
 
 
-def _roots(parents: np.ndarray, of: np.ndarray) -> np.ndarray:
-    roots = parents[of]
-    while (parents[roots] != roots).any():
-        roots = parents[roots]
-    parents[of] = roots
-    return roots
-
-
-def _unite(parents: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """Put pairs into one component each; a root is the smallest index of its component."""
-    while len(left):
-        left, right = _roots(parents, left), _roots(parents, right)
-        apart = left != right
-        left, right = np.minimum(left[apart], right[apart]), np.maximum(left[apart], right[apart])
-        np.minimum.at(parents, right, left)
+def _begins(*columns: np.ndarray) -> np.ndarray:
+    """Where a row differs from the row before, the first one included."""
+    changes = np.zeros(len(columns[0]), dtype=bool)
+    changes[:1] = True
+    for column in columns:
+        changes[1:] |= column[1:] != column[:-1]
+    return np.flatnonzero(changes)

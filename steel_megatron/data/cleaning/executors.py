@@ -6,13 +6,14 @@ datatrove marks tasks as complete; when the same stage is run again with the sam
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,16 @@ from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 from loguru import logger as datatrove_logger
 
+from steel_megatron.data.cleaning import job
 from steel_megatron.data.cleaning.job import Stage
+from steel_megatron.data.cleaning.slurm import job_name, live_jobs
 from steel_megatron.errors import ConfigError, DataError
-from steel_megatron.log import progress
+from steel_megatron.log import get_logger, progress
 
 ExecutorName = Literal["local", "slurm", "ray"]
+logger = get_logger(__name__)
 _POLLS_WITHOUT_JOB = 3
+_SECONDS_BETWEEN_COUNTS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +47,7 @@ class Execution:
     slurm_partition: str | None = None
     slurm_time: str = "24:00:00"
     slurm_memory_gb: int = 4
-    """Memory of a task."""
+    """Memory of a task; one that needs more gets it."""
     slurm_qos: str | None = None
     slurm_setup: str | None = None
     """Shell command that makes this Python's environment; its bin folder is put on the path if None."""
@@ -55,20 +60,29 @@ class _Local(LocalPipelineExecutor):
     def run(self) -> None:
         ranks = self.get_incomplete_ranks()
         workers = min(self.workers, len(ranks))
-        with progress(self.pipeline[0].name, total=len(ranks), unit="tasks") as shown:
+        stage: Stage = self.pipeline[0]
+        size = stage.bytes_to_read()
+        with progress(stage.name, *((len(ranks), "tasks") if size is None else (size, "bytes"))) as shown:
             if workers <= 1:
+                job.on_bytes = job.nobody if size is None else shown.advance
                 for rank in ranks:
                     _run_rank(self, rank)
-                    shown.advance()
+                    shown.advance(1 if size is None else 0)
                 return
             # The server imports once; what it forks has no threads yet.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
-            with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+            read = context.RawArray("d", len(ranks))  # a place for each task: none is locked when a process is killed
+            with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(read,)) as pool:
                 try:
-                    for done in as_completed([pool.submit(_run_rank, self, rank) for rank in ranks]):
-                        done.result()
-                        shown.advance()
+                    left, told = {pool.submit(_run_counted, self, *task) for task in enumerate(ranks)}, 0.0
+                    while left:
+                        done, left = wait(left, _SECONDS_BETWEEN_COUNTS, FIRST_COMPLETED)
+                        for task in done:
+                            task.result()
+                        counted = len(ranks) - len(left) if size is None else sum(read)
+                        shown.advance(counted - told)
+                        told = counted
                 except BrokenProcessPool:
                     raise DataError(
                         "a process that cleaned was killed, perhaps for want of memory; run the same command again to "
@@ -76,6 +90,25 @@ class _Local(LocalPipelineExecutor):
                     ) from None
                 finally:
                     pool.shutdown(cancel_futures=True)
+
+
+_read: Any = None
+"""In a worker process: what each task of the stage has read, in bytes."""
+
+
+def _begin(read: Any) -> None:
+    """Begin a worker process, which ends with its parent."""
+    global _read
+    _read = read
+    _end_with_parent()
+
+
+def _run_counted(executor: PipelineExecutor, place: int, rank: int) -> None:
+    def add(size: float) -> None:
+        _read[place] += size
+
+    job.on_bytes = add
+    _run_rank(executor, rank)
 
 
 def _run_rank(executor: PipelineExecutor, rank: int) -> None:
@@ -87,13 +120,13 @@ def _run_rank(executor: PipelineExecutor, rank: int) -> None:
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
 
-    def wait() -> None:
+    def watch() -> None:
         parent = multiprocessing.parent_process()
         assert parent is not None
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Slurm(SlurmPipelineExecutor):
@@ -114,17 +147,19 @@ def run_stage(stage: Stage, execution: Execution) -> None:
         return
     tasks = min(execution.tasks or stage.count, stage.count)
     folder = stage.job.folder
-    for old in (folder / "failures").glob(f"{stage.name}-*.json"):
-        old.unlink()
+    live = live_jobs(folder, [stage.name]) if execution.executor == "slurm" else []
     executor = _executor(stage, execution, tasks, folder / "logs" / f"{stage.name}-{tasks}")
     missing = executor.get_incomplete_ranks()
     if not missing:
         return
-    if execution.executor == "slurm":
-        _submit(executor, folder)
+    if live:
+        logger.info(f"{stage.name}: waiting for the Slurm job {', '.join(live)}, which an earlier call submitted")
         _wait_for_slurm(executor, stage, execution.slurm_poll_seconds)
-    else:
-        executor.run()
+        _raise_first_failure(folder, stage.name)
+    if executor.get_incomplete_ranks():
+        for old in (folder / "failures").glob(f"{stage.name}-*.json"):
+            old.unlink()
+        _run(executor, stage, execution)
     missing = executor.get_incomplete_ranks()
     if missing:
         _raise_first_failure(folder, stage.name)
@@ -132,6 +167,14 @@ def run_stage(stage: Stage, execution: Execution) -> None:
             f"{len(missing)} of {tasks} tasks of the stage {stage.name} did not complete; their logs are in "
             f"{folder / 'logs'}; run the same command again to go on"
         )
+
+
+def _run(executor: PipelineExecutor, stage: Stage, execution: Execution) -> None:
+    if execution.executor == "slurm":
+        _submit(executor, stage.job.folder)
+        _wait_for_slurm(executor, stage, execution.slurm_poll_seconds)
+    else:
+        executor.run()
 
 
 def _executor(stage: Stage, execution: Execution, tasks: int, logs: Path) -> PipelineExecutor:
@@ -146,15 +189,15 @@ def _executor(stage: Stage, execution: Execution, tasks: int, logs: Path) -> Pip
             workers=execution.workers,
             time=execution.slurm_time,
             partition=execution.slurm_partition,
-            mem_per_cpu_gb=execution.slurm_memory_gb,
+            mem_per_cpu_gb=max(execution.slurm_memory_gb, math.ceil(stage.memory() / (1 << 30))),
             qos=execution.slurm_qos,
-            job_name=f"clean-{stage.name}",
+            job_name=job_name(stage.job.folder, stage.name),
             env_command=execution.slurm_setup or f'export PATH="{Path(sys.executable).parent}:$PATH"',
         )
     try:
         import ray
     except ImportError as error:
-        raise DataError(f"executor ray needs the package ray ({error}): pip install 'ray[default]'") from None
+        raise DataError(f"executor ray needs the package ray ({error}): pip install 'steel-megatron[ray]'") from None
     from datatrove.executor.ray import RayPipelineExecutor
 
     if not ray.is_initialized():
@@ -186,11 +229,10 @@ def _wait_for_slurm(executor: PipelineExecutor, stage: Stage, seconds: float) ->
             if complete == total:
                 return
             time.sleep(seconds)
-            listed = subprocess.run(
-                ["squeue", "--noheader", f"--jobs={executor.job_id}"], capture_output=True, text=True, check=False
-            )
-            # Of a job that ended long ago squeue says that its id is invalid.
-            absent = 0 if listed.stdout.strip() else absent + 1
+            try:
+                absent = 0 if live_jobs(stage.job.folder, [stage.name]) else absent + 1
+            except DataError as error:  # a controller that does not answer is no job that ended
+                logger.warning(f"{error}; asking again in {seconds:g} s")
 
 
 def _raise_first_failure(folder: Path, stage: str) -> None:

@@ -60,9 +60,13 @@ class Resources:
     Args:
         tokenizer: folder of a Hugging Face tokenizer, or a SentencePiece ``.model`` file.
         language_model: folder of a :class:`LanguageModel`.
+        source: name of the source whose documents are measured.
     """
 
-    def __init__(self, tokenizer: str | None = None, language_model: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: str | None = None, language_model: str | None = None, source: str | None = None
+    ) -> None:
+        self.source = source
         self._tokenizer_path, self._language_model_path = tokenizer, language_model
         self._has_letters: dict[int, bool] = {}
 
@@ -84,7 +88,9 @@ class Resources:
 
     def _is_word(self, token: int) -> bool:
         if token not in self._has_letters:
-            self._has_letters[token] = not all(map(is_special, self.tokenizer.decode([token])))
+            # A part of a character decodes to the replacement character, which is special by itself.
+            pieces = self.tokenizer.decode([token])
+            self._has_letters[token] = "\ufffd" in pieces or not all(map(is_special, pieces))
         return self._has_letters[token]
 
 
@@ -215,7 +221,8 @@ class Perplexity(Filter):
 
     ``model`` is ``train`` (on texts of this corpus that pass the other operators), the folder of a model that was
     trained before, or ``none`` to leave the operator out, which the report shows. How high a perplexity is too high
-    depends on the model; ``max_quantile`` says it by the share of the model's training texts that stay below.
+    depends on the model; ``max_quantile`` says it by the share of the model's training texts that stay below: of those
+    of the same source, so that each source loses the strangest of its own; of all, for a source it was not trained on.
     """
 
     name = "perplexity_filter"
@@ -229,8 +236,9 @@ class Perplexity(Filter):
     order: int = 3
 
     def bounds(self, resources: Resources) -> tuple[float, float]:
-        quantile = resources.language_model.quantile(self.max_quantile) if self.max_quantile < 1 else math.inf
-        return 0.0, min(self.max_ppl, quantile)
+        if self.max_quantile == 1:
+            return 0.0, self.max_ppl
+        return 0.0, min(self.max_ppl, resources.language_model.quantile(self.max_quantile, resources.source))
 
     def measure(self, sample: Sample) -> float:
         return sample.resources.language_model.perplexity(sample.text)

@@ -13,7 +13,11 @@ READ = "read"
 """The first row of the funnel: rows that gave no document."""
 SAMPLES = 3
 _SHOWN_CHARACTERS = 300
-_SUMS = ("documents_in", "bytes_in", "documents_dropped", "bytes_dropped", "documents_changed", "bytes_kept")
+_SHOWN_OF_CHANGE, _BEFORE_CHANGE = 150, 30
+_SUMS = (
+    "documents_in", "bytes_in", "documents_dropped", "bytes_dropped", "documents_changed", "documents_halved",
+    "bytes_kept",
+)  # fmt: skip
 
 
 @dataclass
@@ -26,19 +30,30 @@ class Counts:
     bytes_dropped: int = 0
     """Of the dropped documents; what a mapper cuts from a document that goes on is not among them."""
     documents_changed: int = 0
+    documents_halved: int = 0
+    """Of the changed documents those that lost more than half of their bytes."""
     bytes_kept: int = 0
     samples: list[dict[str, Any]] = field(default_factory=list)
     """The first dropped documents in input order."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Of the first changed documents in input order what stood where the change begins, before and after."""
+
+    @property
+    def wants_changes(self) -> bool:
+        """Whether more changes are to be shown."""
+        return len(self.changes) < SAMPLES
 
     def enter(self, size: int) -> None:
         """Count a document that came to the operator."""
         self.documents_in += 1
         self.bytes_in += size
 
-    def keep(self, size: int, changed: bool = False) -> None:
-        """Count a document that goes on."""
+    def keep(self, size: int, changed_from: int | None = None) -> None:
+        """Count a document that goes on, and the size it had before if it was changed."""
         self.bytes_kept += size
-        self.documents_changed += changed
+        if changed_from is not None:
+            self.documents_changed += 1
+            self.documents_halved += 2 * size < changed_from
 
     def drop(self, size: int, sample: Mapping[str, Any]) -> None:
         """Count a dropped document."""
@@ -51,9 +66,19 @@ class Counts:
         """Add the counts of another unit; samples come first that are first in the input."""
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.samples = sorted([*self.samples, *other.samples], key=lambda sample: (sample["file"], sample["row"]))[
-            :SAMPLES
-        ]
+        self.samples = _first([*self.samples, *other.samples])
+        self.changes = _first([*self.changes, *other.changes])
+
+
+def _first(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(samples, key=lambda sample: (sample["file"], sample["row"]))[:SAMPLES]
+
+
+def difference(before: str, after: str) -> dict[str, str]:
+    """What two texts have from a little before the place where they begin to differ."""
+    same = next((place for place, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), None)
+    begin = max((min(len(before), len(after)) if same is None else same) - _BEFORE_CHANGE, 0)
+    return {"before": before[begin : begin + _SHOWN_OF_CHANGE], "after": after[begin : begin + _SHOWN_OF_CHANGE]}
 
 
 UnitCounts = dict[str, Counts]
@@ -86,7 +111,7 @@ def merge(units: Iterable[tuple[str, UnitCounts]], operators: list[dict[str, Any
             by_label[label].setdefault(source, Counts()).add(value)
     for label, sources in by_label.items():
         for source, counts_of in sources.items():
-            for sample in counts_of.samples:
+            for sample in [*counts_of.samples, *counts_of.changes]:
                 del sample["file"]
             assert counts_of.documents_dropped <= counts_of.documents_in, (label, source)
     rows = []

@@ -8,7 +8,7 @@ done.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,14 @@ from steel_megatron.data.named_sources import get_source
 from steel_megatron.data.sources import BadRowPolicy, Document, SkippedRow, documents_of
 from steel_megatron.errors import DataError, SteelError
 from steel_megatron.files import disk_errors, write_atomically
+
+
+def nobody(size: float) -> None:
+    """Is told, and does nothing."""
+
+
+on_bytes: Callable[[float], None] = nobody
+"""Told how many more bytes of the input, as stored, this process has read; whoever shows progress sets it."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,12 @@ class Job:
     def documents(self, unit: Unit, skipped: list[SkippedRow]) -> Iterator[Document]:
         """The documents of a unit; rows that gave none since the document before are in ``skipped``."""
         reader = get_source(unit.source, self.text_key)
+
+        def tell(size: int) -> None:  # every part of a file reads all of it
+            on_bytes(size / unit.parts)
+
         for path in unit.files:
-            for number, chunk in enumerate(read_chunks(path, columns=reader.columns)):
+            for number, chunk in enumerate(read_chunks(path, columns=reader.columns, on_bytes=tell)):
                 if number % unit.parts == unit.part:
                     yield from documents_of(chunk, reader, self.on_bad_row, skipped.append)
 
@@ -89,6 +101,14 @@ class Stage:
     def count(self) -> int:
         """How many units it has."""
         return len(self.job.units)
+
+    def bytes_to_read(self) -> int | None:
+        """Bytes of the input that the units left to do will read; None if that is not what a stage is measured by."""
+        return None
+
+    def memory(self) -> int:
+        """Bytes of memory that a unit needs, where that depends on the input; otherwise 0."""
+        return 0
 
     def work(self, number: int) -> None:
         """Do a unit, its marker last."""

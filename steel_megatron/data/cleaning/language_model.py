@@ -24,7 +24,9 @@ import numpy as np
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, write_atomically
 
-FORMAT = "steel_megatron character n-grams 1"
+FORMAT = "steel_megatron character n-grams 2"
+ALL = "*"
+"""Stands for all sources together."""
 _BOS, _EOS, _UNK = 0, 1, 2
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -150,39 +152,46 @@ class LanguageModel:
     """Two models of characters, each trained on half of the texts; see the module's docstring."""
 
     halves: tuple[HalfModel, HalfModel]
-    quantiles: np.ndarray
-    """[101] perplexities per character below which 0%, 1%, ..., 100% of the training texts stay, unseen."""
+    quantiles: dict[str, np.ndarray]
+    """For each source, and for ALL, [101] perplexities per character below which 0%, 1%, ..., 100% of its training
+    texts stay, unseen."""
 
     def perplexity(self, text: str) -> float:
         """exp(-log p(text) / characters), by the model that was not trained on it; the text's end is a character."""
         return float(np.exp(-self.halves[1 - half_of(text)].log_probabilities(text).mean()))
 
-    def quantile(self, share: float) -> float:
-        """The perplexity below which a share of the training texts stays."""
-        return float(np.interp(share * 100, np.arange(101), self.quantiles))
+    def quantile(self, share: float, source: str | None = None) -> float:
+        """The perplexity below which a share of a source's training texts stays; of all, if it had none."""
+        quantiles = self.quantiles.get(source or ALL, self.quantiles[ALL])
+        return float(np.interp(share * 100, np.arange(101), quantiles))
 
     @classmethod
-    def train(cls, texts: Iterable[str], order: int = 3) -> LanguageModel:
+    def train(cls, texts: Iterable[tuple[str, str]], order: int = 3) -> LanguageModel:
         """Train on texts.
 
         Args:
-            texts: clean texts; they are held in memory, with some hundred bytes for each of their characters.
+            texts: the source and the text of clean documents; they are held in memory, with some hundred bytes for
+                each of their characters.
             order: the length of the longest n-grams, in characters.
 
         Raises:
             DataError: the texts are too few to make two halves.
         """
         parts: tuple[list[str], list[str]] = ([], [])
-        for text in texts:
+        of_source: dict[str, list[str]] = {}
+        for source, text in texts:
             parts[half_of(text)].append(text)
+            of_source.setdefault(source, []).append(text)
         if not all(parts):
             raise DataError(
                 f"there are {len(parts[0]) + len(parts[1])} texts to train the language model of perplexity_filter on, "
                 "too few to make two halves; give it a model (model: FOLDER) or leave it out (model: none)"
             )
-        model = cls((HalfModel.train(parts[0], order), HalfModel.train(parts[1], order)), np.zeros(101))
-        unseen = [model.perplexity(text) for part in parts for text in part]
-        return cls(model.halves, np.quantile(unseen, np.linspace(0, 1, 101)))
+        model = cls((HalfModel.train(parts[0], order), HalfModel.train(parts[1], order)), {})
+        unseen = {source: [model.perplexity(text) for text in some] for source, some in of_source.items()}
+        unseen[ALL] = [perplexity for some in unseen.values() for perplexity in some]
+        shares = np.linspace(0, 1, 101)
+        return cls(model.halves, {source: np.quantile(found, shares) for source, found in unseen.items()})
 
     def save(self, folder: Path) -> None:
         """Write the model as .npy files and a model.json, which is written last.
@@ -202,7 +211,7 @@ class LanguageModel:
             "order": len(self.halves[0].orders),
             "unknown_kinds": [half.unknown_kinds for half in self.halves],
             "empty_weight": [half.empty_weight for half in self.halves],
-            "quantiles": self.quantiles.tolist(),
+            "quantiles": {source: found.tolist() for source, found in self.quantiles.items()},
         }
         write_atomically(folder / "model.json", json.dumps(about).encode(), DataError)
 
@@ -228,6 +237,9 @@ class LanguageModel:
                     array("alphabet"), about["unknown_kinds"][number], about["empty_weight"][number], tuple(orders)
                 )
 
-            return cls((half(0), half(1)), np.array(about["quantiles"], dtype=np.float64))
-        except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+            quantiles = {name: np.array(found, dtype=np.float64) for name, found in about["quantiles"].items()}
+            if quantiles[ALL].shape != (101,):
+                raise ValueError("its quantiles are not 101 numbers")
+            return cls((half(0), half(1)), quantiles)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError) as error:
             raise DataError(f"{folder} holds no language model that can be read: {error}") from error

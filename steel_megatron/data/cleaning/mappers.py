@@ -6,6 +6,7 @@ All take time linear in the text: their patterns begin only where a run of chara
 
 from __future__ import annotations
 
+import bisect
 import functools
 import html
 import html.entities
@@ -86,6 +87,7 @@ class CleanIp(_Remove):
 # A closing parenthesis is part of one only if its opening is.
 _IN_URL = r"[a-z0-9\-._~:/?#\[\]@!$&'*+,;=%]"
 _BRACKETED = rf"\({_IN_URL}*+\)"
+# A scheme need not stand apart: Chinese text, and a word before https, run into links.
 # Hosts without a scheme are links only below these: self.size/2 is none.
 _DOMAINS = "com|net|org|edu|gov|cn|tw|hk|jp|kr|uk"
 
@@ -96,8 +98,8 @@ class CleanLinks(_Remove):
 
     name = "clean_links_mapper"
     pattern = re.compile(
-        rf"(?<![a-z0-9.-])(?:(?:https?|ftps?|sftp|rtsp|file)://|www\d{{0,3}}\.(?=[a-z0-9])"
-        rf"|(?:[a-z0-9-]++\.)+?(?:{_DOMAINS})/(?=[a-z0-9]))(?:(?:{_IN_URL}|{_BRACKETED})*(?:[a-z0-9/#&=_~-]|{_BRACKETED}))?",
+        rf"(?:https?://|(?<![a-z])(?:ftps?|sftp|rtsp|file)://|(?<![a-z0-9.-])(?:www\d{{0,3}}\.(?=[a-z0-9])"
+        rf"|(?:[a-z0-9-]++\.)+?(?:{_DOMAINS})/(?=[a-z0-9])))(?:(?:{_IN_URL}|{_BRACKETED})*(?:[a-z0-9/#&=_~-]|{_BRACKETED}))?",
         re.IGNORECASE | re.ASCII,
     )
 
@@ -115,6 +117,11 @@ class CleanCopyright(Mapper):
     _notice: ClassVar = re.compile(
         r"copyright|all rights reserved|spdx-license|\blicen[sc]ed under|©|版权", re.IGNORECASE
     )
+    _sure: ClassVar = re.compile(
+        r"all rights reserved|spdx-license|licen[sc]ed under|©|\(c\)|(?<!\d)(?:19|20)\d\d(?![\d年])", re.IGNORECASE
+    )
+    """What no heading of a text about copyright has: ``#`` begins comments of code and headings of Markdown."""
+    _two_lines: ClassVar = re.compile(r"#[^\n]*+\n[ \t]*#")
     _kept: ClassVar = re.compile(r"#!|#.*coding[:=]")
     """A line that says how to run or read a file is no part of the notice."""
 
@@ -122,21 +129,28 @@ class CleanCopyright(Mapper):
         found = self._comment.match(text)
         if found is None or not self._notice.search(found[0]):
             return text
+        comment = found[0].lstrip()
+        if comment.startswith("#") and not self._two_lines.match(comment) and not self._sure.search(comment):
+            return text
         kept = [line for line in found[0].split("\n")[:2] if self._kept.match(line)]
         return "\n".join([*kept, text[found.end() :].lstrip("\n")])
 
 
-# What is taken for a tag; any other "<" is a sign of its own (a < b, vector<int>, #include <map>).
+# What is taken for a tag, if it ends before the next "<"; any other "<" is a sign of its own (a < b, vector<int>,
+# #include <map>).
 _ELEMENTS = (
     "abbr|address|article|aside|audio|big|blockquote|body|br|button|caption|center|cite|code|col|colgroup|dd|del|details|"
     "div|dl|dt|em|embed|fieldset|figcaption|figure|font|footer|form|h[1-6]|head|header|hr|html|iframe|img|input|ins|kbd|"
     "label|legend|li|link|main|mark|meta|nav|noscript|ol|optgroup|option|param|picture|pre|samp|script|section|select|"
     "small|source|span|strike|strong|style|sub|summary|sup|table|tbody|td|textarea|tfoot|th|thead|title|tr|tt|ul|video|wbr"
 )
-_TAG = rf"/?(?:(?:{_ELEMENTS})(?=[\s/>])|[abipqsu](?=/?>|\s+[a-z-]+\s*=))|!--|!doctype\b"
+_TAG = rf"(?:/?(?:(?:{_ELEMENTS})(?=[\s/>])|[abipqsu](?=/?>|\s+[a-z-]+\s*=))|!doctype\b)(?=[^<>]*+>)"
 _LINE_BREAKS = r"br|hr|/p|/div|/tr|/h[1-6]|/table|/ul|/ol|/dl|/dt|/dd|/pre|/blockquote|/section|/article"
-_HIDING = (("<!--", "-->"), *((f"<{name}", f"</{name}") for name in ("script", "style", "textarea", "title", "iframe")))
-"""Begin and end of what hides all text between them; a text that only speaks of one must not be lost behind it."""
+_HIDING = ("script", "style", "iframe", "textarea", "title")
+_VOID = {"br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "wbr", "!doctype"}
+_CLOSED_BY_NEXT = {"p", "li", "option", "tr", "td", "th", "dt", "dd"}
+_DEEPEST = 512
+"""Levels of HTML that are parsed, as in browsers: the parser takes time by their square."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,25 +158,68 @@ class CleanHtml(Mapper):
     """Turns HTML into plain text, by selectolax; list items begin lines with an asterisk."""
 
     name = "clean_html_mapper"
-    _tag: ClassVar = re.compile(f"<(?:{_TAG})", re.IGNORECASE)
+    _tag: ClassVar = re.compile(f"<{_TAG}", re.IGNORECASE)
     _other_sign: ClassVar = re.compile(f"<(?!{_TAG})", re.IGNORECASE)
+    _whole_tag: ClassVar = re.compile(rf"<(?={_TAG})(/?)([a-z!]\w*)[^<>]*>", re.IGNORECASE)
     _entity: ClassVar = re.compile(r"&(?:#\d{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
     _line_break: ClassVar = re.compile(rf"\n?(?=<(?:{_LINE_BREAKS})[\s/>])", re.IGNORECASE)
     _item: ClassVar = re.compile(r"\n?<li(?=[\s/>])", re.IGNORECASE)
+    _begin: ClassVar = re.compile(rf"<(!--|(?:{'|'.join(_HIDING)})(?=[\s/>])(?=[^<>]*+>))", re.IGNORECASE | re.ASCII)
+    _ends: ClassVar = {
+        "!--": re.compile("-->"),
+        **{name: re.compile(rf"</{name}\s*+>", re.IGNORECASE | re.ASCII) for name in _HIDING},
+    }
 
     def apply(self, text: str) -> str:
-        lower = text.lower()
-        for begin, end in _HIDING:
-            if begin in lower and end not in lower:
-                text = re.sub(begin, "&lt;" + begin[1:], text, flags=re.IGNORECASE)
+        text = self._without_hidden(text)
         if not self._tag.search(text):
             return self._entity.sub(self._unescape, text)
         from selectolax.lexbor import LexborHTMLParser
 
         marked = self._item.sub("\n* <li", self._line_break.sub("\n", self._other_sign.sub("&lt;", text)))
+        if self._is_deep(marked):
+            return self._entity.sub(self._unescape, self._whole_tag.sub("", marked))
         tree = LexborHTMLParser(marked)
-        tree.strip_tags(["script", "style", "head"])
+        tree.strip_tags(["head"])
         return tree.text() or ""
+
+    def _without_hidden(self, text: str) -> str:
+        """Remove comments, scripts, styles and frames; what is in titles and text areas is left to the parser.
+
+        A begin is one only where an end follows: a text that only speaks of it is not lost behind it.
+        """
+        begins = list(self._begin.finditer(text))
+        if not begins:
+            return text
+        ends = {name: [end.span() for end in pattern.finditer(text)] for name, pattern in self._ends.items()}
+        pieces, at = [], 0
+        for begin in begins:
+            if begin.start() < at:
+                continue
+            name = begin[1].lower()
+            pieces.append(text[at : begin.start()])
+            place = bisect.bisect(ends[name], (begin.start() + 2,))  # "<!-->" is all of a comment
+            if place == len(ends[name]):
+                pieces.append("&lt;")
+                at = begin.start() + 1
+            else:
+                at = ends[name][place][1]
+                pieces.append(text[begin.start() : at] if name in ("title", "textarea") else "")
+        return "".join([*pieces, text[at:]])
+
+    def _is_deep(self, text: str) -> bool:
+        """Whether tags nest too deep, where a tag is closed only by an end that is the next one to be expected."""
+        nest: list[str] = []
+        for tag in self._whole_tag.finditer(text):
+            name = tag[2].lower()
+            if tag[1]:
+                if nest and nest[-1] == name:
+                    nest.pop()
+            elif name not in _VOID and not (name in _CLOSED_BY_NEXT and nest and nest[-1] == name):
+                nest.append(name)
+                if len(nest) > _DEEPEST:
+                    return True
+        return False
 
     @staticmethod
     def _unescape(entity: re.Match[str]) -> str:
@@ -172,12 +229,15 @@ class CleanHtml(Mapper):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpandMacro(Mapper):
-    """Writes out LaTeX macros without arguments that the text defines (``\\newcommand``, ``\\def``), one level deep."""
+    """Writes out LaTeX macros without arguments that the text defines (``\\newcommand``, ``\\def``), one level deep.
+
+    What would make the text more than twice as long stays a macro.
+    """
 
     name = "expand_macro_mapper"
     _definition: ClassVar = re.compile(
         r"\\(?:newcommand\*?\s*\{\s*(\\[A-Za-z]+)\s*\}|def\s*(\\[A-Za-z]+)\s*)\{(.{0,1000})\}[ \t]*$", re.MULTILINE
-    )  # a longer value could blow a text up
+    )
 
     def apply(self, text: str) -> str:
         if "\\newcommand" not in text and "\\def" not in text:
@@ -191,8 +251,19 @@ class ExpandMacro(Mapper):
         if not values:
             return text
         pieces.append(text[end:])
+        left = len(text)  # characters that the text may grow by
+
+        def expand(macro: re.Match[str]) -> str:
+            nonlocal left
+            value = values.get(macro[0], macro[0])
+            growth = len(value) - len(macro[0])
+            if growth > left:
+                return macro[0]
+            left -= growth
+            return value
+
         macro = re.compile(r"\\[A-Za-z]+")
-        pieces[::2] = [macro.sub(lambda found: values.get(found[0], found[0]), piece) for piece in pieces[::2]]
+        pieces[::2] = [macro.sub(expand, piece) for piece in pieces[::2]]
         return "".join(pieces)
 
 
@@ -260,9 +331,10 @@ class RemoveRepeatSentences(Mapper):
     lowercase: bool = False
     ignore_special_character: bool = True
     min_repeat_sentence_length: int = 2
-    # A full stop in ASCII ends a sentence only before a space, a CJK character or the end: not in 3.14 and a.txt.
+    # ASCII signs end a sentence only behind a word and before a space, a CJK character or the end: not in 3.14, a != b.
     _ends: ClassVar = re.compile(
-        r"(?<=[。！？!?…])(?![。！？!?….’”\"'」』）)])|(?<=\.)(?=\s|[\u3040-\u9fff])|(?<=[。！？!?….][’”\"'」』）)])(?=\S)"
+        r"(?<=[。！？…])(?![。！？!?….’”\"'」』）)])|(?<=\S[.!?])(?=\s|[\u3040-\u9fff])"
+        r"|(?<=[。！？…][’”\"'」』）)])(?=\S)|(?<=\S[.!?][’”\"'」』）)])(?=\s|[\u3040-\u9fff])"
     )
     _special: ClassVar = re.compile(r"[^\w\s]|_")
 

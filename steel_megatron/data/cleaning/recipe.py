@@ -155,6 +155,10 @@ def _check_order(recipe: Recipe, path: Path) -> None:
         if isinstance(operator, (ExactDeduplicator, SimhashDeduplicator)):
             if operator.name in seen:
                 raise ConfigError(f"{path}: {operator.name} is there twice; once is enough")
+            if isinstance(operator, ExactDeduplicator) and seen:
+                raise ConfigError(
+                    f"{path}: {operator.name} stands behind {seen[-1]}; exact copies are found first, so put it before"
+                )
             seen.append(operator.name)
     if sum(isinstance(operator, Perplexity) for operator in recipe.operators) > 1:
         raise ConfigError(f"{path}: {Perplexity.name} is there twice; once is enough")

@@ -9,18 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from steel_megatron.data.cleaning.duplicates import EXACT, KEPT, SIGNATURE, VERDICT, find_duplicates
+from steel_megatron.data.cleaning.duplicates import (
+    BYTES_A_DOCUMENT,
+    EXACT,
+    KEPT,
+    NEAR,
+    SIGNATURE,
+    VERDICT,
+    find_duplicates,
+)
 from steel_megatron.data.cleaning.filters import Filter, Perplexity, Resources
-from steel_megatron.data.cleaning.funnel import READ, Counts, UnitCounts, dump_counts
+from steel_megatron.data.cleaning.funnel import READ, Counts, UnitCounts, difference, dump_counts
 from steel_megatron.data.cleaning.job import Job, Stage, Unit
 from steel_megatron.data.cleaning.language_model import LanguageModel
 from steel_megatron.data.cleaning.mappers import Mapper
 from steel_megatron.data.cleaning.texts import Lost, Text
-from steel_megatron.data.cleaning.unit_files import UnitFiles, rows_of, save_array
+from steel_megatron.data.cleaning.unit_files import UnitFiles, rows_of, save_array, storable
 from steel_megatron.data.sources import Document, SkippedRow
 
 LONGEST = 2_000_000
-"""Characters of a document beyond which it is dropped unread: counting its n-grams would fill the memory."""
+"""Characters of a document beyond which it is dropped, unread or behind the mapper that made it so long: counting its
+n-grams would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +45,12 @@ def operate(text: Text, operator: object, resources: Resources) -> Dropped | boo
     """Let a mapper or a filter work on a text; returns why it is dropped, or whether it was changed."""
     if isinstance(operator, Mapper):
         try:
-            return text.apply(operator.apply)
+            changed = text.apply(operator.apply)
         except Lost as lost:
             return Dropped(None, str(lost))
+        if changed and (length := len(str(text))) > LONGEST:
+            return Dropped(length, f"more than {LONGEST:,} characters")
+        return changed
     assert isinstance(operator, Filter), operator
     value, (low, high) = operator.measure(text.sample(resources)), operator.bounds(resources)
     if low <= value <= high:
@@ -51,8 +63,12 @@ def _size(text: str) -> int:
     return len(text.encode())
 
 
+def _place(at: Document | SkippedRow) -> dict[str, Any]:
+    return {"path": storable(at.source), "row": at.row}
+
+
 def _row(unit: Unit, at: Document | SkippedRow, text: str) -> dict[str, Any]:
-    row = {"text": text, "source": unit.source, "path": at.source, "row": at.row}
+    row = {"text": text, "source": unit.source, **_place(at)}
     return row | {"dialogue": True} if isinstance(at, Document) and at.dialogue else row
 
 
@@ -62,7 +78,7 @@ class _Cleaner:
     def __init__(self, job: Job, number: int, files: UnitFiles) -> None:
         self.job, self.unit, self.files = job, job.units[number], files
         model = job.language_model
-        self.resources = Resources(job.recipe.tokenizer, str(model) if model else None)
+        self.resources = Resources(job.recipe.tokenizer, str(model) if model else None, self.unit.source)
         self.counts: UnitCounts = {READ: Counts()}
         self.operators = [
             (label, operator)
@@ -107,26 +123,31 @@ class _Cleaner:
         for label, operator in self.operators:
             counts = self.counts[label]
             counts.enter(size)
+            before = str(text) if counts.wants_changes and isinstance(operator, Mapper) else ""
             done = operate(text, operator, self.resources)
             if isinstance(done, Dropped):
                 self._drop(label, document, str(text), done)
                 return None
-            size = _size(str(text)) if done else size
-            counts.keep(size, done)
+            if not done:
+                counts.keep(size)
+                continue
+            after = str(text)
+            was, size = size, _size(after)
+            counts.keep(size, changed_from=was)
+            if counts.wants_changes:
+                place = {"file": self.unit.files[document.source], **_place(document)}
+                counts.changes.append(place | difference(before, after))
         return text
 
     def _drop(self, label: str, at: Document | SkippedRow, text: str, why: Dropped) -> None:
         entry = _row(self.unit, at, text) | {"operator": label, "value": why.value, "reason": why.reason}
         self.files.write(f"output/quarantine/{label}", entry)
-        self.counts[label].drop(_size(text), sample_of(entry, self.unit))
+        self.counts[label].drop(_size(text), sample_of(entry, self.unit.files[at.source]))
 
 
-def sample_of(entry: dict[str, Any], unit: Unit) -> dict[str, Any]:
+def sample_of(entry: dict[str, Any], file: int) -> dict[str, Any]:
     """What the report shows of a quarantined row, and the number of its file to sort by."""
-    return {
-        "file": unit.files[entry["path"]],
-        **{key: entry[key] for key in ("path", "row", "text", "value", "reason")},
-    }
+    return {"file": file, **{key: entry[key] for key in ("path", "row", "text", "value", "reason")}}
 
 
 @dataclass(frozen=True)
@@ -134,6 +155,10 @@ class CleanUnits(Stage):
     """Runs mappers and filters; writes what they keep, what they drop, and the signatures of what they keep."""
 
     name = "clean"
+
+    def bytes_to_read(self) -> int:
+        units = enumerate(self.job.units)
+        return sum(unit.size for number, unit in units if not self.job.marker(self.name, number).exists())
 
     def work(self, number: int) -> None:
         job, unit = self.job, self.job.units[number]
@@ -165,6 +190,11 @@ class FindDuplicates(Stage):
     def count(self) -> int:
         return 1
 
+    def memory(self) -> int:
+        signatures = (self.job.folder / "signatures").glob("*.npy")
+        documents = sum(path.stat().st_size for path in signatures) // SIGNATURE.itemsize
+        return (1 << 30) + documents * BYTES_A_DOCUMENT
+
     def work(self, number: int) -> None:
         job = self.job
         arrays = [np.load(job.folder / "signatures" / f"{unit:06d}.npy") for unit in range(len(job.units))]
@@ -194,16 +224,19 @@ class WriteKept(Stage):
     def work(self, number: int) -> None:
         job, unit, name = self.job, self.job.units[number], f"{number:06d}"
         labels = job.recipe.labels[-sum(map(bool, job.recipe.deduplicators())) :]
-        exact = job.recipe.deduplicators()[0]
+        names = {
+            kind: found.name for kind, found in zip((EXACT, NEAR), job.recipe.deduplicators(), strict=True) if found
+        }
         verdicts = np.load(job.folder / "verdicts" / f"{name}.npy")
         originals = np.load(job.folder / "originals" / f"{name}.npy")
-        paths = {file: path for other in job.units for path, file in other.files.items()}
+        paths = {file: storable(path) for other in job.units for path, file in other.files.items()}
+        files_of = {storable(path): file for path, file in unit.files.items()}
         counts = {label: Counts() for label in labels}
         cleaned = job.folder / "cleaned" / f"{name}.jsonl.zst"
         with UnitFiles(job.folder, name) as files:
             for place, row in enumerate(rows_of(cleaned) if len(verdicts) else ()):
                 size, kind = _size(row["text"]), int(verdicts["kind"][place])
-                by = None if kind == KEPT else (exact.name if kind == EXACT and exact else labels[-1])
+                by = None if kind == KEPT else names[kind]
                 for label in labels:
                     counts[label].enter(size)
                     if label == by:
@@ -218,7 +251,7 @@ class WriteKept(Stage):
                 reason = f"{'same text as' if kind == EXACT else 'near'} {original['path']}, row {original['row']}"
                 entry = row | {"operator": by, "value": distance, "reason": reason, "original": original}
                 files.write(f"output/quarantine/{by}", entry)
-                counts[by].drop(size, sample_of(entry, unit))
+                counts[by].drop(size, sample_of(entry, files_of[row["path"]]))
             files.commit()
         self.mark(number, dump_counts(counts))
         cleaned.unlink(missing_ok=True)
@@ -253,7 +286,7 @@ class SampleTexts(Stage):
                 for document in job.documents(job.units[number], []):
                     text = _passed(document, steps, resources)
                     if text is not None:
-                        files.write("sampled", {"text": text})
+                        files.write("sampled", {"text": text, "source": job.units[number].source})
                         wanted -= len(text)
                         if wanted <= 0:
                             break
@@ -288,6 +321,10 @@ class TrainModel(Stage):
         job, operator = self.job, self.job.recipe.perplexity
         assert operator is not None and job.language_model is not None
         files = [job.folder / "sampled" / f"{unit:06d}.jsonl.zst" for unit in _trains_on(job)]
-        texts = (row["text"] for path in files if path.exists() for row in rows_of(path))
+        texts = ((row["source"], row["text"]) for path in files if path.exists() for row in rows_of(path))
         LanguageModel.train(texts, operator.order).save(job.language_model)
         self.mark(number)
+
+
+STAGES: tuple[type[Stage], ...] = (SampleTexts, TrainModel, CleanUnits, FindDuplicates, WriteKept)
+"""All stages that a job may have."""

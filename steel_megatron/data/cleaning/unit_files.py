@@ -66,6 +66,11 @@ class UnitFiles:
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
+def storable(path: str | Path) -> str:
+    r"""A path as UTF-8 can hold it: bytes of a file name that are none, of an archive in GBK say, become ``\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file that :class:`UnitFiles` wrote.
 
