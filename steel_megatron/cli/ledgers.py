@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from steel_megatron.config import TokenizerKind
 from steel_megatron.errors import ConfigError, DataError
+from steel_megatron.log import get_logger
 
 if TYPE_CHECKING:
     from steel_megatron.data.ledger import Ledger
     from steel_megatron.data.run_ledger import DocumentPart
+
+logger = get_logger(__name__)
 
 _SHOWN = 160
 """Characters of a document's part that are shown."""
@@ -47,8 +50,9 @@ def create(
     if path.exists():
         raise DataError(f"{path} exists already; append to it (steel-megatron data append), or choose another name")
     made = new_ledger(path.parent, prefixes, sequence_length, seed, names or None, domain, epochs)
-    with edit(path, made):
-        pass
+    with edit(path, made) as file:
+        if file.ledger != made:
+            raise DataError(f"{path} has just been made by somebody else; append to it (steel-megatron data append)")
     sys.stdout.write(_summary(path, made))
 
 
@@ -62,8 +66,9 @@ def append(
     on_duplicate: Literal["stop", "skip"] = "stop",
     drop_duplicates: bool = False,
     mixture: list[str] = [],  # noqa: B006 (read by the parser, never changed)
+    stopped: bool = False,
 ) -> None:
-    """Add corpora; from where the run resumes, they are mixed with everything that it has not seen.
+    """Add corpora; from the run's next checkpoint on, they are mixed with everything that it has not seen.
 
     Args:
         ledger: the run's ledger.json.
@@ -71,71 +76,75 @@ def append(
         names: what to call them, one for each; the last parts of their paths if not given.
         domain: by which mixtures call them all.
         epochs: how often each is read in the whole run, such as 1 or 2.5; null for without end.
-        at: the sample from which they are in; where the run resumes next if not given.
+        at: the sample from which they are in; if not given, the run's next checkpoint, or where it resumes.
         on_duplicate: whether a corpus that is in already stops the command or is left out.
         drop_duplicates: whether to leave out documents that are exactly the same as one that is in already.
         mixture: weights from then on, such as zh=0.8 en=0.2; as before if not given.
+        stopped: that no run is under way; frees what a killed one had still planned to read.
     """
+    from steel_megatron.data.ledger import Ledger, edit
     from steel_megatron.data.run_ledger import names_of
 
-    _change(
-        ledger,
-        lambda old: old.append(
-            prefixes,
-            names or names_of(prefixes),
-            domain,
-            epochs,
-            at,
-            on_duplicate,
-            _weights(mixture) if mixture else None,
-            drop_duplicates,
-        ),
-    )
+    path, weights, called = Path(ledger), _weights(mixture) if mixture else None, names or names_of(prefixes)
+    while True:
+        # What may take hours is done while others may change the ledger, and a run may begin.
+        incoming = Ledger.load(path).incoming(prefixes, called, domain, on_duplicate, drop_duplicates)
+        with edit(path) as file:
+            old = file.ledger.stopped() if stopped else file.ledger
+            if old.up_to_date(incoming):
+                file.ledger = old.take_in(incoming, epochs, at, on_duplicate, weights)
+                break
+        logger.info(f"{path} was changed while documents were compared; they are compared again")
+    sys.stdout.write(_summary(path, file.ledger))
 
 
-def remove(ledger: str, names: list[str], at: int | None = None) -> None:
+def remove(ledger: str, names: list[str], at: int | None = None, stopped: bool = False) -> None:
     """Take corpora out of what is read, for good.
 
     Args:
         ledger: the run's ledger.json.
         names: the corpora, as the ledger calls them.
-        at: the sample from which they are out; where the run resumes next if not given.
+        at: the sample from which they are out; if not given, the run's next checkpoint, or where it resumes.
+        stopped: that no run is under way; frees what a killed one had still planned to read.
     """
-    _change(ledger, lambda old: old.remove(names, at))
+    _change(ledger, stopped, lambda old: old.remove(names, at))
 
 
-def reweight(ledger: str, names: list[str], epochs: float | None, at: int | None = None) -> None:
+def reweight(ledger: str, names: list[str], epochs: float | None, at: int | None = None, stopped: bool = False) -> None:
     """Change how often corpora are read in the whole run; what was read counts.
 
     Args:
         ledger: the run's ledger.json.
         names: the corpora, as the ledger calls them.
         epochs: such as 1 or 2.5; null for without end.
-        at: the sample from which it holds; where the run resumes next if not given.
+        at: the sample from which it holds; if not given, the run's next checkpoint, or where it resumes.
+        stopped: that no run is under way; frees what a killed one had still planned to read.
     """
-    _change(ledger, lambda old: old.reweight(dict.fromkeys(names, epochs), at))
+    _change(ledger, stopped, lambda old: old.reweight(dict.fromkeys(names, epochs), at))
 
 
-def mixture(ledger: str, weights: list[str], at: int | None = None) -> None:
+def mixture(ledger: str, weights: list[str], at: int | None = None, stopped: bool = False) -> None:
     """Read domains by weights, such as zh=0.8 en=0.2 code=0; several with --at make a curriculum.
 
     Args:
         ledger: the run's ledger.json.
         weights: DOMAIN=WEIGHT for each domain, 0 to pause it; or the one word none, to read corpora by their sizes.
-        at: the sample from which they hold; where the run resumes next if not given.
+        at: the sample from which they hold; if not given, the run's next checkpoint, or where it resumes.
+        stopped: that no run is under way; frees what a killed one had still planned to read.
     """
     chosen = None if weights == ["none"] else _weights(weights)
-    _change(ledger, lambda old: old.set_mixture(chosen, at))
+    _change(ledger, stopped, lambda old: old.set_mixture(chosen, at))
 
 
-def cancel(ledger: str, at: int | None = None) -> None:
-    """Take back what waits for the run to resume, or what is planned for a sample that it has not reached.
+def cancel(ledger: str, at: int | None = None, stopped: bool = False) -> None:
+    """Take back what waits for the run's next checkpoint, or what is planned for a sample that it has not read.
 
     Args:
         ledger: the run's ledger.json.
         at: the sample it is planned for; what waits if not given.
+        stopped: that no run is under way; frees what a killed one had still planned to read.
     """
-    _change(ledger, lambda old: old.cancel(at))
+    _change(ledger, stopped, lambda old: old.cancel(at))
 
 
 def _weights(words: list[str]) -> dict[str, float]:
@@ -152,41 +161,35 @@ def _weights(words: list[str]) -> dict[str, float]:
     return found
 
 
-def _change(path: str, change: Callable[[Ledger], Ledger]) -> None:
+def _change(path: str, stopped: bool, change: Callable[[Ledger], Ledger]) -> None:
     from steel_megatron.data.ledger import edit
 
     with edit(path) as file:
-        file.ledger = change(file.ledger)
+        file.ledger = change(file.ledger.stopped() if stopped else file.ledger)
     sys.stdout.write(_summary(Path(path), file.ledger))
 
 
 def _summary(path: Path, ledger: Ledger) -> str:
-    """The corpora with how far they are read where the run last resumed, and what changes when."""
+    """The corpora with how far they are read where the run last looked, and what changes when."""
+    from steel_megatron.data.ledger_records import in_words
+
     lines = [f"{path}: samples of {ledger.sequence_length:,} tokens, seed {ledger.seed}, run at {ledger.reached:,}"]
+    if ledger.reserved > ledger.reached:
+        lines[0] += f", reading on to {ledger.reserved:,}"
     seen = ledger.cursors(ledger.reached)
-    for number, corpus in enumerate(ledger.corpora):
-        samples = corpus.samples(ledger.sequence_length)
+    for number in sorted(ledger.used):
+        corpus, samples = ledger.corpora[number], ledger.samples(number)
         dropped = f", {corpus.dropped.documents:,} documents dropped" if corpus.dropped else ""
         lines.append(
             f"  {corpus.name} ({corpus.domain}): {samples:,} samples, {corpus.documents:,} documents{dropped}, "
             f"read {int(seen[number]) / samples:.2f} times"
         )
     for event in ledger.events:
-        said = [f"add {ledger.corpora[added.corpus].name} ({_times(added.epochs)})" for added in event.add]
-        said += [f"remove {name}" for name in event.remove]
-        said += [f"read {name} {_times(epochs)}" for name, epochs in event.epochs.items()]
-        if event.sets_mixture:
-            weights = " ".join(f"{domain}={weight:g}" for domain, weight in (event.mixture or {}).items())
-            said.append(f"mixture {weights or 'none'}")
-        at = "where the run resumes" if event.at is None else f"sample {event.at:,}"
-        lines.append(f"  from {at}: {'; '.join(said)}")
+        at = "the next checkpoint, or from where the run resumes" if event.at is None else f"sample {event.at:,}"
+        lines.append(f"  from {at}: {in_words(event, ledger.corpora)}")
     capacity = ledger.capacity()
     lines.append(f"  samples in all: {'without end' if capacity == float('inf') else f'{capacity:,}'}")
     return "\n".join(lines) + "\n"
-
-
-def _times(epochs: float | None) -> str:
-    return "without end" if epochs is None else f"{epochs:g} times"
 
 
 def show(
@@ -204,7 +207,7 @@ def show(
         ledger: the run's ledger.json.
         step: an optimizer step, from 1.
         sample: one sample, from 0, in place of a step.
-        global_batch_size: samples of a step; that of run.yaml beside the ledger if not given.
+        global_batch_size: samples of each step; if not given, what the ledger recorded, or an older one's run.yaml.
         tokenizer_path: decodes the text; that of run.yaml beside the ledger if not given.
         tokenizer_kind: what it is.
         json_output: one JSON object for each part of a document, with its token ids, in place of text.
@@ -223,7 +226,9 @@ def show(
         sys.stdout.write(_summary(path, loaded))
         return
     settings = _run_settings(path)
-    numbers = _numbers(path, step, sample, global_batch_size or settings["training"].get("global_batch_size"))
+    numbers = loaded.step_samples(step) if step is not None and step > 0 and sample is None else None
+    if numbers is None or global_batch_size is not None:
+        numbers = _numbers(path, step, sample, global_batch_size or settings["training"].get("global_batch_size"))
     data = settings["data"]
     if tokenizer_path is None and data.get("tokenizer_path"):
         tokenizer_path, tokenizer_kind = data["tokenizer_path"], data["tokenizer_kind"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,33 +36,44 @@ def document_digests(corpus: IndexedCorpus) -> Iterator[np.ndarray]:
         begin, from_token = begin + count, from_token + bounds[-1]
 
 
-def duplicate_documents(
-    new: IndexedCorpus, others: Sequence[tuple[IndexedCorpus, np.ndarray | None]]
-) -> tuple[np.ndarray, int, int]:
+class Duplicates(NamedTuple):
+    """Documents of a corpus that are in other corpora, or earlier in itself."""
+
+    bits: np.ndarray
+    """Which ones, as :func:`drop_bits` has them."""
+    documents: int
+    tokens: int
+    like: tuple[int, ...]
+    """The numbers of the other corpora that have some of them: of each document, the first that has it."""
+
+
+def duplicate_documents(new: IndexedCorpus, others: Sequence[tuple[IndexedCorpus, np.ndarray | None]]) -> Duplicates:
     """The documents of a corpus that are in other corpora, or earlier in itself; never empty ones.
 
     Args:
         new: the corpus.
-        others: what it is compared with, each with the bits of its documents that are dropped, which do not count.
-
-    Returns:
-        bits of the duplicates, as :func:`drop_bits` has them; how many documents and tokens they are.
+        others: what it is compared with, each with the bits of its documents that do not count.
     """
     digests = np.concatenate(list(document_digests(new)))
     unique, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     duplicate = np.ones(len(digests), dtype=bool)
     duplicate[first] = False
-    elsewhere = np.zeros(len(unique), dtype=bool)
-    for corpus, dropped in others:
-        begin = 0
+    elsewhere = new.sizes[first] == 0  # an empty one is nobody's
+    like = []
+    for number, (corpus, ignored) in enumerate(others):
+        begin, found = 0, False
         for part in document_digests(corpus):
-            kept = part if dropped is None else part[~bits_of(dropped, begin, begin + len(part))]
+            kept = part if ignored is None else part[~bits_of(ignored, begin, begin + len(part))]
             at = np.minimum(np.searchsorted(unique, kept), len(unique) - 1)
-            elsewhere[at[unique[at] == kept]] = True
+            hits = at[unique[at] == kept]
+            found |= not elsewhere[hits].all()
+            elsewhere[hits] = True
             begin += len(part)
+        like += [number] * found
     duplicate |= elsewhere[inverse]
     duplicate &= new.sizes > 0
-    return drop_bits(duplicate), int(duplicate.sum()), int(new.sizes[duplicate].sum(dtype=np.int64))
+    tokens = int(new.sizes[duplicate].sum(dtype=np.int64))
+    return Duplicates(drop_bits(duplicate), int(duplicate.sum()), tokens, tuple(like))
 
 
 def drop_bits(mask: np.ndarray) -> np.ndarray:

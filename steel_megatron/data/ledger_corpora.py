@@ -6,19 +6,23 @@ import dataclasses
 import hashlib
 import io
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from steel_megatron.data.duplicates import duplicate_documents
-from steel_megatron.data.indexed import IndexedCorpus, content_hash, open_indexed
+from steel_megatron.data.indexed import IndexedCorpus, content_hash, open_indexed, refuse_ids
 from steel_megatron.data.ledger_records import Corpus, Dropped, is_name
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, sha256_of
 from steel_megatron.log import get_logger
 
 logger = get_logger(__name__)
+
+_CHUNK = 1 << 20
+"""Ids that are looked at at a time."""
 
 
 def describe(prefix: str | Path, name: str | None = None, domain: str = "default") -> Corpus:
@@ -40,11 +44,30 @@ def describe(prefix: str | Path, name: str | None = None, domain: str = "default
     corpus = open_indexed(prefix)
     tokenizer = (corpus.manifest or {}).get("tokenizer", {}).get("fingerprint")
     fingerprint = tokenizer if is_name(tokenizer) else None
-    return Corpus(name, prefix, content_hash(corpus), domain, corpus.documents, corpus.tokens, fingerprint)
+    max_id = None if corpus.manifest is not None else _largest_id(corpus)
+    counts = corpus.documents, corpus.tokens
+    return Corpus(name, prefix, content_hash(corpus), domain, *counts, fingerprint, max_id=max_id)
+
+
+def _largest_id(corpus: IndexedCorpus) -> int:
+    """The largest token id, after a look at all of them.
+
+    Raises:
+        DataError: one is negative.
+    """
+    low = high = 0
+    for begin in range(0, corpus.tokens, _CHUNK):
+        ids = corpus.flat[begin : begin + _CHUNK]
+        low, high = min(low, int(ids.min())), max(high, int(ids.max()))
+    if low < 0:
+        refuse_ids(corpus, None)
+    return high
 
 
 def open_corpus(record: Corpus, folder: Path, vocab_size: int | None = None) -> IndexedCorpus:
     """Open a corpus and hold it against what a ledger recorded; the content as its manifest says it, if it has one.
+
+    Of one without a manifest only the counts are compared, and its largest id is the recorded one: it is not read.
 
     Args:
         record: what was recorded.
@@ -54,7 +77,7 @@ def open_corpus(record: Corpus, folder: Path, vocab_size: int | None = None) -> 
     Raises:
         DataError: it is missing, damaged, or not what it was.
     """
-    corpus = open_indexed(folder / record.prefix, vocab_size)
+    corpus = open_indexed(folder / record.prefix)
     found: dict[str, object] = {"documents": corpus.documents, "tokens": corpus.tokens}
     if corpus.manifest is not None:
         found["content"] = corpus.manifest["content"]
@@ -65,19 +88,25 @@ def open_corpus(record: Corpus, folder: Path, vocab_size: int | None = None) -> 
                 f"{value}, recorded is {getattr(record, field)}; bring the old files back, or remove the corpus and "
                 "append the new one under another name"
             )
+    if vocab_size is not None:
+        largest = record.max_id if corpus.manifest is None else corpus.manifest["max_id"]
+        if largest is None or largest >= vocab_size:
+            refuse_ids(corpus, vocab_size)
     return corpus
 
 
-def without_duplicates(
-    new: Sequence[Corpus], fresh: Collection[str], others: Sequence[Corpus], folder: Path
-) -> tuple[list[Corpus], dict[str, bytes]]:
-    """Corpora without the documents that are exactly the same as others, or as earlier ones of the new corpora.
+class Other(NamedTuple):
+    """A corpus that new ones are compared with."""
 
-    Args:
-        new: the corpora.
-        fresh: content of those to look at; what else is in ``new`` stays as it is.
-        others: corpora that they are compared with.
-        folder: the ledger's.
+    corpus: IndexedCorpus
+    ignored: np.ndarray | None
+    """Bits of the documents that do not count, as they are not read; None for none."""
+    content: str | None
+    """Which corpus it is; None when all documents that count were read, so that nothing depends on it any more."""
+
+
+def without_duplicates(new: Sequence[Corpus], others: Sequence[Other]) -> tuple[list[Corpus], dict[str, bytes]]:
+    """Corpora without the documents that are exactly the same as others, or as earlier ones of the new corpora.
 
     Returns:
         the corpora, and the files that say which documents are left out, by name.
@@ -85,21 +114,22 @@ def without_duplicates(
     Raises:
         DataError: a corpus cannot be read.
     """
-    compared = [(open_corpus(other, folder), dropped_bits(other, folder)) for other in others]
-    reduced, files, left = [], {}, set(fresh)
+    compared, reduced, files = list(others), [], {}
     for record in new:
-        if record.content in left:
-            left.remove(record.content)
-            corpus = open_corpus(record, folder)
-            bits, documents, tokens = duplicate_documents(corpus, compared)
-            compared.append((corpus, bits))
-            logger.info(f"{record.prefix}: {documents:,} of {record.documents:,} documents are duplicates and dropped")
-            if documents:
-                buffer = io.BytesIO()
-                np.save(buffer, bits, allow_pickle=False)
-                dropped = Dropped(hashlib.sha256(buffer.getvalue()).hexdigest(), documents, tokens)
-                files[dropped.file_name] = buffer.getvalue()
-                record = dataclasses.replace(record, dropped=dropped)
+        corpus = open_corpus(record, Path())  # its prefix is absolute
+        found = duplicate_documents(corpus, [(other.corpus, other.ignored) for other in compared])
+        logger.info(
+            f"{record.prefix}: {found.documents:,} of {record.documents:,} documents are duplicates and dropped"
+        )
+        if found.documents:
+            buffer = io.BytesIO()
+            np.save(buffer, found.bits, allow_pickle=False)
+            digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+            like = [content for number in found.like if (content := compared[number].content) is not None]
+            dropped = Dropped(digest, found.documents, found.tokens, tuple(like))
+            files[dropped.file_name] = buffer.getvalue()
+            record = dataclasses.replace(record, dropped=dropped)
+        compared.append(Other(corpus, found.bits, record.content))
         reduced.append(record)
     return reduced, files
 

@@ -1,4 +1,4 @@
-"""The history of a ledger, without any file: corpora, the events that change the pool, and what follows from them.
+"""The history of a ledger, without any file: corpora, the events that change the pool, and what is read by them.
 
 Everything here is a function of the values of a frozen dataclass, so it can be tested over random histories.
 """
@@ -9,23 +9,17 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any
 
 import numpy as np
 
 from steel_megatron.data.ledger_records import (
-    EPOCHS,
-    MIXTURE,
-    MOST_SAMPLES,
-    Added,
     Corpus,
     Event,
-    is_epochs,
-    is_mixture,
+    StepSize,
 )
-from steel_megatron.data.pools import number_of, pools_of
+from steel_megatron.data.pools import Pool, number_of, pools_of, used_by
 from steel_megatron.data.schedule import Location, Schedule
 from steel_megatron.errors import DataError
 from steel_megatron.log import get_logger
@@ -38,7 +32,7 @@ FORMAT = "steel-megatron-ledger-1"
 
 @dataclass(frozen=True)
 class History:
-    """What a run reads and will read; changes are new histories.
+    """What a run reads and will read; how it changes is in :mod:`~steel_megatron.data.ledger_changes`.
 
     Raises:
         DataError: the corpora and events do not fit together; the message says which and why.
@@ -49,22 +43,29 @@ class History:
     seed: int
     """Of all orders, from 0 to 2**63 - 1."""
     corpora: tuple[Corpus, ...] = ()
-    """All that ever came in; never taken out, so that none comes in twice."""
+    """All that ever came in, by numbers that stay. What no event uses any more is no longer there to any method; its
+    number goes to the next corpus."""
     events: tuple[Event, ...] = ()
     """In the order in which they were written down."""
     reached: int = 0
-    """Where a run last started or resumed; nothing can be put before."""
+    """Where a run last looked at the ledger, by starting, resuming or saving a checkpoint."""
+    reserved: int = 0
+    """The sample before which a run that is under way does not look again; nothing can be put before."""
+    steps: tuple[StepSize, ...] = ()
+    """How many samples the run's steps took, from the first on; empty in ledgers that no run has begun with."""
 
     def __post_init__(self) -> None:
         assert self.sequence_length >= 1 and 0 <= self.seed < 2**63, (self.sequence_length, self.seed)
+        assert self.reached <= self.reserved, (self.reached, self.reserved)
         self._check_corpora()
-        # Pending changes are taken as if the run resumed where it last did; activate() checks their real place.
-        pools_of(self.corpora, self._placed(self.reached), self.sequence_length)
+        # Pending changes are taken as if they held from where the run looks next; activate() checks their real place.
+        pools_of(self.corpora, self._placed(self.reserved), self.sequence_length)
 
     def _check_corpora(self) -> None:
+        corpora = [self.corpora[number] for number in sorted(self.used)]
         for kind in ("name", "content"):
             known: dict[str, str] = {}
-            for corpus in self.corpora:
+            for corpus in corpora:
                 value = getattr(corpus, kind)
                 if value in known:
                     raise DataError(
@@ -72,11 +73,11 @@ class History:
                         + ("give it another" if kind == "name" else "a corpus can come in once")
                     )
                 known[value] = f"{corpus.name} ({corpus.prefix})"
-        tokenizers = {corpus.tokenizer: corpus.name for corpus in self.corpora if corpus.tokenizer is not None}
+        tokenizers = {corpus.tokenizer: corpus.name for corpus in corpora if corpus.tokenizer is not None}
         if len(tokenizers) > 1:
             found = ", ".join(f"{tokenizer} of {name}" for tokenizer, name in tokenizers.items())
             raise DataError(f"corpora of different tokenizers cannot be mixed: {found}")
-        for corpus in self.corpora:
+        for corpus in corpora:
             if corpus.samples(self.sequence_length) == 0:
                 dropped = f" ({corpus.dropped.tokens:,} of them in dropped documents)" if corpus.dropped else ""
                 raise DataError(
@@ -99,27 +100,37 @@ class History:
             [corpus.name for corpus in self.corpora],
             [corpus.domain for corpus in self.corpora],
             [corpus.samples(self.sequence_length) for corpus in self.corpora],
-            pools_of(self.corpora, self._placed(None), self.sequence_length) if self.corpora else [],
+            self._pools_until_pending() if self.corpora else [],
             self.seed,
         )
 
-    # ---- reading ----
+    def _pools_until_pending(self) -> list[Pool]:
+        """The pools without what is pending."""
+        placed = self._placed(None)
+        try:
+            return pools_of(self.corpora, placed, self.sequence_length)
+        except DataError:  # a plan needs what is pending, which comes before it: so far it is for no certain samples
+            settled = [event for event in placed if event.at is not None and event.at < self.reserved]
+            return pools_of(self.corpora, settled, self.sequence_length)
 
     @property
     def pending(self) -> tuple[Event, ...]:
-        """Changes that wait for a run to start or resume."""
+        """Changes that wait for a run to look at the ledger."""
         return tuple(event for event in self.events if event.at is None)
 
     def in_use(self) -> list[int]:
-        """The numbers of the corpora that are read from :attr:`reached` on, or will be with pending changes."""
-        pools = pools_of(self.corpora, self._placed(self.reached), self.sequence_length)
-        current = max(number for number, pool in enumerate(pools) if pool.at <= self.reached)
-        return sorted({corpus for pool in pools[current:] for corpus in pool.epochs})
+        """The numbers of the corpora that are read from :attr:`reached` on, with or without pending changes."""
+        found: set[int] = set()
+        with_pending = pools_of(self.corpora, self._placed(self.reserved), self.sequence_length)
+        for pools in (self._pools_until_pending(), with_pending):
+            current = max(number for number, pool in enumerate(pools) if pool.at <= self.reached)
+            found |= {corpus for pool in pools[current:] for corpus in pool.epochs}
+        return sorted(found)
 
-    @property
+    @functools.cached_property
     def used(self) -> set[int]:
         """The numbers of the corpora that a change adds, also of those that were removed."""
-        return {added.corpus for event in self.events for added in event.add}
+        return used_by(self.events)
 
     def samples(self, number: int) -> int:
         """Whole samples in one epoch of a corpus."""
@@ -131,7 +142,7 @@ class History:
         Raises:
             DataError: there is none.
         """
-        return number_of(self.corpora, name)
+        return number_of(self.corpora, name, self.used)
 
     def capacity(self) -> int | float:
         """How many samples there are, without pending changes; infinity when corpora are read without end."""
@@ -165,137 +176,42 @@ class History:
         """
         return self._schedule.cursors(position)
 
+    def step_samples(self, step: int) -> range | None:
+        """The samples of an optimizer step, from 1; None for one of which the ledger does not say it."""
+        before = [size for size in self.steps if size.step < step]
+        if not before:
+            return None
+        first = before[-1].consumed + (step - 1 - before[-1].step) * before[-1].global_batch_size
+        return range(first, first + before[-1].global_batch_size)
+
     def fingerprint(self, position: int) -> str:
         """SHA-256 (hex) of all that decides the samples before a position, and nothing else.
 
         Later changes, names and paths do not alter it.
         """
-        said = []
-        for event in self._placed(None):
-            assert event.at is not None
-            if event.at >= position:
-                break
-            added = []
-            for new in event.add:
-                corpus = self.corpora[new.corpus]
-                size = corpus.samples(self.sequence_length)
-                added.append([new.corpus, *corpus.identity, size, corpus.domain, new.epochs])
-            said.append(
-                {
-                    "at": event.at,
-                    "add": added,
-                    "remove": [self.number_of(name) for name in event.remove],
-                    "epochs": {str(self.number_of(name)): epochs for name, epochs in event.epochs.items()},
-                    "mixture": event.mixture if event.sets_mixture else "as before",
-                }
-            )
+        said = [self.meaning(event) for event in self.before(position)]
         whole = [FORMAT, self.sequence_length, self.seed, said]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
-    # ---- changing ----
+    def before(self, position: int) -> list[Event]:
+        """The events that decide the samples before a position, in their order."""
+        return [event for event in self._placed(None) if event.at is not None and event.at < position]
 
-    def add(
-        self,
-        corpora: Sequence[Corpus],
-        epochs: float | None = 1.0,
-        at: int | None = None,
-        on_duplicate: Literal["stop", "skip"] = "stop",
-        mixture: Mapping[str, float] | None = None,
-    ) -> Self:
-        """Put corpora into the pool.
+    def meaning(self, event: Event) -> dict[str, Any]:
+        """All that an event of this history decides, without names and paths."""
+        added = []
+        for new in event.add:
+            corpus = self.corpora[new.corpus]
+            size = corpus.samples(self.sequence_length)
+            added.append([new.corpus, *corpus.identity, size, corpus.domain, new.epochs])
+        return {
+            "at": event.at,
+            "add": added,
+            "remove": [self.number_of(name) for name in event.remove],
+            "epochs": {str(self.number_of(name)): epochs for name, epochs in event.epochs.items()},
+            "mixture": event.mixture if event.sets_mixture else "as before",
+        }
 
-        Args:
-            corpora: the new ones.
-            epochs: how often each is read, 2.5 for twice and half of a third time; None for without end.
-            at: the sample from which they are in; None for from where the run starts or resumes.
-            on_duplicate: what to do with a corpus that is in already, or was: ``stop`` or ``skip`` it.
-            mixture: weights by domain from then on; None for as before. Needed where a mixture holds that does not name
-                the new corpora's domains.
-
-        Raises:
-            DataError: a corpus is in already, or does not fit; ``at`` is in the past; the mixture is wrong.
-        """
-        if not is_epochs(epochs):
-            raise DataError(f"epochs is {epochs!r}; it must be {EPOCHS}")
-        # What was only ever in a change that was taken back keeps its number, and can come in.
-        used = self.used
-        all_corpora, numbers = list(self.corpora), []
-        for corpus in corpora:
-            same = (number for number, other in enumerate(all_corpora) if other.content == corpus.content)
-            number = next(same, len(all_corpora))
-            if number in used or number in numbers:
-                found = all_corpora[number]
-                known = f"{corpus.prefix} is in the ledger already, as {found.name} ({found.prefix}): the same tokens"
-                if on_duplicate == "stop":
-                    raise DataError(f"{known}; leave it out, or skip it with on_duplicate")
-                logger.warning(f"{known}; it is skipped")
-                continue
-            all_corpora[number : number + 1] = [corpus]
-            numbers.append(number)
-        if not numbers and mixture is None:
-            return self
-        added = tuple(Added(number, epochs) for number in numbers)
-        event = Event(at, add=added, mixture=mixture, sets_mixture=mixture is not None)
-        return self._with(event, tuple(all_corpora))
-
-    def remove(self, names: Sequence[str], at: int | None = None) -> Self:
-        """Take corpora out of the pool, for good.
-
-        Raises:
-            DataError: one is not in; the mixture names a domain of which none would be left; ``at`` is in the past.
-        """
-        return self._with(Event(at, remove=tuple(names)))
-
-    def reweight(self, epochs: Mapping[str, float | None], at: int | None = None) -> Self:
-        """Change how often corpora are read in the whole run, by name; what was read counts.
-
-        Raises:
-            DataError: a corpus is not in, a number is wrong, or ``at`` is in the past.
-        """
-        for name, value in epochs.items():
-            if not is_epochs(value):
-                raise DataError(f"epochs of {name} is {value!r}; it must be {EPOCHS}")
-        return self._with(Event(at, epochs=dict(epochs)))
-
-    def set_mixture(self, mixture: Mapping[str, float] | None, at: int | None = None) -> Self:
-        """Read domains by weights; a domain of weight 0 is paused. None ends the mixture.
-
-        Raises:
-            DataError: a domain has no corpus, one is not named, a weight is wrong, or ``at`` is in the past.
-        """
-        return self._with(Event(at, mixture=mixture, sets_mixture=True))
-
-    def cancel(self, at: int | None = None) -> Self:
-        """Take back what is planned for a sample, or with None what is pending. Its corpora stay known.
-
-        Raises:
-            DataError: nothing is, or the run may have passed it.
-        """
-        if at is not None and at <= self.reached:
-            raise DataError(f"what happened at sample {at:,} stays: the run resumed at {self.reached:,}")
-        kept = tuple(event for event in self.events if event.at != at)
-        if len(kept) == len(self.events):
-            raise DataError("nothing is pending" if at is None else f"nothing is planned for sample {at:,}")
-        return dataclasses.replace(self, events=kept)
-
-    def activate(self, consumed: int) -> Self:
-        """Give pending changes the position at which a run starts or resumes.
-
-        Raises:
-            DataError: they do not fit there, or there were fewer samples before.
-        """
-        self.cursors(consumed)  # that many there must have been
-        placed = (event if event.at is not None else dataclasses.replace(event, at=consumed) for event in self.events)
-        return dataclasses.replace(self, events=tuple(placed), reached=consumed)
-
-    def _with(self, event: Event, corpora: tuple[Corpus, ...] | None = None) -> Self:
-        if event.sets_mixture and not is_mixture(event.mixture):
-            raise DataError(f"the mixture is {event.mixture!r}; it must be {MIXTURE}")
-        if not self.events and event.at is None:
-            event = dataclasses.replace(event, at=0)  # a run begins with something
-        if event.at is not None and not self.reached <= event.at <= MOST_SAMPLES:
-            raise DataError(
-                f"a change at sample {event.at:,} is no good: the run last resumed at {self.reached:,}; plan it for a "
-                "later sample, or leave out the position for where the run resumes next"
-            )
-        return dataclasses.replace(self, events=(*self.events, event), corpora=corpora or self.corpora)
+    def differs_from(self, other: History) -> bool:
+        """Whether another version of the same ledger reads, or may read, something else."""
+        return (self.corpora, self.events) != (other.corpora, other.events)

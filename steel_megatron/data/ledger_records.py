@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -13,6 +13,8 @@ from steel_megatron.errors import DataError
 
 MOST_SAMPLES = 2**40
 """The most samples that a corpus is read for, over all its epochs."""
+MOST_POSITIONS = 2**62
+"""The most samples that a run may read, and a bound of all other counts: they fit an int64 with room to add."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -24,6 +26,8 @@ class Dropped:
     """Of the file, which is named by it."""
     documents: int
     tokens: int
+    like: tuple[str, ...] = ()
+    """Content of the corpora that are to be read for them; empty where an older version did not say."""
 
     @property
     def file_name(self) -> str:
@@ -50,6 +54,8 @@ class Corpus:
     tokenizer: str | None = None
     """Fingerprint of the tokenizer; None where nobody recorded it."""
     dropped: Dropped | None = None
+    max_id: int | None = None
+    """The largest token id of a corpus without a manifest; None where the manifest says it, or nobody looked."""
 
     def samples(self, sequence_length: int) -> int:
         """Whole samples in one epoch."""
@@ -93,6 +99,17 @@ class Event:
     """Whether the event says anything about the mixture; if not, the one before it stays."""
 
 
+@dataclass(frozen=True)
+class StepSize:
+    """From an optimizer step on, how many samples a step takes."""
+
+    step: int
+    """Steps done before."""
+    consumed: int
+    """Samples consumed before."""
+    global_batch_size: int
+
+
 class Fields:
     """A JSON object that is read field by field; whatever is wrong is a DataError that names the field.
 
@@ -104,7 +121,7 @@ class Fields:
 
     def __init__(self, value: object, where: str, known: tuple[str, ...]) -> None:
         if not isinstance(value, dict):
-            raise DataError(f"{where} is {_shown(value)}; it must be an object with {', '.join(known)}")
+            raise DataError(f"{where} is {shown(value)}; it must be an object with {', '.join(known)}")
         unknown = sorted(set(value) - set(known))
         if unknown:
             raise DataError(f"{where} has an unknown field {unknown[0]!r}; it may have {', '.join(known)}")
@@ -117,14 +134,14 @@ class Fields:
                 return default[0]
             raise DataError(f"{self._where} has no field {name!r}; it must be {right}")
         if not check(self._value[name]):
-            raise DataError(f"{self._where}: {name} is {_shown(self._value[name])}; it must be {right}")
+            raise DataError(f"{self._where}: {name} is {shown(self._value[name])}; it must be {right}")
         return self._value[name]
 
     def text(self, name: str) -> str:
         """A text that is not empty."""
         return str(self.get(name, "a text", is_name))
 
-    def count(self, name: str, least: int = 0, most: int = 2**62) -> int:
+    def count(self, name: str, least: int = 0, most: int = MOST_POSITIONS) -> int:
         """A whole number."""
         return int(self.get(name, f"a whole number from {least} to {most}", lambda v: is_count(v, least, most)))
 
@@ -133,7 +150,8 @@ class Fields:
         return str(self.get(name, "64 hex digits", lambda v: isinstance(v, str) and bool(_SHA256.fullmatch(v))))
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """The beginning of a value, for a message."""
     return repr(value)[:80]
 
 
@@ -149,7 +167,12 @@ def is_count(value: object, least: int, most: int) -> bool:
 
 def is_epochs(value: object) -> bool:
     """Whether a value is a number of epochs."""
-    return value is None or (type(value) in (int, float) and math.isfinite(value) and value > 0)  # type: ignore[arg-type,operator]
+    return value is None or (_is_number(value) and value > 0)  # type: ignore[operator]
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number that is not out of all proportion: neither infinite nor of 400 digits."""
+    return type(value) in (int, float) and -MOST_POSITIONS <= value <= MOST_POSITIONS  # type: ignore[operator]
 
 
 def is_mixture(value: object) -> bool:
@@ -159,28 +182,29 @@ def is_mixture(value: object) -> bool:
     if not isinstance(value, dict) or not all(map(is_name, value)):
         return False
     weights = list(value.values())
-    sane = all(type(weight) in (int, float) and math.isfinite(weight) and weight >= 0 for weight in weights)
-    return sane and any(weights)
+    return all(_is_number(weight) and weight >= 0 for weight in weights) and any(weights)
 
 
-EPOCHS = "a number above 0, or null for without end"
-MIXTURE = "weights by domain, from 0 on and at least one above 0, or null for no mixture"
+EPOCHS = f"a number above 0, or null for without end (at most {MOST_POSITIONS:.0e})"
+MIXTURE = f"weights by domain, from 0 on (at most {MOST_POSITIONS:.0e}) and at least one above 0, or null for none"
 
 
 def corpus_from(value: object, where: str) -> Corpus:
     """A corpus out of the ledger's JSON."""
-    known = ("name", "prefix", "content", "domain", "documents", "tokens", "tokenizer", "dropped")
+    known = ("name", "prefix", "content", "domain", "documents", "tokens", "tokenizer", "dropped", "max_id")
     fields = Fields(value, where, known)
     tokenizer = fields.get("tokenizer", "a text or null", lambda v: v is None or is_name(v), None)
     dropped = fields.get("dropped", "an object or null", lambda v: v is None or isinstance(v, dict), None)
     if dropped is not None:
-        inner = Fields(dropped, f"{where}, dropped", ("sha256", "documents", "tokens"))
-        dropped = Dropped(inner.digest("sha256"), inner.count("documents", 1), inner.count("tokens", 1))
+        inner = Fields(dropped, f"{where}, dropped", ("sha256", "documents", "tokens", "like"))
+        like = inner.get("like", "a list of contents", lambda v: isinstance(v, list) and all(map(is_name, v)), [])
+        dropped = Dropped(inner.digest("sha256"), inner.count("documents", 1), inner.count("tokens", 1), tuple(like))
     documents, tokens = fields.count("documents", 1), fields.count("tokens", 1)
     if dropped is not None and (dropped.documents > documents or dropped.tokens > tokens):
         raise DataError(f"{where} drops {dropped} of its {documents} documents with {tokens} tokens")
     names = fields.text("name"), fields.text("prefix"), fields.digest("content"), fields.text("domain")
-    return Corpus(*names, documents, tokens, tokenizer, dropped)
+    max_id = fields.get("max_id", "a token id or null", lambda v: v is None or is_count(v, 0, MOST_POSITIONS), None)
+    return Corpus(*names, documents, tokens, tokenizer, dropped, max_id)
 
 
 def event_from(value: object, where: str, corpora: int) -> Event:
@@ -202,8 +226,23 @@ def event_from(value: object, where: str, corpora: int) -> Event:
 def corpus_to(corpus: Corpus) -> dict[str, Any]:
     """A corpus as the ledger's JSON has it."""
     values = dict(vars(corpus))
-    values["dropped"] = dict(vars(corpus.dropped)) if corpus.dropped else None
+    values["dropped"] = {**vars(corpus.dropped), "like": list(corpus.dropped.like)} if corpus.dropped else None
+    if corpus.max_id is None:
+        del values["max_id"]
     return values
+
+
+def steps_from(value: object, where: str) -> tuple[StepSize, ...]:
+    """The sizes of steps out of the ledger's JSON."""
+    if not isinstance(value, list):
+        raise DataError(f"{where} is {shown(value)}; it must be a list")
+    found: list[StepSize] = []
+    for number, entry in enumerate(value):
+        fields = Fields(entry, f"{where}[{number}]", ("step", "consumed", "global_batch_size"))
+        least = (found[-1].step + 1, found[-1].consumed + 1) if found else (0, 0)
+        counts = fields.count("step", least[0]), fields.count("consumed", least[1])
+        found.append(StepSize(*counts, fields.count("global_batch_size", 1)))
+    return tuple(found)
 
 
 def event_to(event: Event) -> dict[str, Any]:
@@ -218,3 +257,18 @@ def event_to(event: Event) -> dict[str, Any]:
     if event.sets_mixture:
         values["mixture"] = None if event.mixture is None else dict(event.mixture)
     return values
+
+
+def in_words(event: Event, corpora: Sequence[Corpus]) -> str:
+    """What an event changes."""
+    said = [f"add {corpora[added.corpus].name} ({_times(added.epochs)})" for added in event.add]
+    said += [f"remove {name}" for name in event.remove]
+    said += [f"read {name} {_times(epochs)}" for name, epochs in event.epochs.items()]
+    if event.sets_mixture:
+        weights = " ".join(f"{domain}={weight:g}" for domain, weight in (event.mixture or {}).items())
+        said.append(f"mixture {weights or 'none'}")
+    return "; ".join(said)
+
+
+def _times(epochs: float | None) -> str:
+    return "without end" if epochs is None else f"{epochs:g} times"

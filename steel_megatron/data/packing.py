@@ -13,19 +13,20 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 
-from steel_megatron.data.duplicates import bits_of
+from steel_megatron.data.duplicates import bits_of, drop_bits
 from steel_megatron.data.indexed import IndexedCorpus
 from steel_megatron.data.native import helpers
 from steel_megatron.data.permutation import Permutation
 from steel_megatron.errors import DataError
-from steel_megatron.files import disk_errors, remove, sha256_of, sync_folder, write_atomically
+from steel_megatron.files import disk_errors, exclusive_lock, remove, sha256_of, sync_folder, write_atomically
 from steel_megatron.log import get_logger
 
 logger = get_logger(__name__)
@@ -34,6 +35,10 @@ FORMAT = "steel-megatron-packing-1"
 """Name and version of the index; also of how documents are ordered and cut."""
 _CHUNK = 1 << 16
 """Documents handled at a time when an index is built."""
+_SAMPLES_OF_FILE = 1 << 16
+"""Below so many samples (1 MiB) an index is made in memory faster than it is found in a file."""
+_LOCK_SECONDS = 3600.0
+"""How long to wait for another process that makes the same index."""
 _SECONDS = 2.0
 """An index that takes longer to build is spoken of."""
 
@@ -81,7 +86,7 @@ class PackedEpoch:
             )
         self._documents = Permutation(corpus.documents, (*key, 0))
         self._order = Permutation(self.samples, (*key, 1))
-        if cache is None:
+        if cache is None or self.samples < _SAMPLES_OF_FILE:
             self._first = np.concatenate(list(self._build()))
         else:
             assert content is not None
@@ -153,6 +158,17 @@ class PackedEpoch:
                 missing, offset = missing - taken, 0
             place += 1
         return found
+
+    def documents_of(self, samples: int) -> np.ndarray:
+        """The documents of which some tokens are in the first samples of the order.
+
+        Returns:
+            their bits, as :func:`~steel_megatron.data.duplicates.drop_bits` has them.
+        """
+        found = np.zeros(self.corpus.documents, dtype=bool)
+        for number in range(samples):
+            found[[piece.document for piece in self.pieces(number)]] = True
+        return drop_bits(found)
 
     def _is_dropped(self, document: int) -> bool:
         return self._dropped is not None and bool(self._dropped[document >> 3] >> (document & 7) & 1)
@@ -231,20 +247,59 @@ def _cached(folder: Path, recipe: dict[str, Any], epoch: PackedEpoch) -> np.ndar
     found = _open_cache(path, sidecar, epoch.samples)
     if found is not None:
         return found
-    temporary = folder / f"{name}.{uuid.uuid4().hex}.partial"  # processes of several machines may write at once
+    with exclusive_lock(folder / name, DataError, _LOCK_SECONDS):  # one process makes it, the others find it then
+        found = _open_cache(path, sidecar, epoch.samples)
+        if found is None:
+            digest = _publish(path, epoch)
+            record = json.dumps({**recipe, "samples": epoch.samples, "sha256": digest}, indent=2)
+            write_atomically(sidecar, record.encode() + b"\n", DataError)
+            with disk_errors("read", path, DataError):
+                found = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    return found
+
+
+def _publish(path: Path, epoch: PackedEpoch) -> str:
+    """Write an index whose file is not there, or is damaged; returns its SHA-256.
+
+    Where locks do not work, another process may be making the same one, and readers may have mapped it. So a file that
+    has appeared meanwhile stays.
+    """
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+    remove(path)
     try:
         with disk_errors("write", path, DataError):
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 digest = _write_index(file, epoch)
-            temporary.replace(path)
-            sync_folder(folder)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                temporary.replace(path)
+            sync_folder(path.parent)
     finally:
         remove(temporary)
-    record = json.dumps({**recipe, "samples": epoch.samples, "sha256": digest}, indent=2)
-    write_atomically(sidecar, record.encode() + b"\n", DataError)
-    with disk_errors("read", path, DataError):
-        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    return digest
+
+
+def remove_caches(folder: Path, first_passes: Mapping[str, int]) -> None:
+    """Remove indices of passes that are over, and what killed processes left.
+
+    Args:
+        folder: of the caches.
+        first_passes: by content of a corpus, the number of the pass that it is in. Others are left alone.
+    """
+    for sidecar in folder.glob("*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+            recipe = json.loads(sidecar.read_bytes())
+            if recipe["key"][2] < first_passes.get(recipe["content"], 0):
+                remove(sidecar)
+                remove(sidecar.with_suffix(".npy"))
+    for partial in folder.glob("*.partial"):
+        name = partial.name.split(".")[0]
+        with suppress(DataError), exclusive_lock(folder / name, DataError):  # nobody is writing it
+            remove(partial)
 
 
 def _write_index(file: IO[bytes], epoch: PackedEpoch) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from steel_megatron.data.ledger_records import MOST_SAMPLES, Corpus, Event, samples_in
@@ -21,18 +21,23 @@ class Pool:
     """Weights by domain; None to read all corpora by their sizes."""
 
 
-def number_of(corpora: Sequence[Corpus], name: str) -> int:
-    """The number of the corpus of a name.
+def number_of(corpora: Sequence[Corpus], name: str, among: Iterable[int]) -> int:
+    """The number of the corpus of a name, among some numbers.
 
     Raises:
         DataError: there is none.
     """
-    for number, corpus in enumerate(corpora):
-        if corpus.name == name:
+    known = sorted(among)
+    for number in known:
+        if corpora[number].name == name:
             return number
-    raise DataError(
-        f"the ledger has no corpus {name!r}; it has {', '.join(corpus.name for corpus in corpora) or 'none'}"
-    )
+    names = ", ".join(corpora[number].name for number in known)
+    raise DataError(f"the ledger has no corpus {name!r}; it has {names or 'none'}")
+
+
+def used_by(events: Iterable[Event]) -> set[int]:
+    """The numbers of the corpora that some events add."""
+    return {added.corpus for event in events for added in event.add}
 
 
 def pools_of(corpora: Sequence[Corpus], events: Sequence[Event], sequence_length: int) -> list[Pool]:
@@ -44,7 +49,14 @@ def pools_of(corpora: Sequence[Corpus], events: Sequence[Event], sequence_length
     """
     epochs: dict[int, float | None] = {}
     mixture: Mapping[str, float] | None = None
-    pools = {0: Pool(0, {}, None)}
+    pools, used = {0: Pool(0, {}, None)}, used_by(events)
+
+    def in_pool(name: str, at: int) -> int:
+        number = number_of(corpora, name, used)
+        if number not in epochs:
+            raise DataError(f"corpus {name!r} is not in the pool at sample {at:,}; it was removed, or comes in later")
+        return number
+
     for event in events:
         assert event.at is not None
         for added in event.add:
@@ -52,9 +64,9 @@ def pools_of(corpora: Sequence[Corpus], events: Sequence[Event], sequence_length
                 raise DataError(f"{corpora[added.corpus].name} is added at sample {event.at:,}, but is in already")
             epochs[added.corpus] = added.epochs
         for name in event.epochs:
-            epochs[_in_pool(corpora, epochs, name, event.at)] = event.epochs[name]
+            epochs[in_pool(name, event.at)] = event.epochs[name]
         for name in event.remove:
-            del epochs[_in_pool(corpora, epochs, name, event.at)]
+            del epochs[in_pool(name, event.at)]
         if event.sets_mixture:
             mixture = event.mixture
         pools[event.at] = Pool(event.at, dict(epochs), mixture)
@@ -62,13 +74,6 @@ def pools_of(corpora: Sequence[Corpus], events: Sequence[Event], sequence_length
         _check_epochs(corpora, pool, sequence_length)
         _check_mixture(corpora, pool)
     return list(pools.values())
-
-
-def _in_pool(corpora: Sequence[Corpus], epochs: Mapping[int, float | None], name: str, at: int) -> int:
-    number = number_of(corpora, name)
-    if number not in epochs:
-        raise DataError(f"corpus {name!r} is not in the pool at sample {at:,}; it was removed, or comes in later")
-    return number
 
 
 def _check_epochs(corpora: Sequence[Corpus], pool: Pool, sequence_length: int) -> None:

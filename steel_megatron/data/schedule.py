@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from steel_megatron.data.ledger_records import MOST_SAMPLES, samples_in
+from steel_megatron.data.ledger_records import MOST_POSITIONS, MOST_SAMPLES, samples_in
 from steel_megatron.data.mixing import Interleave
 from steel_megatron.data.pools import Pool
 from steel_megatron.errors import DataError
@@ -174,6 +174,8 @@ class Schedule:
 
     def require(self, end: int, wanted_by: str = "") -> None:
         """Raise a DataError when there are fewer than ``end`` samples; ``wanted_by`` says who asks for them."""
+        if end > MOST_POSITIONS:
+            raise DataError(f"{end:,} samples were asked for; no run reads more than {MOST_POSITIONS:,}")
         if end <= self.capacity():
             return
         reason = self._stages[-1].ends if self._stages else "no corpus is in it"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from steel_megatron.config import RunConfig, dump_yaml
 from steel_megatron.data.ledger import Ledger
+from steel_megatron.data.run_ledger import check_past
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import exclusive_lock, write_atomically
 from steel_megatron.log import get_logger, progress
@@ -59,8 +60,7 @@ def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
     training = run.training
     batches = Batches(run, topology)
     engine = Engine(run, topology)
-    consumed, saved = _start(run, topology, engine, batches.ledger)
-    batches.begin(consumed)
+    consumed, saved = _start(run, topology, engine, batches)
     metrics = together(lambda: Metrics(run, topology, engine))
     validation_loss = result = None
     last_step = training.stop_after_step or training.train_steps
@@ -77,6 +77,7 @@ def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
                 validation_loss = engine.evaluate(batches.validation())[0]
                 metrics.record_validation(result.step, validation_loss)
             if result.step % run.checkpoint.save_interval == 0 or result.step == last_step or stopping:
+                batches.look(result.step, consumed, goes_on=not stopping and result.step < last_step)
                 saved = checkpoint.save(engine, consumed, batches.ledger)
                 logger.info(f"saved {saved}")
                 metrics.restart_clock()
@@ -93,7 +94,7 @@ def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
     )
 
 
-def _start(run: RunConfig, topology: Topology, engine: Engine, ledger: Ledger | None) -> tuple[int, Path | None]:
+def _start(run: RunConfig, topology: Topology, engine: Engine, batches: Batches) -> tuple[int, Path | None]:
     """Resume, or take initial weights from elsewhere, or begin; returns the samples consumed and the checkpoint."""
     # One process reads and compares all checksums; the others follow.
     found = on_first_process(lambda: _find(run))
@@ -101,14 +102,13 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, ledger: Ledger | 
     if step >= 0:
         path = checkpoint.path_of(run, step)
         info = together(lambda: checkpoint.read_info(path))
-        if ledger is None or info.data_fingerprint != ledger.fingerprint(info.consumed_samples):
-            raise CheckpointError(
-                f"{path} was trained on other data than {run.ledger_path} says of the first {info.consumed_samples:,} "
-                f"samples, or with another training.seed or sequence length; its own ledger is {path}/ledger.json. "
-                "New data is appended (steel-megatron data append), or use the weights in another folder "
-                "(checkpoint.init_from)"
-            )
+
+        def check(ledger: Ledger | None) -> None:
+            check_past(ledger, run.ledger_path, path, info.consumed_samples, info.data_fingerprint)
+
+        on_first_process(lambda: check(batches.ledger))  # before anything large is read
         checkpoint.load(engine, info)
+        batches.begin(step, info.consumed_samples, check)
         logger.info(f"resuming after step {info.step} ({info.layout} before, {topology.describe()} now)")
         return info.consumed_samples, path
     if run.checkpoint.init_from:
@@ -121,6 +121,7 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, ledger: Ledger | 
     path = Path(run.checkpoint.directory) / "run.yaml"
     text = dump_yaml(run).encode()
     on_first_process(lambda: write_atomically(path, text, CheckpointError))
+    batches.begin()
     return 0, None
 
 

@@ -49,10 +49,15 @@ def test_duplicates_are_those_of_a_set(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(duplicates, "_CHUNK_DOCUMENTS", chunk)
         patch.setattr(duplicates, "_CHUNK_TOKENS", chunk)
-        bits, documents, tokens = duplicate_documents(in_memory(new, dtype), compared)
-    assert bits_of(bits, 0, len(new)).tolist() == expected
-    assert documents == sum(expected)
-    assert tokens == sum(len(text) for text, same in zip(new, expected, strict=True) if same)
+        found = duplicate_documents(in_memory(new, dtype), compared)
+    assert bits_of(found.bits, 0, len(new)).tolist() == expected
+    assert found.documents == sum(expected)
+    left = {tuple(text) for text in new if text}
+    for number, other in enumerate(others):
+        has = left & {tuple(text) for at, text in enumerate(other) if at not in drop}
+        assert (number in found.like) == bool(has)
+        left -= has
+    assert found.tokens == sum(len(text) for text, same in zip(new, expected, strict=True) if same)
 
 
 def texts(*numbers: int) -> list[list[int]]:
@@ -87,9 +92,8 @@ def test_duplicates_are_dropped_on_append(tmp_path: Path) -> None:
     # Where documents were dropped decides what was read.
     plain = Ledger.load(path).append([write(tmp_path / "x", texts(*range(200, 250)))], drop_duplicates=True)
     assert plain.corpora[-1].dropped is None
-    # What was removed is not there to be a duplicate of; what was dropped is still in the corpus it was a duplicate of.
-    removed = again.remove(["first"]).append([write(tmp_path / "y", texts(*range(45, 65)))], drop_duplicates=True)
-    assert removed.corpora[-1].dropped is not None and removed.corpora[-1].dropped.documents == 15
+    contents = [entry.content for entry in again.corpora]
+    assert [of.like for of in dropped[1:] if of] == [tuple(contents[:1]), tuple(contents[:2])]
 
 
 def test_a_corpus_of_duplicates_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
@@ -112,3 +116,56 @@ def test_damaged_files_of_dropped_documents_are_refused(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(DataError, match=f"cannot read {file}"):
         open_corpora(ledger)
+
+
+def append_all(path: Path, prefix: str) -> Ledger:
+    return Ledger.load(path).append([prefix], drop_duplicates=True)
+
+
+def dropped(ledger: Ledger) -> int:
+    return of.documents if (of := ledger.corpora[-1].dropped) else 0
+
+
+def test_documents_are_compared_with_all_that_is_read(tmp_path: Path) -> None:
+    path, new = tmp_path / "ledger.json", write(tmp_path / "new", texts(*range(40, 90)))
+    begin = Ledger.create([write(tmp_path / "a", texts(*range(50)))], sequence_length=10, seed=1)
+    begin = begin.append([write(tmp_path / "base", texts(*range(200, 260)))], at=0)
+    begin.remove(["a"], at=300).save(path)  # later, when it is read
+    assert dropped(append_all(path, new)) == 10
+    begin.append([write(tmp_path / "c", texts(*range(60, 80)))], at=120).save(path)  # comes in later
+    assert dropped(append_all(path, new)) == 30
+    begin.remove(["a"], at=218).activate(218).save(path)  # was read in full
+    assert dropped(append_all(path, new)) == 10
+    begin.remove(["a"], at=0).activate(10).save(path)  # was never read
+    assert dropped(append_all(path, new)) == 0
+
+
+def test_of_a_removed_corpus_what_was_read_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, new = tmp_path / "ledger.json", write(tmp_path / "new", texts(*range(90)))
+    begin = Ledger.create([write(tmp_path / "a", texts(*range(50)))], sequence_length=10, seed=1)
+    begin = begin.append([write(tmp_path / "base", texts(*range(200, 260)))], at=0)
+    ledger = begin.remove(["a"], at=100).activate(100)
+    ledger.save(path)
+    first = ledger.packed(0, 0, open_corpora(ledger)[0])
+    pieces = [piece for sample in range(int(ledger.cursors(100)[0])) for piece in first.pieces(sample)]
+    grown = append_all(path, new)
+    assert 10 < dropped(grown) == len({piece.document for piece in pieces}) < 50
+    assert grown.lost() == set()
+    for file in tmp_path.glob("a.*"):
+        file.unlink()
+    assert dropped(append_all(path, new)) == 0
+    assert "a was removed, and documents are not compared with what was read of it" in caplog.text
+
+
+def test_what_would_be_lost_with_another_corpus_is_refused(tmp_path: Path) -> None:
+    path, new = tmp_path / "ledger.json", write(tmp_path / "new", texts(*range(40, 90)))
+    begin = Ledger.create([write(tmp_path / "base", texts(*range(200, 260)))], sequence_length=10, seed=1)
+    begin.append([write(tmp_path / "a", texts(*range(50)))], at=5).save(path)
+    ledger = append_all(path, new)
+    with pytest.raises(DataError, match=r"documents of new were dropped because .* would not be read to its end"):
+        ledger.cancel(5)
+    with pytest.raises(DataError, match="documents of new were dropped because a has them"):
+        ledger.remove(["a"], at=20)
+    Ledger.load(path).remove(["a"], at=20).save(path)
+    with pytest.raises(DataError, match="documents of new were dropped because a has them"):
+        append_all(path, new)

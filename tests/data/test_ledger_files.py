@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
+import os
+import shutil
+import stat
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from steel_megatron.data import ledger_corpora
 from steel_megatron.data.indexed import IndexedCorpus, open_indexed
 from steel_megatron.data.ledger import Ledger, dumps, edit, open_corpora
 from steel_megatron.errors import DataError
+from steel_megatron.files import exclusive_lock
 from tests.data.corpora import write, write_megatron
 from tests.data.ledgers import corpus, full, two
 
@@ -24,6 +30,46 @@ def test_a_ledger_is_the_same_after_a_file(tmp_path: Path) -> None:
     assert Ledger.load(tmp_path / "ledger.json") == full()
     assert Ledger.load(tmp_path / "ledger.json").folder == tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["ledger.json"]
+
+
+def test_ledgers_of_earlier_versions_can_be_read(tmp_path: Path) -> None:
+    run = full().activate(40, 50).at_step(5, 40, 8)
+    content = json.loads(dumps(run))
+    for added in ("reserved", "steps"):
+        del content[added]
+    for entry in content["corpora"]:
+        if entry["dropped"]:
+            del entry["dropped"]["like"]
+    (tmp_path / "ledger.json").write_text(json.dumps(content))
+    loaded = Ledger.load(tmp_path / "ledger.json")
+    assert loaded == dataclasses.replace(run, reserved=40, steps=())
+    assert loaded.fingerprint(90) == run.fingerprint(90)
+
+
+def test_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.json"
+    two().save(path)
+    for mode in (0o664, 0o600):
+        path.chmod(mode)
+        with edit(path) as opened:
+            opened.ledger = opened.ledger.add([corpus(f"mode{mode}", 9)])
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_a_lock_file_of_another_user_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two().save(tmp_path / "ledger.json")
+    (tmp_path / "ledger.json.lock").touch()  # left by a kill
+    plain = os.open
+
+    def refused(path: Path, flags: int, *mode: int) -> int:
+        if flags & (os.O_RDWR | os.O_CREAT):
+            raise PermissionError(13, "Permission denied")
+        return plain(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refused)
+    prefix, refusal = tmp_path / "ledger.json", pytest.raises(DataError, match="another job is writing")
+    with exclusive_lock(prefix, DataError), refusal, exclusive_lock(prefix, DataError):
+        pass
 
 
 def damaged(place: tuple[object, ...], value: object) -> str:
@@ -71,6 +117,15 @@ def damaged(place: tuple[object, ...], value: object) -> str:
         (("events", 3, "mixture", "zh"), "much", "mixture is .*; it must be weights by domain"),
         (("events", 4, "remove"), ["c", 3], "remove is .*; it must be a list of names"),
         (("reached",), "far", "reached is 'far'"),
+        (("reserved",), -1, "reserved is -1; it must be a whole number from 0 to"),
+        (("reached",), 5, "reserved is 0; it must be a whole number from 5 to"),
+        (("steps",), 5, "steps is 5; it must be a list"),
+        (("steps",), [{"step": 0, "consumed": 0, "global_batch_size": 0}], r"steps\[0\]: global_batch_size is 0"),
+        (("steps",), 2 * [{"step": 3, "consumed": 9, "global_batch_size": 3}], r"steps\[1\]: step is 3; .* from 4"),
+        (("corpora", 0, "max_id"), -1, "max_id is -1; it must be a token id or null"),
+        (("corpora", 2, "dropped", "like"), "a", r"corpora\[2\], dropped: like is 'a'"),
+        (("events", 0, "add", 0, "epochs"), 10**400, r"add\[0\]: epochs is 1000.*at most 5e\+18"),
+        (("events", 3, "mixture", "zh"), 10**400, r"mixture is .*at most 5e\+18"),
     ],
 )
 def test_a_damaged_file_is_refused(place: tuple[object, ...], value: object, message: str, tmp_path: Path) -> None:
@@ -213,6 +268,37 @@ def test_a_corpus_that_changed_is_refused(tmp_path: Path, change: str) -> None:
         open_corpora(ledger)
 
 
+def test_ids_of_a_corpus_without_a_manifest_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = write_megatron(tmp_path / "a", [[text] for text in documents(0)])
+    ledger = Ledger.create([prefix], sequence_length=8, seed=5)
+    assert ledger.corpora[0].max_id == 30 * 39 + 8
+    scans: list[str] = []
+    monkeypatch.setattr(ledger_corpora, "refuse_ids", lambda corpus, vocab_size: scans.append(corpus.prefix))
+    open_corpora(ledger, 1179)
+    assert not scans
+    open_corpora(ledger, 1178)  # the scan names the first
+    open_corpora(dataclasses.replace(ledger, corpora=(dataclasses.replace(ledger.corpora[0], max_id=None),)), 1179)
+    assert scans == [prefix, prefix]
+
+
+def test_negative_ids_are_refused(tmp_path: Path) -> None:
+    prefix = write_megatron(tmp_path / "a", [[[5, -3] * 20]], np.int32)
+    with pytest.raises(DataError, match=r"token id -3 .in document 0."):
+        Ledger.create([prefix], sequence_length=8, seed=5)
+
+
+def test_a_copy_needs_the_files_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "ledger.json"
+    Ledger.create([write(tmp_path / "a", documents(0))], sequence_length=8, seed=5).save(path)
+    with edit(path) as opened:
+        new = write(tmp_path / "b", [*documents(0, 20), *documents(3000)])
+        opened.ledger = opened.ledger.append([new], drop_duplicates=True)
+    (tmp_path / "branch").mkdir()
+    for name in path.parent.iterdir():
+        shutil.copy(name, tmp_path / "branch")
+    assert len(open_corpora(Ledger.load(tmp_path / "branch" / "ledger.json"))) == 2
+
+
 def test_a_removed_corpus_may_be_gone(tmp_path: Path) -> None:
     prefixes = [write(tmp_path / "a", documents(0)), write(tmp_path / "b", documents(2000))]
     ledger = Ledger.create(prefixes, sequence_length=8, seed=5).remove(["a"]).activate(20)
@@ -241,5 +327,8 @@ def test_settings_and_ledger_name_the_same_corpora(tmp_path: Path) -> None:
     ledger.check_began_with([c, write(tmp_path / "copy", documents(0)), b])
     with pytest.raises(DataError, match=r"other is not in the ledger, which has .*data append"):
         ledger.check_began_with([a, b, write(tmp_path / "other", documents(9000))])
+    removed = ledger.remove(["a"])
+    removed.check_began_with([b])
+    removed.check_began_with([a, b])
     with pytest.raises(DataError, match=rf"began with b \({b}\), which is not among {a}"):
         ledger.check_began_with([a, c])

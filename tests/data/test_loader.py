@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steel_megatron.data import packing
 from steel_megatron.data.indexed import Origin
 from steel_megatron.data.indexed_writer import IndexedWriter
 from steel_megatron.data.ledger import Ledger, edit
@@ -165,3 +166,15 @@ def test_a_run_finds_the_ledger_it_made(prefixes: list[str], tmp_path: Path) -> 
 
 def test_corpora_of_one_name_are_called_by_their_paths() -> None:
     assert names_of(["x/a", "y/a", "y/b"]) == ["x/a", "y/a", "b"]
+
+
+def test_what_is_prepared_is_found_by_others(
+    prefixes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_SAMPLES_OF_FILE", 0)
+    ledger = new_ledger(tmp_path, prefixes, 5, 3)
+    LedgerSamples(ledger, 150, tmp_path / "cache").prepare(20, 40)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 4  # the end of a pass over both, and the next
+    monkeypatch.setattr(packing, "_write_index", None)  # it would be called where nothing is found
+    other = LedgerSamples(ledger, 150, tmp_path / "cache")
+    assert all(len(other.sample(number)) == 6 for number in range(20, 40))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steel_megatron.data import packing, permutation
-from steel_megatron.data.duplicates import drop_bits
+from steel_megatron.data.duplicates import bits_of, drop_bits
 from steel_megatron.data.indexed import IndexedCorpus, open_indexed
 from steel_megatron.data.packing import PackedEpoch, Piece
 from steel_megatron.data.permutation import Permutation
 from steel_megatron.errors import DataError
+from steel_megatron.files import exclusive_lock
 from tests.data.corpora import write
 
 COMPILED = ["numpy"] if packing.helpers is None else ["numpy", "compiled"]
@@ -123,6 +126,11 @@ def corpus(tmp_path: Path) -> IndexedCorpus:
     return open_indexed(write(tmp_path / "text", documents, np.int32))
 
 
+@pytest.fixture(autouse=True)
+def files_for_small_indices_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_SAMPLES_OF_FILE", 0)
+
+
 def cached(corpus: IndexedCorpus, folder: Path, **changes: Any) -> PackedEpoch:
     options = {"sequence_length": 32, "key": KEY, "cache": folder, "content": "a" * 64, **changes}
     return PackedEpoch(corpus, **options)
@@ -183,7 +191,7 @@ def test_a_cache_that_cannot_be_written_leaves_nothing(
     corpus: IndexedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot write .*file.*\.npy"):
+    with pytest.raises(DataError, match=r"cannot write .*file.*\.lock: Not a directory"):
         cached(corpus, tmp_path / "file" / "cache")
 
     def full(self: object, content: bytes) -> None:
@@ -192,16 +200,76 @@ def test_a_cache_that_cannot_be_written_leaves_nothing(
     monkeypatch.setattr(packing._Hashed, "write", full)
     with pytest.raises(DataError, match=r"cannot write .*\.npy: No space left on device"):
         cached(corpus, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
 
 
-def _open_together(prefix: str, folder: Path, barrier: Any, results: Any) -> None:
-    barrier.wait()
-    results.put(cached(open_indexed(prefix), folder).tokens(0).tolist())
+def test_small_indices_have_no_files(corpus: IndexedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert packing._SAMPLES_OF_FILE * 16 == 1 << 20
+    assert cached(corpus, tmp_path / "cache").tokens(3).tolist() == PackedEpoch(corpus, 32, KEY).tokens(3).tolist()
+    assert not (tmp_path / "cache").exists()
+
+
+def _killed_while_writing(prefix: str, folder: Path) -> None:
+    plain, parts = packing._Hashed.write, []
+
+    def write(self: Any, content: bytes) -> None:
+        plain(self, content)
+        parts.append(content)
+        if len(parts) == 2:
+            self._file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    packing._Hashed.write = write  # type: ignore[method-assign]
+    cached(open_indexed(prefix), folder)
 
 
 @pytest.mark.timeout(60)
-def test_processes_may_make_one_cache_at_once(corpus: IndexedCorpus, tmp_path: Path) -> None:
+def test_passes_that_are_over_and_what_kills_left_are_removed(corpus: IndexedCorpus, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    process = multiprocessing.get_context("fork").Process(target=_killed_while_writing, args=(corpus.prefix, folder))
+    process.start()
+    process.join(timeout=30)
+    assert process.exitcode == -signal.SIGKILL and len(list(folder.glob("*.partial"))) == 1
+    for number in range(3):
+        cached(corpus, folder, key=(*KEY[:2], number))
+        cached(corpus, folder, key=(*KEY[:2], number), content="b" * 64)
+    (folder / "other.json").write_text("[]")
+    (folder / f"{'c' * 32}.1.partial").touch()
+    with exclusive_lock(folder / ("c" * 32), DataError):  # somebody writes it
+        packing.remove_caches(folder, {"a" * 64: 2})
+    left = [json.loads(path.read_text()) for path in folder.glob("*.json") if path.stem != "other"]
+    assert sorted((of["content"][0], of["key"][2]) for of in left) == [("a", 2), ("b", 0), ("b", 1), ("b", 2)]
+    assert len(list(folder.glob("*.npy"))) == 4
+    assert [path.name for path in folder.glob("*.partial")] == [f"{'c' * 32}.1.partial"]
+    packing.remove_caches(tmp_path / "nowhere", {})
+
+
+def test_the_documents_of_some_samples(corpus: IndexedCorpus) -> None:
+    epoch = PackedEpoch(corpus, 32, KEY)
+    for samples in (0, 1, 40, len(epoch)):
+        expected = {piece.document for number in range(samples) for piece in epoch.pieces(number)}
+        assert set(np.flatnonzero(bits_of(epoch.documents_of(samples), 0, corpus.documents)).tolist()) == expected
+
+
+def _open_together(prefix: str, folder: Path, barrier: Any, results: Any) -> None:
+    plain, built = packing._write_index, []
+
+    def write(*arguments: Any) -> str:
+        built.append(1)
+        time.sleep(0.3)  # the others come meanwhile
+        return plain(*arguments)
+
+    packing._write_index = write
+    barrier.wait()
+    epoch = cached(open_indexed(prefix), folder)
+    mapped = [line.split()[4] for line in Path("/proc/self/maps").read_text().splitlines() if f"{folder}/" in line]
+    inode = next(folder.glob("*.npy")).stat().st_ino
+    results.put((epoch.tokens(0).tolist(), len(built), set(mapped) == {str(inode)}))
+
+
+@pytest.mark.timeout(60)
+def test_one_process_makes_a_cache_and_the_others_map_it(corpus: IndexedCorpus, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(4), context.Queue()
     arguments = corpus.prefix, tmp_path / "cache", barrier, results
@@ -211,5 +279,22 @@ def test_processes_may_make_one_cache_at_once(corpus: IndexedCorpus, tmp_path: P
     found = [results.get(timeout=30) for _ in processes]
     for process in processes:
         process.join(timeout=30)
-    assert found == 4 * [PackedEpoch(corpus, 32, KEY).tokens(0).tolist()]
+    assert [tokens for tokens, *_ in found] == 4 * [PackedEpoch(corpus, 32, KEY).tokens(0).tolist()]
+    assert sum(built for _, built, _ in found) == 1 and all(is_mapped for *_, is_mapped in found)
     assert len(os.listdir(tmp_path / "cache")) == 2
+
+
+def test_a_file_that_somebody_has_mapped_stays(corpus: IndexedCorpus, tmp_path: Path) -> None:
+    """Where locks do not work, another process may have published the same index first."""
+    folder, epoch = tmp_path / "cache", PackedEpoch(corpus, 32, KEY)
+    plain = packing._write_index
+
+    def write(file: Any, epoch: PackedEpoch) -> str:
+        digest = plain(file, epoch)
+        (folder / "x.npy").write_bytes(b"quicker")
+        return digest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_write_index", write)
+        packing._publish(folder / "x.npy", epoch)
+    assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("x.npy", b"quicker")]
