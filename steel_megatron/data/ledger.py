@@ -43,6 +43,8 @@ logger = get_logger(__name__)
 
 LOCK_SECONDS = 300.0
 """How long to wait for somebody who changes a ledger; changes take no longer than a corpus takes to be opened."""
+LOOK_SECONDS = 5.0
+"""The same for a run that looks before a checkpoint: it can look again at the next, and may be about to be killed."""
 
 
 class Read(NamedTuple):
@@ -344,20 +346,19 @@ class Edit:
 
 
 @contextmanager
-def edit(path: str | Path, new: Ledger | None = None) -> Iterator[Edit]:
+def edit(path: str | Path, new: Ledger | None = None, wait: float | None = None) -> Iterator[Edit]:
     """Change a ledger's file; nobody else can at the same time, and it is left as it was when the block raises.
-
-    Who comes while somebody else changes it waits, for five minutes at most.
 
     Args:
         path: the file.
         new: what to begin with where there is no file; None to insist on one.
+        wait: seconds to wait for somebody else who changes it, at most; :data:`LOCK_SECONDS` if None.
 
     Raises:
         DataError: the file is missing or damaged, another job changes it all the time, or the disk refuses.
     """
     path = Path(path)
-    with exclusive_lock(path, DataError, LOCK_SECONDS):
+    with exclusive_lock(path, DataError, LOCK_SECONDS if wait is None else wait):
         begun = new if new is not None and not path.exists() else Ledger.load(path)
         changed = Edit(begun)
         yield changed

@@ -28,17 +28,18 @@ _TRIED = 8
 """Places of each kind that are tried there."""
 _TRIED_ANYWHERE = 16
 """Places between any two characters that are tried: more than most tokens have characters."""
-_AROUND = (1 << 10, (1 << 10) - 1)
-"""Characters on both sides of a place that must encode alike with and without the cut, in two trials."""
+_AROUND = tuple((1 << 10) - (1 << k) + 1 for k in range(9))
+"""Characters on both sides of a place that must encode alike with and without the cut, in so many trials."""
 
 
 def pieces(text: str, encode: Callable[[str], Sequence[int]], longest: int = PIECE) -> list[str]:
     """Cut a text where its ids fall apart.
 
     Tokenizers decide locally: most never let a token go across the end of a line, all others merge neighbours. So a cut
-    is made only where the text around it has the same ids in two parts as in one. In a run of one character, tokens
-    follow each other from its begin and nothing near a place tells where they end; two trials, one a character shorter
-    than the other, agree only on a place that does not depend on that.
+    is made only where the text around it has the same ids in two parts as in one. In a short pattern repeated,
+    tokens follow each other from its begin and nothing near a place tells where they end. Trials agree only on a place
+    that does not depend on that: of lengths that are 2^k - 1 shorter, some two differ by one repetition of any pattern
+    of up to 256 characters.
 
     Args:
         text: of any length.

@@ -296,10 +296,13 @@ def remove_caches(folder: Path, first_passes: Mapping[str, int]) -> None:
             if recipe["key"][2] < first_passes.get(recipe["content"], 0):
                 remove(sidecar)
                 remove(sidecar.with_suffix(".npy"))
-    for partial in folder.glob("*.partial"):
-        name = partial.name.split(".")[0]
-        with suppress(DataError), exclusive_lock(folder / name, DataError):  # nobody is writing it
-            remove(partial)
+    orphans = (path for path in folder.glob("*.npy") if not path.with_suffix(".json").exists())
+    for path in (*folder.glob("*.partial"), *orphans):
+        with suppress(OSError, DataError):
+            # By age first: where locks do not work, somebody may be writing it.
+            if time.time() - path.stat().st_mtime > _LOCK_SECONDS:
+                with exclusive_lock(folder / path.name.split(".")[0], DataError):
+                    remove(path)
 
 
 def _write_index(file: IO[bytes], epoch: PackedEpoch) -> str:

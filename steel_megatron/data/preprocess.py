@@ -27,6 +27,7 @@ from steel_megatron.data.preprocess_report import (
     PreprocessReport,
     SourceReport,
     finished_report,
+    is_report,
     report_of,
     report_path,
     write_report,
@@ -120,7 +121,7 @@ def preprocess(
     files = [examine(found) for found in parse_inputs(inputs, _own_files(prefix, json_keys, report))]
     sources = _sources(files, json_keys)
     if report is not None:
-        _check_report(report)
+        _check_report(report, _own_files(prefix, json_keys, None))
     journal = Journal(prefix)
     with exclusive_lock(prefix, DataError), stop_signals() as signals:
         tokenizer = load_tokenizer(tokenizer_kind, tokenizer_path, engine=engine, eod_token=eod_token)
@@ -216,10 +217,14 @@ def _check_names(prefixes: Iterable[str]) -> None:
             )
 
 
-def _check_report(path: str | Path) -> None:
-    """Refuse a report that cannot be written, before the work."""
+def _check_report(path: str | Path, is_own: Callable[[Path], bool]) -> None:
+    """Refuse a report that cannot be written, or would replace something else, before the work."""
     if os.path.isdir(path):
         raise DataError(f"the report {path} is a folder; name a file")
+    if is_own(Path(path)):
+        raise DataError(f"the report {path} is a file that this job writes itself; name another, or leave it out")
+    if os.path.exists(path) and not is_report(Path(path)):
+        raise DataError(f"{path} exists and is no report of preprocess; name another file for the report")
     with exclusive_lock(path, DataError):
         pass
 

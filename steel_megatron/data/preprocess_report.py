@@ -127,6 +127,16 @@ def report_path(prefix: str) -> Path:
     return with_suffix(prefix, ".report.json")
 
 
+def is_report(path: Path) -> bool:
+    """Whether a file is a report in JSON, or an empty one that waits for it."""
+    with disk_errors("read", path, DataError):
+        content = path.read_bytes()
+    try:
+        return not content or set(json.loads(content)) >= {"documents", "skipped", "unigram_entropy"}
+    except (ValueError, TypeError):
+        return False
+
+
 def write_report(run: Run, report: PreprocessReport) -> None:
     """Write ``<prefix>.report.json``: the report, which job it was, and what the corpora are.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from steel_megatron.config import RunConfig
 from steel_megatron.data.indexed import Origin
-from steel_megatron.data.ledger import Ledger, edit
+from steel_megatron.data.ledger import LOOK_SECONDS, Ledger, edit
 from steel_megatron.data.ledger_records import in_words
 from steel_megatron.data.loader import LedgerSamples
 from steel_megatron.data.packing import remove_caches
@@ -156,9 +156,16 @@ def left(ledger: Ledger, own: Ledger, place: Place) -> Ledger:
     if first_difference(ledger, own, place.until) is None:
         return ledger.looked(place.consumed, place.until)
     read = own.before(place.until)
-    meanings = [own.meaning(event) for event in read]
+    meanings, said = [own.meaning(event) for event in read], [ledger.meaning(event) for event in ledger.events]
+    for event in read:
+        if event.at is not None and event.at >= place.consumed and own.meaning(event) not in said:
+            logger.warning(
+                f"{in_words(event, own.corpora)} at sample {event.at:,} was taken back, but the run goes on by the "
+                "ledger that has it; undo it by another change, such as steel-megatron data remove"
+            )
     result = dataclasses.replace(own, events=tuple(read)).looked(place.consumed, place.until)
-    for event in ledger.events:
+    # In the order in which they would have held: what was pending from here on, then what was planned.
+    for event in sorted(ledger.events, key=lambda event: place.consumed if event.at is None else event.at):
         is_later = event.at is None or event.at >= place.until
         if not is_later and ledger.meaning(event) in meanings:
             continue
@@ -170,9 +177,9 @@ def leave(path: Path, own: Ledger, place: Place) -> Ledger:
     """:func:`left` for a ledger's file. What does not fit together any more is set aside in a file beside it.
 
     Raises:
-        DataError: the file is damaged or gone, or the disk refuses.
+        DataError: the file is damaged or gone, somebody holds it, or the disk refuses.
     """
-    with edit(path) as file:
+    with edit(path, wait=LOOK_SECONDS) as file:
         try:
             file.ledger = left(file.ledger, own, place)
         except DataError as error:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from steel_megatron.config import RunConfig
-from steel_megatron.data.ledger import Ledger, dumps, edit
+from steel_megatron.data.ledger import LOOK_SECONDS, Ledger, dumps, edit
 from steel_megatron.data.loader import LedgerSamples, SequentialSamples, micro_batches, read_samples
 from steel_megatron.data.run_ledger import Place, begun, continued, leave, new_ledger, place_of, read_ledger, tidy
 from steel_megatron.errors import ConfigError, SteelError
@@ -146,7 +146,8 @@ class Batches:
         with ExitStack() as locked:
 
             def changed() -> Ledger:
-                file = locked.enter_context(edit(path, self._new))
+                wait = None if self._stream is None else LOOK_SECONDS
+                file = locked.enter_context(edit(path, self._new, wait))
                 file.ledger = change(file.ledger)
                 return file.ledger
 
@@ -154,16 +155,16 @@ class Batches:
             assert ledger is not None
             is_new = before is None or ledger.differs_from(before)
             stream = together(lambda: self._samples(ledger)) if is_new or self._stream is None else self._stream
+            # Before it is written: what cannot be read must not be in the file. Others then find the same index.
+            soon = min(place.consumed + place.global_batch_size, place.last)
+            on_first_process(lambda: stream.prepare(place.consumed, soon))
             on_first_process(locked.close)  # writes it
         self.ledger, self._stream = ledger, stream
         if is_new:
             if self._next >= 0:
                 logger.info(f"from sample {place.consumed:,} on, {path} says something new of what is read")
             self._ahead, self._next = iter(()), -1
-        # Before the others need the same index; passes that are over need none any more.
-        soon = min(place.consumed + place.global_batch_size, place.last)
-        on_first_process(lambda: tidy(ledger, self._cache))
-        on_first_process(lambda: stream.prepare(place.consumed, soon))
+        on_first_process(lambda: tidy(ledger, self._cache))  # passes that are over need no index any more
 
     def _samples(self, ledger: Ledger) -> LedgerSamples:
         return LedgerSamples(ledger, self._run.model.vocab_size, self._cache)

@@ -13,7 +13,7 @@ import pytest
 
 from steel_megatron.data import clean
 from steel_megatron.data.clean import clean_corpus
-from steel_megatron.data.cleaning import stages
+from steel_megatron.data.cleaning import executors, stages
 from steel_megatron.errors import DataError
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.test_clean import content
@@ -105,6 +105,22 @@ def test_a_task_that_fails_on_slurm_says_why(recipe: Path, sources: list[str], s
     with pytest.raises(DataError, match=r"1.jsonl, row 1, byte 0: key 'text' holds a int"):
         clean_corpus(recipe, sources, tmp_path / "out", **options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(
+    recipe: Path, sources: list[str], slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([DataError("no controller"), DataError("no controller")])
+
+    def live_jobs(*asked: object) -> list[str]:
+        for error in answers:
+            raise error
+        return []
+
+    monkeypatch.setattr(executors, "live_jobs", live_jobs)
+    options = {"executor": "slurm", "slurm_partition": "cpu", "tasks": 1, "slurm_poll_seconds": 0.01}
+    clean_corpus(recipe, sources, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert next(answers, None) is None and (tmp_path / "out" / "funnel.json").exists()
 
 
 def test_no_slurm(recipe: Path, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

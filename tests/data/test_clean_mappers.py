@@ -169,6 +169,18 @@ def test_time_is_linear(name: str, piece: str) -> None:
     assert time.perf_counter() - begin < 5
 
 
+def test_a_tag_with_very_many_attributes_takes_no_time() -> None:
+    begin = time.perf_counter()
+    tag = "<div " + " ".join(f"a{number}=1" for number in range(100_000)) + ">"
+    assert build("clean_html_mapper").apply(f"before {tag}text</div> &amp; after").split() == [
+        "before",
+        "text",
+        "&",
+        "after",
+    ]
+    assert time.perf_counter() - begin < 5
+
+
 def test_the_operator_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "cleaning.md").read_text(encoding="utf-8")
     namespace: dict[str, Any] = {"dataclass": dataclass, "Mapper": Mapper}

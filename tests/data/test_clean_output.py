@@ -56,6 +56,18 @@ def test_what_is_no_result_is_never_replaced(
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["zh_text_document.bin", "text/notes.txt", "mine/000000.jsonl.zst", "quarantine/x"])
+def test_a_result_with_something_else_in_it_is_not_replaced(recipe: Path, raw: Path, tmp_path: Path, name: str) -> None:
+    clean_corpus(recipe, [str(raw)], tmp_path / "out")
+    clean_corpus(recipe, [str(raw)], tmp_path / "out", overwrite=True)
+    foreign = tmp_path / "out" / name
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.write_text("precious")
+    with pytest.raises(DataError, match=f"{name} is no result of cleaning"):
+        clean_corpus(recipe, [str(raw)], tmp_path / "out", overwrite=True)
+    assert foreign.read_text() == "precious"
+
+
 def test_what_comes_while_a_job_runs_is_not_replaced(
     recipe: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

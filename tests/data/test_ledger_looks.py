@@ -77,7 +77,7 @@ def events(ledger: Ledger) -> list[tuple[int | None, list[str], tuple[str, ...],
     ]
 
 
-def test_what_cannot_be_taken_in_waits() -> None:
+def test_what_cannot_be_taken_in_waits(caplog: pytest.LogCaptureFixture) -> None:
     pending = own().add([corpus("new", 10, "en")])
     waiting = left(pending, own(), place(40, 80))
     assert waiting.events == pending.events and (waiting.reached, waiting.reserved) == (40, 80)
@@ -91,6 +91,13 @@ def test_what_cannot_be_taken_in_waits() -> None:
     waiting = left(cancelled, own(), place(40, 80))
     assert events(waiting)[-2:] == [(60, ["late"], (), []), (None, ["other"], (), [])]
     assert located(waiting, 0, 80) == located(own(), 0, 80)
+    assert (
+        "add late (1 times) at sample 60 was taken back, but the run goes on by the ledger that has it" in caplog.text
+    )
+    # What comes to wait together does so in the order in which it would have held.
+    mixed = own().set_mixture({"zh": 1, "en": 3}, at=50).set_mixture({"zh": 1, "en": 1})
+    waiting = left(mixed, own(), place(40, 80))
+    assert [event.mixture for event in waiting.events if event.sets_mixture] == [{"zh": 1, "en": 1}, {"zh": 1, "en": 3}]
     # Nobody may change what was read, and the file is as the run knows it again.
     forged = dataclasses.replace(own(), seed=9)
     assert left(forged, own(), place(40, 80)) == own().looked(40, 80)

@@ -117,6 +117,22 @@ def test_runs_whose_tokens_depend_on_their_begin_stay_whole(unit: int) -> None:
         assert [index for piece in found for index in encode(piece)] == encode(text)
 
 
+@pytest.mark.parametrize("unit", ["null,", "    \n", "ab", "------+------+"])
+def test_repeated_patterns_whose_tokens_depend_on_their_begin_stay_whole(unit: str) -> None:
+    """A token of two patterns: near a place in the middle nothing tells whether it is the first or the second."""
+    _, encode = splitter(rf"(?:{re.escape(unit)}){{2}}|.")
+    for text in (unit * 4000, "b" + unit * 4001):
+        found = pieces(text, encode, 700)
+        assert [index for piece in found for index in encode(piece)] == encode(text)
+
+
+@pytest.mark.parametrize("unit", ["    \n", "        \r\n", "\t\t\t\t\n", "------+------+", " " * 12 + "\n"])
+def test_repeated_patterns_in_the_real_tokenizer(qwen: HuggingFaceTokenizer, unit: str) -> None:
+    text = "begin\n" + unit * 3000 + "end"
+    found = pieces(text, qwen.encode, 4000)
+    assert [index for piece in found for index in qwen.encode(piece)] == qwen.encode(text)
+
+
 def test_no_cut_goes_through_a_mark_of_a_dialogue() -> None:
     encode: Encode = lambda text: list(map(ord, text))  # noqa: E731
     for filling in ("x" * 37, "x1,y;" * 7, "、よ" * 9):

@@ -235,7 +235,12 @@ def test_passes_that_are_over_and_what_kills_left_are_removed(corpus: IndexedCor
         cached(corpus, folder, key=(*KEY[:2], number))
         cached(corpus, folder, key=(*KEY[:2], number), content="b" * 64)
     (folder / "other.json").write_text("[]")
+    (folder / f"{'d' * 32}.npy").touch()  # killed before its sidecar
     (folder / f"{'c' * 32}.1.partial").touch()
+    packing.remove_caches(folder, {})
+    assert len(list(folder.glob("*.partial"))) == 2  # so young that somebody may be writing them
+    for path in (*folder.glob("*.partial"), *folder.glob("*.npy")):
+        os.utime(path, (0, 0))
     with exclusive_lock(folder / ("c" * 32), DataError):  # somebody writes it
         packing.remove_caches(folder, {"a" * 64: 2})
     left = [json.loads(path.read_text()) for path in folder.glob("*.json") if path.stem != "other"]

@@ -84,6 +84,18 @@ def test_a_job_that_is_killed_after_the_commit_comes_to_its_end(
     assert json.loads((tmp_path / "report.json").read_text()) == asdict(report)
 
 
+@pytest.mark.parametrize("name", ["in/b.jsonl", "in/notes.json", "out/c.report.json", "out/c.progress.json"])
+def test_a_report_replaces_only_a_report(tmp_path: Path, sp_model: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    for letter in "ab":
+        write_jsonl(tmp_path / "in" / f"{letter}.jsonl", make_texts(5))
+    (tmp_path / "in" / "notes.json").write_text('["precious"]')
+    before = files_in(tmp_path / "in")
+    with pytest.raises(DataError, match=r"is no report of preprocess|is a file that this job writes itself"):
+        preprocess([f"{tmp_path}/in"], tmp_path / "out" / "c", "sentencepiece", sp_model, report=tmp_path / name)
+    assert files_in(tmp_path / "in") == before and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("report", ["file/report.json", "/proc/nowhere/report.json", "folder"])
 def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path, sp_model: Path, report: str) -> None:
     source = write_jsonl(tmp_path / "corpus.jsonl", make_texts(5))

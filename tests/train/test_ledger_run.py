@@ -212,6 +212,7 @@ def _prepared(run: RunConfig) -> list[str]:
     cache = run.ledger_path.with_suffix(".cache")
     cache.mkdir(parents=True)
     (cache / "left.123.partial").touch()
+    os.utime(cache / "left.123.partial", (0, 0))
     batches.begin(0, 0)
     return sorted(path.suffix for path in cache.iterdir())
 
@@ -245,6 +246,37 @@ def test_what_a_run_cannot_take_in_does_not_end_it(tmp_path: Path) -> None:
     events = [(event.at, [added.corpus for added in event.add]) for event in Ledger.load(ledger).events]
     assert events == [(0, [0]), (None, [1]), (None, [2])]  # nothing is lost, and the file says what was read
     assert was_read(folder, 2) == says(ledger, 0, 48)
+
+
+def _without_room_at_16(run: RunConfig, commands: dict[int, list[list[str]]]) -> Any:
+    """:func:`live`, where the index cannot be written at sample 16."""
+    from steel_megatron.data.loader import LedgerSamples
+    from steel_megatron.errors import DataError
+
+    prepare = LedgerSamples.prepare
+
+    def refused(samples: LedgerSamples, begin: int, end: int) -> None:
+        if begin == 16:
+            raise DataError("cannot write an index: No space left on device")
+        prepare(samples, begin, end)
+
+    LedgerSamples.prepare = refused  # type: ignore[method-assign]
+    return live(run, commands)
+
+
+def test_a_full_disk_for_a_moment_delays_a_change(tmp_path: Path) -> None:
+    ledger = tmp_path / "run" / "ledger.json"
+    first, second, third = (write(tmp_path / name, number) for name, number in (("a", 0), ("b", 30), ("c", 60)))
+    run = changed(make_run(DataConfig(train=[first]), tmp_path / "run", train_steps=6), save_interval=2)
+    commands = {8: [["append", str(ledger), second]], 24: [["append", str(ledger), third]]}
+    summary, codes, said = run_distributed(_without_room_at_16, 2, run, commands)[0]
+    assert summary.finished and codes == [0, 0] and "cannot be taken in at sample 16" in said
+    settled = Ledger.load(ledger)
+    assert [(event.at, [settled.corpora[added.corpus].name for added in event.add]) for event in settled.events] == [
+        (0, ["a"]), (32, ["b"]), (32, ["c"]),
+    ]  # fmt: skip
+    saved = Ledger.load(tmp_path / "run/checkpoints/step_00000002/ledger.json")
+    assert [event.at for event in saved.events] == [0]
 
 
 def test_other_sizes_of_batches_on_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,7 +147,7 @@ def run_stage(stage: Stage, execution: Execution) -> None:
         return
     tasks = min(execution.tasks or stage.count, stage.count)
     folder = stage.job.folder
-    live = live_jobs(folder, [stage.name]) if execution.executor == "slurm" else []
+    live = _live_now(stage, execution.slurm_poll_seconds) if execution.executor == "slurm" else []
     executor = _executor(stage, execution, tasks, folder / "logs" / f"{stage.name}-{tasks}")
     missing = executor.get_incomplete_ranks()
     if not missing:
@@ -233,6 +233,17 @@ def _wait_for_slurm(executor: PipelineExecutor, stage: Stage, seconds: float) ->
                 absent = 0 if live_jobs(stage.job.folder, [stage.name]) else absent + 1
             except DataError as error:  # a controller that does not answer is no job that ended
                 logger.warning(f"{error}; asking again in {seconds:g} s")
+
+
+def _live_now(stage: Stage, seconds: float) -> list[str]:
+    """The Slurm jobs of a stage; a controller that does not answer is asked a few times."""
+    for _ in range(_POLLS_WITHOUT_JOB):
+        try:
+            return live_jobs(stage.job.folder, [stage.name])
+        except DataError as error:
+            logger.warning(f"{error}; asking again in {seconds:g} s")
+            time.sleep(seconds)
+    return live_jobs(stage.job.folder, [stage.name])
 
 
 def _raise_first_failure(folder: Path, stage: str) -> None:

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -33,6 +34,7 @@ logger = get_logger(__name__)
 
 PLAN_FORMAT = "steel_megatron cleaning job 2"
 REPORT_FORMAT = "steel_megatron cleaning funnel 1"
+_UNIT_FILE = re.compile(r"\d{6,}\.jsonl\.zst")
 
 
 def check_places(job: Job, sources: Sequence[str], inputs: Sequence[Input], final: Path) -> None:
@@ -164,6 +166,24 @@ def check_replaceable(final: Path, overwrite: bool) -> None:
             f"{final} is no result of cleaning (it has no funnel.json of ours), so --overwrite does not replace it; "
             "choose another output, or move it away yourself"
         )
+    for path in sorted(final.rglob("*")):
+        if not path.is_dir() and not _is_of_result(path.relative_to(final), report or {}):
+            raise DataError(
+                f"{path} is no result of cleaning, so --overwrite does not replace {final}; move it away, or choose "
+                "another output"
+            )
+
+
+def _is_of_result(path: Path, report: Mapping[str, Any]) -> bool:
+    """Whether a file, relative to a result's folder, is one that cleaning wrote."""
+    folders = path.parts[:-1]
+    if not folders:
+        return path.name in ("funnel.json", "funnel.png")
+    if folders == ("language_model",):
+        return path.suffix in (".json", ".npy")
+    is_unit = _UNIT_FILE.fullmatch(path.name) is not None
+    of_source = len(folders) == 1 and folders[0] in report.get("totals", {}).get("sources", {})
+    return is_unit and (of_source or (len(folders) == 2 and folders[0] == "quarantine"))
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

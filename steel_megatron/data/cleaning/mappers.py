@@ -151,6 +151,8 @@ _VOID = {"br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "s
 _CLOSED_BY_NEXT = {"p", "li", "option", "tr", "td", "th", "dt", "dd"}
 _DEEPEST = 512
 """Levels of HTML that are parsed, as in browsers: the parser takes time by their square."""
+_LONGEST_TAG = 1 << 16
+"""Characters of a tag that is parsed: the parser takes time by the square of the number of attributes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +179,7 @@ class CleanHtml(Mapper):
         from selectolax.lexbor import LexborHTMLParser
 
         marked = self._item.sub("\n* <li", self._line_break.sub("\n", self._other_sign.sub("&lt;", text)))
-        if self._is_deep(marked):
+        if self._takes_long(marked):
             return self._entity.sub(self._unescape, self._whole_tag.sub("", marked))
         tree = LexborHTMLParser(marked)
         tree.strip_tags(["head"])
@@ -207,10 +209,15 @@ class CleanHtml(Mapper):
                 pieces.append(text[begin.start() : at] if name in ("title", "textarea") else "")
         return "".join([*pieces, text[at:]])
 
-    def _is_deep(self, text: str) -> bool:
-        """Whether tags nest too deep, where a tag is closed only by an end that is the next one to be expected."""
+    def _takes_long(self, text: str) -> bool:
+        """Whether the parser's time would grow with the square of the text.
+
+        So it does where a tag is very long, or tags nest deep: an end closes only the tag that is next to be closed.
+        """
         nest: list[str] = []
         for tag in self._whole_tag.finditer(text):
+            if len(tag[0]) > _LONGEST_TAG:
+                return True
             name = tag[2].lower()
             if tag[1]:
                 if nest and nest[-1] == name:
