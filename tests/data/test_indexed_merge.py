@@ -70,8 +70,10 @@ def test_shards_merge_to_what_was_not_cut(tmp_path: Path) -> None:
     assert origins == [*(Origin("a", "text", row) for row in (1, 2, 5)), Origin("in0.jsonl", "text", 1)]
 
 
-def test_corpora_without_rows_or_manifest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("steel_megatron").propagate = True
+def test_corpora_without_rows_or_manifest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("steel_megatron"), "propagate", True)
     ours = write(tmp_path / "ours", rows=range(1, 6), inputs=inputs(5), tokenizer={"fingerprint": "f"})
     theirs = write_megatron(tmp_path / "theirs", [[[1, 2], [3]], [[4]]])
     manifest = merge([ours, theirs], tmp_path / "x")
