@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import mmap
 import multiprocessing
+import multiprocessing.reduction
 import os
+import pickle
 import signal
+import tempfile
 import threading
 import time
 from collections import deque
@@ -17,6 +21,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +32,7 @@ from steel_megatron.data.named_sources import Source
 from steel_megatron.data.sources import BadRowPolicy, SkippedRow, documents_of
 from steel_megatron.data.tokenizer import Tokenizer, encode_dialogues
 from steel_megatron.errors import DataError
+from steel_megatron.files import disk_errors
 
 TRAIN, VALID = "train", "valid"
 """Names of the splits."""
@@ -270,8 +276,9 @@ def encoded(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[
             yield task.end, encoder.encode(task)
         return
     # Spawned, not forked: the calling process may have threads (of a tokenizer, of torch) that a fork would cut off.
+    handed: Any = _Handed(encoder)  # which arrives as the encoder
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(encoder,)
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(handed,)
     )
     try:
         yield from _in_order(pool, tasks, workers * _BYTES_PER_WORKER)
@@ -287,6 +294,32 @@ def encoded(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Handed:
+    """An object for worker processes, on its way in a file without a name.
+
+    What a process is started with goes through a pipe. One that dies before it has read that (killed, or its main
+    script fails) would leave its parent waiting for ever, if it is more than a pipe holds.
+    """
+
+    def __init__(self, content: object) -> None:
+        with disk_errors("write to", Path(tempfile.gettempdir()), DataError):
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as this object)
+            pickle.dump(content, self._file)
+            self._file.flush()
+
+    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
+        return _taken, (multiprocessing.reduction.DupFd(self._file.fileno()),)
+
+
+def _taken(descriptor: Any) -> Any:
+    """What was handed to this worker."""
+    with (
+        open(descriptor.detach(), "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,  # the file's position is shared with others
+    ):
+        return pickle.loads(content)
 
 
 def _kill_workers(pool: ProcessPoolExecutor) -> None:

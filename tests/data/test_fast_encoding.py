@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 
 from steel_megatron.data import fast_encoding
-from steel_megatron.data.fast_encoding import EngineMissing, EngineProblem, Gigatoken, as_texts, unsure
+from steel_megatron.data.fast_encoding import EngineMissing, EngineProblem, Gigatoken, as_texts, unsure, unsure_by_numpy
 from steel_megatron.errors import DataError
 
 pytest.importorskip("gigatoken", reason="the fast engine is in the [data] extra")
@@ -92,10 +92,11 @@ def test_what_is_common_is_not_left_out() -> None:
 def test_unsure_texts_are_told_apart(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(fast_encoding, "_SLICE", size)
     texts = ["a", "\u1ac3", "长", "", "é\u1ac3", "\u0c3c\u0c3c长", "", "b", "长\u1ac3é"]
-    assert unsure(texts) == [1, 4, 5, 8]
-    assert unsure(texts[2:4]) == unsure([]) == []
-    with pytest.raises(DataError, match=r"lone surrogate \(U\+DFFF at character 1 of 2\)"):
-        unsure([*texts, "长\udfff"])
+    for look in (unsure, unsure_by_numpy):
+        assert look(texts) == [1, 4, 5, 8]
+        assert look(texts[2:4]) == look([]) == []
+        with pytest.raises(DataError, match=r"lone surrogate \(U\+DFFF at character 1 of 2\)"):
+            look([*texts, "长\udfff"])
 
 
 def test_texts_of_bytes() -> None:

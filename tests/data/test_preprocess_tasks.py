@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -52,6 +54,17 @@ def test_a_worker_that_died_in_the_middle_of_a_result_is_noticed(monkeypatch: py
     done: Future[Encoded] = Future()
     done.set_result(Encoded({}, []))
     assert encoding._result(pool, done) == Encoded({}, [])
+
+
+def test_workers_that_die_at_once_are_noticed(tmp_path: Path) -> None:
+    """Also when they were to be started with more than a pipe holds: here the script starts workers when imported."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from steel_megatron.data.encoding import Position, Task, encoded\n"
+        "list(encoded(iter([Task((), Position(1))]), b'x' * 10_000_000, workers=2))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "one of 2 worker processes died" in done.stderr
 
 
 def test_many_short_texts_are_grouped_in_linear_time() -> None:
