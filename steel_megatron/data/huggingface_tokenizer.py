@@ -67,22 +67,25 @@ class HuggingFaceTokenizer(TokenizerBase):
         stored = json.loads(content)
         if mark_control_tokens(stored, eod, eod_id, named_tokens(config)):
             content = json.dumps(stored)
-        super().__init__(f"the tokenizer in {path}", {"model": content, "config": config, "eod_token": eod}, engine)
+        reached = within_reach(stored)
+        plain = json.dumps(out_of_reach(stored)) if reached else None
+        made_of = {"model": content, "plain": plain, "reached": reached, "config": config, "eod_token": eod}
+        super().__init__(f"the tokenizer in {path}", made_of, engine)
         # What the vocabulary does not have is written as the unknown token, which is no harm unless it ends a document.
         unknown = unknown_id(stored)
         control = {name: index for name, index in self._control_ids.items() if index != unknown or name == eod}
         self._check_plain_text(control, self._out_of_reach)
 
     def _content(self) -> dict[str, Any]:
-        return {"model": self._tokenizer.to_str(), "config": self._config, "eod_token": self._eod_token}
+        return self._made_of
 
     def _load(self, content: dict[str, Any]) -> None:
+        self._made_of = content
         self._config, self._eod_token = content["config"], content["eod_token"]
         self._tokenizer = self._plain = _as_it_is(content["model"])
-        stored = json.loads(content["model"])
-        self._out_of_reach = within_reach(stored)
-        if self._out_of_reach:
-            self._plain = _as_it_is(json.dumps(out_of_reach(stored)))
+        self._out_of_reach: set[str] = content["reached"]
+        if content["plain"] is not None:
+            self._plain = _as_it_is(content["plain"])
 
     def _fast_model(self) -> str:
         return self._plain.to_str()

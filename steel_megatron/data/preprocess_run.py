@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from steel_megatron.data.encoding import TRAIN, Encoded, Encoder, Position, Task, encoded
+from steel_megatron.data.encoding import TRAIN, Encoded, Encoder, Position, Task
+from steel_megatron.data.encoding_workers import encoded
 from steel_megatron.data.formats import CHUNK_BYTES, Place, RawChunk, read_chunks
 from steel_megatron.data.job_journal import InputFile, Journal, SkippedRows
 from steel_megatron.data.named_sources import Source

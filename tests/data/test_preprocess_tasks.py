@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from steel_megatron.data import encoding, preprocess
-from steel_megatron.data.encoding import Encoded, Position, Task, encoded
+from steel_megatron.data import encoding, encoding_workers, preprocess
+from steel_megatron.data.encoding import Encoded, Position, Task
+from steel_megatron.data.encoding_workers import encoded
 from steel_megatron.data.job_journal import InputFile, examine
 from steel_megatron.data.preprocess_run import _tasks
 from steel_megatron.data.sources import Input, get_source
@@ -48,19 +49,20 @@ def test_a_worker_that_died_in_the_middle_of_a_result_is_noticed(monkeypatch: py
     worker.join()
     pool = ProcessPoolExecutor(1)
     pool._processes = {1: worker}  # type: ignore[dict-item]
-    monkeypatch.setattr(encoding, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(encoding_workers, "_LOOK_SECONDS", 0.01)
     with pytest.raises(BrokenProcessPool):
-        encoding._result(pool, Future())
+        encoding_workers._result(pool, Future())
     done: Future[Encoded] = Future()
     done.set_result(Encoded({}, []))
-    assert encoding._result(pool, done) == Encoded({}, [])
+    assert encoding_workers._result(pool, done) == Encoded({}, [])
 
 
 def test_workers_that_die_at_once_are_noticed(tmp_path: Path) -> None:
     """Also when they were to be started with more than a pipe holds: here the script starts workers when imported."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from steel_megatron.data.encoding import Position, Task, encoded\n"
+        "from steel_megatron.data.encoding import Position, Task\n"
+        "from steel_megatron.data.encoding_workers import encoded\n"
         "list(encoded(iter([Task((), Position(1))]), b'x' * 10_000_000, workers=2))\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
