@@ -3,9 +3,11 @@
     python benchmarks/preprocess.py [--tokenizer FOLDER] [--input FILE.jsonl] [--megabytes 100] [--slice 10]
 
 Without an input, texts are made from the examples' corpus, Python's standard library and random words, no two alike;
-without a tokenizer, a byte-level BPE is trained on them. All ways read the same JSON lines with two processes (the bare
-engine gets texts that are parsed already, and two threads), and write Megatron's files. First, ours and the loop are
-held to write the same .bin, and datatrove the same documents (its files have another order). The slow ways get the
+without a tokenizer, a byte-level BPE is trained on them. All ways read the same JSON lines with two processes and write
+Megatron's files; the engine by itself has two threads and writes nothing: ``engine_alone`` gets texts that are in
+memory, parsed already; ``engine_reads`` parses the file by its own reader, which drops good texts around a bad line.
+First, ours and the loop are held to write the same .bin, gigatoken's reader to make the same ids, and datatrove the
+same documents (its files have another order). The slow ways get the
 first ``--slice`` megabytes of the same file; what is compared is MB of input per second, in turn, as the median of the
 rounds' ratios. Ours writes a validation split, as in real use. Rates are steady ones: a tenth of the input is timed too
 and taken off, so that starting processes does not count. CPU seconds are of all processes.
@@ -34,6 +36,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import psutil
 import tokenizers
 
@@ -121,7 +124,6 @@ def megatron_style(corpus: str, tokenizer: str, output: str) -> None:
     import warnings
 
     warnings.filterwarnings("ignore")
-    import numpy as np
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -165,7 +167,7 @@ def datatrove(corpus: str, tokenizer: str, output: str) -> None:
 
 
 def engine_alone(corpus: str, tokenizer: str, output: str) -> None:
-    """gigatoken's batch call over texts in memory, all at once; prints its own seconds."""
+    """gigatoken's batch call over texts in memory, all at once; writes nothing but its own seconds."""
     import gigatoken
 
     engine = gigatoken.Tokenizer(f"{tokenizer}/tokenizer.json")
@@ -176,12 +178,26 @@ def engine_alone(corpus: str, tokenizer: str, output: str) -> None:
     Path(f"{output}.seconds").write_text(f"{time.perf_counter() - started} {time.process_time() - cpu}")
 
 
+def engine_reads(corpus: str, tokenizer: str, output: str) -> None:
+    """gigatoken's own reader of JSON lines, from the file to ids in memory; those are written beside its seconds."""
+    import awkward
+    import gigatoken
+
+    engine = gigatoken.Tokenizer(f"{tokenizer}/tokenizer.json")
+    source = gigatoken.JsonlFileSource([corpus])
+    cpu, started = time.process_time(), time.perf_counter()
+    found = engine.encode_files(source, parallel=True)
+    Path(f"{output}.seconds").write_text(f"{time.perf_counter() - started} {time.process_time() - cpu}")
+    np.save(f"{output}.npy", awkward.to_numpy(awkward.flatten(found)))
+
+
 WAYS: dict[str, Callable[[str, str, str], None]] = {
     "ours": ours,
     "ours_whole": ours_whole,
     "megatron_style": megatron_style,
     "datatrove": datatrove,
     "engine_alone": engine_alone,
+    "engine_reads": engine_reads,
 }
 
 
@@ -218,15 +234,21 @@ def documents_of(*prefixes: Path) -> list[bytes]:
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
     corpus, tokenizer = prepared(arguments, folder)
     small = first_part(corpus, arguments.slice * 1_000_000, folder / "slice.jsonl")
-    names = ["ours", "engine_alone", "megatron_style", "datatrove"]
-    for name, package in (("engine_alone", "gigatoken"), ("datatrove", "datatrove")):
+    names = ["ours", "engine_alone", "engine_reads", "megatron_style", "datatrove"]
+    for package, ways in (("gigatoken", ("engine_alone", "engine_reads")), ("datatrove", ("datatrove",))):
         if find_spec(package) is None:
             print(f"{package} is not installed, and left out (pip install 'steel-megatron[data]')")
-            names.remove(name)
+            names = [name for name in names if name not in ways]
     timed("ours_whole", small, tokenizer, folder / "a/x")
     timed("megatron_style", small, tokenizer, folder / "b/x")
     if (folder / "a/x_text_document.bin").read_bytes() != (folder / "b/x.bin").read_bytes():
         sys.exit("error: ours and the loop wrote different .bin files")
+    if "engine_reads" in names:
+        timed("engine_reads", small, tokenizer, folder / "c/x")
+        whole = open_indexed(folder / "a/x_text_document")
+        bodies = [whole.document(number)[:-1] for number in range(whole.documents)]
+        if not np.array_equal(np.concatenate(bodies), np.load(folder / "c/x.npy")):
+            sys.exit("error: ours and gigatoken's own reader made different ids")
     if "datatrove" in names:
         timed("datatrove", small, tokenizer, folder / "c/x")
         parts = [path.with_suffix("") for path in sorted((folder / "c/x.out").glob("*.idx"))]
@@ -249,7 +271,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"{'':<18}{'MB/s':>10}{'MB/CPU-s':>10}{'ours is':>10}")
     for name in names:
         ratio = statistics.median(a / b for a, b in zip(speeds["ours"], speeds[name], strict=True))
-        print(f"{name:<18}{statistics.median(speeds[name]):>10.2f}{statistics.median(cpu[name]):>10.2f}{ratio:>9.2f}x")
+        of_cpu = f"{rate:.2f}" if (rate := statistics.median(cpu[name])) > 0 else "-"  # lost in what starting takes
+        print(f"{name:<18}{statistics.median(speeds[name]):>10.2f}{of_cpu:>10}{ratio:>9.2f}x")
 
 
 def prepared(arguments: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
