@@ -1,10 +1,12 @@
 // What numpy does too slowly for the data layer: random orders, cutting documents into samples, reading them, mixing
-// corpora, looking for characters. Each function has a numpy reference of the same numbers in steel_megatron/data, which says what it does;
+// corpora. Each function has a numpy reference of the same numbers in steel_megatron/data, which says what it does;
 // tests/csrc/test_index_helpers.py holds the two together. Needs no torch.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include "texts.h"
 
 #include <algorithm>
 #include <bit>
@@ -308,31 +310,6 @@ std::pair<Array<int32_t>, Array<int64_t>> merge_keys(
   return {std::move(corpus), std::move(number)};
 }
 
-// ---- fast_encoding.py ----
-
-template <typename T>
-bool holds_marked(const void* characters, py::ssize_t count, const uint8_t* marked) {
-  const T* points = static_cast<const T*>(characters);
-  return std::any_of(points, points + count, [marked](T point) { return marked[point] != 0; });
-}
-
-// The numbers of the texts that hold a character whose code point is marked, uint8 [0x110000].
-std::vector<py::ssize_t> holding(const py::list& texts, const Array<uint8_t>& marked) {
-  require(marked.size() == 0x110000, "a mark for each code point");
-  std::vector<py::ssize_t> found;
-  for (py::ssize_t number = 0; number < static_cast<py::ssize_t>(texts.size()); ++number) {
-    PyObject* text = PyList_GET_ITEM(texts.ptr(), number);
-    if (!PyUnicode_Check(text)) throw py::type_error("texts are strings");
-    const void* characters = PyUnicode_DATA(text);
-    const py::ssize_t count = PyUnicode_GET_LENGTH(text);
-    const auto look = PyUnicode_KIND(text) == PyUnicode_1BYTE_KIND   ? holds_marked<uint8_t>
-                      : PyUnicode_KIND(text) == PyUnicode_2BYTE_KIND ? holds_marked<uint16_t>
-                                                                     : holds_marked<uint32_t>;
-    if (!PyUnicode_IS_ASCII(text) && look(characters, count, marked.data())) found.push_back(number);
-  }
-  return found;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_index, module) {
@@ -350,4 +327,5 @@ PYBIND11_MODULE(_index, module) {
   module.def("counts_below", &counts_below);
   module.def("merge_keys", &merge_keys);
   module.def("holding", &holding);
+  module.def("texts_of_lines", &texts_of_lines);
 }

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from steel_megatron.data.fast_encoding import as_texts
 from steel_megatron.data.formats import Place, RawChunk
 from steel_megatron.data.long_texts import pieces
 from steel_megatron.data.named_sources import Source
-from steel_megatron.data.sources import BadRowPolicy, SkippedRow, documents_of
+from steel_megatron.data.sources import BadRowPolicy, SkippedRow, documents_of, plain_texts
 from steel_megatron.data.tokenizer import Tokenizer, encode_dialogues
 
 TRAIN, VALID = "train", "valid"
@@ -124,12 +125,14 @@ class Encoder:
         skipped: list[Skipped] = []
         for number, source, chunk in task.pieces:
             for key, texts in found.items():
+                reader = self.sources[key][source]
+                plain = plain_texts(chunk, reader)
+                if plain is not None:
+                    texts.add(*plain, number)
+                    continue
                 rows = _SkippedTo(skipped, number, key)
-                for document in documents_of(chunk, self.sources[key][source], self.on_bad_row, rows):
-                    texts.contents.append(document.text)
-                    texts.rows.append(document.row)
-                    texts.inputs.append(number)
-                    texts.dialogue.append(document.dialogue)
+                for document in documents_of(chunk, reader, self.on_bad_row, rows):
+                    texts.add([document.text.encode()], [document.row], number, document.dialogue)
         documents: dict[tuple[str, str], Documents] = {}
         for key, texts in found.items():
             if texts.contents:
@@ -140,8 +143,7 @@ class Encoder:
         ids, lengths = self._ids(texts)
         text_bytes, valid = np.empty(len(lengths), dtype=np.int64), np.zeros(len(lengths), dtype=bool)
         keyed = hashlib.blake2b(digest_size=8, key=str(self.seed).encode())
-        for at, text in enumerate(texts.contents):
-            content = text.encode()
+        for at, content in enumerate(texts.contents):
             text_bytes[at] = len(content)
             if self.valid_fraction:  # by the text alone, so that a document never changes sides
                 digest = keyed.copy()
@@ -186,16 +188,19 @@ class Encoder:
         all_ids[of_dialogue], all_ids[~of_dialogue] = turns, ids
         return all_ids, all_lengths
 
-    def _encode_dialogues(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_dialogues(self, texts: Sequence[str] | Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         return encode_dialogues(self.tokenizer, texts)
 
     def _encode(
-        self, texts: Sequence[str], encode: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
+        self,
+        texts: Sequence[bytes],
+        encode: Callable[[Sequence[str] | Sequence[bytes]], tuple[np.ndarray, np.ndarray]],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and lengths of texts; very long ones are encoded in pieces, and not all at once."""
-        if sum(map(len, texts)) <= self.long:
+        if sum(map(len, texts)) <= self.long:  # bytes, which are no fewer than characters
             return encode(texts)
-        cut = [pieces(text, self.tokenizer.encode) if len(text) > self.long else [text] for text in texts]
+        strings = as_texts(texts)
+        cut = [pieces(text, self.tokenizer.encode) if len(text) > self.long else [text] for text in strings]
         results = [encode(group) for group in _groups(itertools.chain.from_iterable(cut), self.long)]
         lengths = np.concatenate([of_group for _, of_group in results])
         ids = np.concatenate([found.astype(self.dtype, copy=False) for found, _ in results])
@@ -217,13 +222,20 @@ def _groups(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
 
 
 class _Texts:
-    """The documents of one key, in columns."""
+    """The documents of one key in columns, texts in UTF-8."""
 
     def __init__(self) -> None:
-        self.contents: list[str] = []
+        self.contents: list[bytes] = []
         self.rows: list[int] = []
         self.inputs: list[int] = []
         self.dialogue: list[bool] = []
+
+    def add(self, contents: Sequence[bytes], rows: Sequence[int], number: int, dialogue: bool = False) -> None:
+        """Append documents of an input."""
+        self.contents += contents
+        self.rows += rows
+        self.inputs += [number] * len(rows)
+        self.dialogue += [dialogue] * len(rows)
 
 
 @dataclass(frozen=True)

@@ -101,13 +101,13 @@ class Gigatoken:
             raise EngineProblem(f"it cannot run this tokenizer: {str(error).splitlines()[0]}") from error
         self._base = self._process.memory_info().rss
 
-    def encode_flat(self, texts: list[str]) -> FlatIds:
-        """The ids of many texts; uses all cores, but one in a process that multiprocessing has started."""
+    def encode_flat(self, texts: Sequence[str] | Sequence[bytes]) -> FlatIds:
+        """The ids of many texts, or of their UTF-8; uses all cores, but one in a process of multiprocessing."""
         import awkward
 
         if self._process.memory_info().rss - self._base > self._cache_bytes:
             self._renew()
-        encoded = self._tokenizer.encode_batch(texts)
+        encoded = self._tokenizer.encode_batch([text.encode() if isinstance(text, str) else text for text in texts])
         ids = awkward.to_numpy(awkward.flatten(encoded, axis=1))
         return ids.astype(np.uint32, copy=False).view(np.int32), awkward.to_numpy(awkward.num(encoded, axis=1))
 
@@ -152,18 +152,33 @@ def refuse_surrogates(text: str) -> None:
         ) from None
 
 
-def unsure(texts: Sequence[str]) -> list[int]:
+def unsure(texts: Sequence[str] | Sequence[bytes]) -> list[int]:
     """The numbers of the texts that hold a character which gigatoken and a tokenizer's library may see differently.
 
+    Args:
+        texts: strings, or their UTF-8.
+
     Raises:
-        DataError: a text holds a lone surrogate.
+        DataError: a text is no valid UTF-8 or holds a lone surrogate.
     """
     if helpers is None:
-        return unsure_by_numpy(texts)
+        return unsure_by_numpy(as_texts(texts))
     found: list[int] = helpers.holding(list(texts), _unsure_characters().view(np.uint8))
     for number in found:
-        refuse_surrogates(texts[number])
+        text = texts[number]
+        if isinstance(text, str):
+            refuse_surrogates(text)
+        elif not _is_utf8(text):
+            as_texts(texts)
     return found
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def unsure_by_numpy(texts: Sequence[str]) -> list[int]:

@@ -62,6 +62,13 @@ class Source:
         """
         raise NotImplementedError
 
+    def plain_key(self) -> tuple[str, Sequence[str]] | None:
+        """The key whose string is :meth:`text` of a row, and the keys without which that holds; None for no such key.
+
+        Where there is one, rows are read several times as fast.
+        """
+        return None
+
 
 SOURCES: dict[str, Callable[[], Source]] = {}
 """The sources by name."""
@@ -126,6 +133,9 @@ class Text(Source):
         found = string(row, self._key)
         return Dialogue(found) if row.get("dialogue") is True else found
 
+    def plain_key(self) -> tuple[str, Sequence[str]] | None:
+        return (self._key, ("dialogue",)) if type(self) is Text else None  # another class has another text()
+
 
 @register("skypile")
 class SkyPile(Source):
@@ -135,6 +145,9 @@ class SkyPile(Source):
 
     def text(self, row: Row) -> str:
         return string(row, "text")
+
+    def plain_key(self) -> tuple[str, Sequence[str]] | None:
+        return ("text", ()) if type(self) is SkyPile else None
 
 
 @register("wanjuan")

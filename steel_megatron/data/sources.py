@@ -25,6 +25,7 @@ from steel_megatron.data.formats import (
     read_chunks,
 )
 from steel_megatron.data.named_sources import SOURCES, Dialogue, Source, get_source
+from steel_megatron.data.native import helpers
 from steel_megatron.errors import DataError
 from steel_megatron.log import get_logger
 
@@ -39,6 +40,7 @@ __all__ = [
     "get_source",
     "has_keys",
     "parse_inputs",
+    "plain_texts",
     "read_documents",
 ]
 
@@ -213,6 +215,21 @@ def documents_of(
             reason, at = "empty", offset
         if on_skip is not None:
             on_skip(SkippedRow(chunk.path, row, reason, at, _beginning(raw, value)))
+
+
+def plain_texts(chunk: RawChunk, source: Source) -> tuple[list[bytes], list[int]] | None:
+    """The texts of a chunk of JSON lines, in UTF-8, and their rows: what :func:`documents_of` gives, and faster.
+
+    None where a row is not so plain that this is certain (above all, where one is bad or empty), where the source makes
+    more of a row than the string under a key, and where the package was built without its helpers.
+    """
+    plain = source.plain_key()
+    if helpers is None or plain is None or chunk.kind != "lines":
+        return None
+    found: tuple[list[bytes], list[int]] | None = helpers.texts_of_lines(
+        chunk.payload, chunk.first_row, plain[0], list(plain[1])
+    )
+    return found
 
 
 def _read(source: Source, value: object) -> object:

@@ -220,16 +220,15 @@ class TokenizerBase(ABC):
             DataError: a text is no valid UTF-8 or holds a lone surrogate.
         """
         fast = self._engine_for_batches()
-        strings = as_texts(texts)
-        slow = set(unsure(strings))  # which also finds what is no text
+        slow = unsure(texts)  # which also finds what is no text
         if fast is None:
-            return self._encode_flat(strings)
+            return self._encode_flat(as_texts(texts))
         if not slow:
-            return fast.encode_flat(strings)
-        theirs = fast.encode_flat([text for number, text in enumerate(strings) if number not in slow])
-        ours = self._encode_flat([text for number, text in enumerate(strings) if number in slow])
-        parts, own = iter(_split(*theirs)), iter(_split(*ours))
-        return flatten([next(own if number in slow else parts) for number in range(len(strings))])
+            return fast.encode_flat(texts)
+        own = dict(zip(slow, _split(*self._encode_flat(as_texts([texts[number] for number in slow]))), strict=True))
+        sure: list[Any] = [text for number, text in enumerate(texts) if number not in own]
+        parts = iter(_split(*fast.encode_flat(sure)))
+        return flatten([own[number] if number in own else next(parts) for number in range(len(texts))])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of many texts, each an int32 array [tokens]."""

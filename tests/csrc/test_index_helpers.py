@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steel_megatron.data.duplicates import drop_bits
-from steel_megatron.data.fast_encoding import unsure, unsure_by_numpy
 from steel_megatron.data.mixing import counts_below_by_numpy, merge_keys_by_numpy
 from steel_megatron.data.native import helpers
 from steel_megatron.data.packing import pack_by_numpy
@@ -155,15 +154,3 @@ def merge_arguments(**changes: np.ndarray) -> list[np.ndarray]:
         "last": np.array([3, 4]),
     }
     return list((arguments | changes).values())
-
-
-@given(st.lists(st.text(st.sampled_from("ab\x7f\x80éÿĀ长\u1ac3\u0c3c\uffff\U00010000\U0001e130\U0010ffff"))))
-def test_texts_to_be_unsure_about_are_the_same(texts: list[str]) -> None:
-    assert unsure(texts) == unsure_by_numpy(texts)
-
-
-def test_marks_are_looked_up_within_bounds() -> None:
-    with pytest.raises(IndexError, match="a mark for each code point"):
-        helpers.holding(["a"], np.zeros(0x10FFFF, dtype=np.uint8))
-    with pytest.raises(TypeError, match="texts are strings"):
-        helpers.holding([b"a"], np.zeros(0x110000, dtype=np.uint8))

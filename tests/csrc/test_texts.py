@@ -1,0 +1,170 @@
+"""The compiled reader of JSON lines takes what a whole parser takes, with the same texts, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steel_megatron.data.fast_encoding import unsure, unsure_by_numpy
+from steel_megatron.data.formats import Place, RawChunk
+from steel_megatron.data.named_sources import Row, SkyPile, Source, Text
+from steel_megatron.data.native import helpers
+from steel_megatron.data.sources import documents_of, plain_texts
+from steel_megatron.errors import DataError
+
+pytestmark = pytest.mark.skipif(helpers is None, reason="the helpers are not compiled (STEEL_NO_EXT=1)")
+
+
+def chunk(lines: bytes) -> RawChunk:
+    return RawChunk("a.jsonl", "lines", lines, lines.count(b"\n") + 1, 7, 100, Place())
+
+
+def by_parser(lines: bytes, source: Source) -> tuple[list[bytes], list[int]]:
+    documents = list(documents_of(chunk(lines), source))
+    assert not any(document.dialogue for document in documents)
+    return [document.text.encode() for document in documents], [document.row for document in documents]
+
+
+CHARACTERS = st.characters(exclude_categories=["Cs"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(CHARACTERS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(CHARACTERS, max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+ROWS = st.tuples(
+    st.text(CHARACTERS),
+    st.dictionaries(st.text(CHARACTERS, max_size=6) | st.just("dialogue"), VALUES, max_size=3),
+    st.booleans(),
+    st.sampled_from([(",", ":"), (" , ", " :\t"), (", ", ": ")]),
+    st.sampled_from(["\n", "\r\n", " \n\n", "\n \t\r\n"]),
+)
+
+
+@given(st.lists(ROWS, max_size=4), st.sampled_from([Text(), SkyPile()]))
+@settings(deadline=None)
+def test_texts_are_those_of_the_parser(rows: list[Any], source: Source) -> None:
+    lines = ""
+    for text, more, ascii_only, separators, end in rows:
+        row = {**more, "text": f"长{text}", "last": 1}
+        row.pop("dialogue", None) if row.get("dialogue") is True else None
+        lines += json.dumps(row, ensure_ascii=ascii_only, separators=separators) + end
+    found = plain_texts(chunk(lines.encode()), source)
+    assert found is None or found == by_parser(lines.encode(), source)
+
+
+def test_plain_rows_are_taken() -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "a"},
+        {
+            "id": 1,
+            "text": '\t长江\n"\\/\b\f\r\x00\x7f😀 \u2028',
+            "score": -0.5e-3,
+            "more": [{}, [], {"text": None}, True],
+        },
+        {"text": "x" * 100 + "长" * 100, "url": "https://a/b?c=\u00e9"},
+    ]
+    for ascii_only in (False, True):
+        lines = "\n".join(["", *(json.dumps(row, ensure_ascii=ascii_only) for row in rows), " ", ""]).encode()
+        assert plain_texts(chunk(lines), Text()) == ([row["text"].encode() for row in rows], [8, 9, 10])
+    assert plain_texts(chunk(b'{"content": "a", "dialogue": true}'), Text("content")) is None
+    assert plain_texts(chunk(b'{"text": "a", "dialogue": true}'), SkyPile()) == ([b"a"], [7])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{}", b"[]", b'"text"', b"1", b"{", b'{"text"', b'{"text":', b'{"text": "a', b'{"text": "a"',
+        b'{"text": "a"} x', b'{"text": "a"}{"text": "b"}', b'{"text": "a",}', b'{, "text": "a"}',
+        b'{"text": "a" "b": 1}', b"{'text': 'a'}", b'{"text": ""}', b'{"text": " \\n\\u3000"}', b'{"text": null}',
+        b'{"text": 1}', b'{"text": ["a"]}', b'{"Text": "a"}', b'{"text": "a", "text": "b"}',
+        b'{"te\\u0078t": "b", "text": "a"}', b'{"text": "a", "dialogue": false}', b'{"text": "a\x01"}',
+        b'{"text": "a\xff"}', b'{"text": "\xed\xa0\x80a"}', b'{"text": "\xc0\xafa"}', b'{"text": "a\xe9\x95"}',
+        b'{"text": "\xf4\x90\x80\x80a"}', b'{"text": "a", "b": "\xff"}', b'{"text": "a\\x"}', b'{"text": "a\\u12g4"}',
+        b'{"text": "a\\', b'{"text": "a\\ud800"}', b'{"text": "a\\ud800\\u0041"}', b'{"text": "a\\udc00\\ud800"}',
+        b'{"text": "a\\u12', b'{"text": "a", "b": 01}', b'{"text": "a", "b": -}', b'{"text": "a", "b": .5}',
+        b'{"text": "a", "b": 1.}', b'{"text": "a", "b": 1e}', b'{"text": "a", "b": 1e999}',
+        b'{"text": "a", "b": NaN}', b'{"text": "a", "b": tru}', b'{"text": "a", "b": 123456789012345678901234567890}',
+        b'{"text": "a", "b": [1,]}', b'{"text": "a", "b": {"c"}}',
+        b'{"text": "a", "b": ' + b"[" * 200 + b"]" * 200 + b"}", b'\xef\xbb\xbf{"text": "a"}', b'\x0c{"text": "a"}',
+    ],
+)  # fmt: skip
+def test_everything_else_is_left_to_the_parser(line: bytes) -> None:
+    assert plain_texts(chunk(b'{"text": "a"}\n' + line), Text()) is None
+    assert plain_texts(chunk(line + b'\n{"text": "a"}'), Text()) is None
+
+
+def test_no_damage_passes_for_a_text() -> None:
+    """Lines with a few bytes changed: what is taken is what the parser makes of them."""
+    draw, taken = random.Random(0), 0
+    bits = [
+        b'"',
+        b"\\",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b":",
+        b"0",
+        b"-",
+        b"e",
+        b"u",
+        b" ",
+        b"\t",
+        b"\x00",
+        b"\x80",
+        b"\xe9",
+        b"\xf0",
+    ]
+    row = {"id": 12, "text": '长江 a\n"b" \\u😀', "of": {"x": [1.5, -2e3, None, True], "text": "y"}, "last": "é"}
+    lines = [json.dumps(row, ensure_ascii=ascii_only).encode() for ascii_only in (False, True)]
+    for _ in range(40_000):
+        line = bytearray(draw.choice(lines))
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randrange(len(line))
+            line[at : at + draw.randint(0, 2)] = b"".join(draw.choices(bits, k=draw.randint(0, 2)))
+        found = plain_texts(chunk(bytes(line)), Text())
+        if found is not None:
+            taken += 1
+            assert found == by_parser(bytes(line), Text()), bytes(line)
+    assert taken > 1000
+
+
+def test_a_source_of_its_own_reads_its_rows_itself() -> None:
+    class Upper(Text):
+        def text(self, row: Row) -> str:
+            return str(super().text(row)).upper()
+
+    assert plain_texts(chunk(b'{"text": "a"}'), Upper()) is None
+    assert plain_texts(RawChunk("a.txt", "file", b"a", 1, 1, 0, Place(1)), Text()) is None
+
+
+@given(st.lists(st.text(st.sampled_from("ab\x7f\x80éÿĀ长\u1ac3\u0c3c\uffff\U00010000\U0001e130\U0010ffff"))))
+def test_texts_to_be_unsure_about_are_the_same(texts: list[str]) -> None:
+    expected = unsure_by_numpy(texts)
+    assert unsure(texts) == unsure([text.encode() for text in texts]) == expected
+
+
+@given(st.binary(max_size=12), st.integers(0, 9))
+def test_what_is_no_utf8_is_noticed(content: bytes, before: int) -> None:
+    content = b"a" * before + content
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        with pytest.raises(DataError, match="text 1 of 2 to encode is not valid UTF-8"):
+            unsure([b"a", content])
+    else:
+        assert unsure([b"a", content]) == [number + 1 for number in unsure_by_numpy([content.decode()])]
+
+
+def test_characters_are_looked_up_within_bounds() -> None:
+    with pytest.raises(IndexError, match="a mark for each code point"):
+        helpers.holding(["a"], np.zeros(0x10FFFF, dtype=np.uint8))
+    with pytest.raises(TypeError, match="texts are strings or bytes"):
+        helpers.holding([1], np.zeros(0x110000, dtype=np.uint8))
