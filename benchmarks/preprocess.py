@@ -6,8 +6,8 @@ Without an input, texts are made from the examples' corpus, Python's standard li
 without a tokenizer, a byte-level BPE is trained on them. All ways read the same JSON lines with two processes and write
 Megatron's files; the engine by itself has two threads and writes nothing: ``engine_alone`` gets texts that are in
 memory, parsed already; ``engine_reads`` parses the file by its own reader, which drops good texts around a bad line.
-First, ours and the loop are held to write the same .bin, gigatoken's reader to make the same ids, and datatrove the
-same documents (its files have another order). The slow ways get the
+First, ours and the loop are held to write the same .bin, gigatoken's reader to make the same ids (else it is left out),
+and datatrove the same documents (its files have another order). The slow ways get the
 first ``--slice`` megabytes of the same file; what is compared is MB of input per second, in turn, as the median of the
 rounds' ratios. Ours writes a validation split, as in real use. Rates are steady ones: a tenth of the input is timed too
 and taken off, so that starting processes does not count. CPU seconds are of all processes.
@@ -248,7 +248,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         whole = open_indexed(folder / "a/x_text_document")
         bodies = [whole.document(number)[:-1] for number in range(whole.documents)]
         if not np.array_equal(np.concatenate(bodies), np.load(folder / "c/x.npy")):
-            sys.exit("error: ours and gigatoken's own reader made different ids")
+            print("gigatoken's reader made other ids (of control tokens, rare characters or bad lines): it is left out")
+            names.remove("engine_reads")
     if "datatrove" in names:
         timed("datatrove", small, tokenizer, folder / "c/x")
         parts = [path.with_suffix("") for path in sorted((folder / "c/x.out").glob("*.idx"))]

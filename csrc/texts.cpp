@@ -46,7 +46,8 @@ void append_character(std::string& to, uint32_t point) {
   }
 }
 
-// Whether all of the next eight bytes are ASCII; so are those of a string that need no look of their own.
+// Whether the next eight bytes are all ASCII and, in a string, none of them is a quote, a backslash or a control
+// character.
 bool plain_eight(const uint8_t* at, bool of_string) {
   constexpr uint64_t kOnes = 0x0101010101010101, kHigh = 0x8080808080808080;
   uint64_t word;

@@ -47,9 +47,10 @@ def encoded(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[
             yield task.end, encoder.encode(task)
         return
     # Spawned, not forked: the calling process may have threads (of a tokenizer, of torch) that a fork would cut off.
-    handed: Any = _Handed(encoder)  # which arrives as the encoder
+    handed = _Handed(encoder)
+    arrives: Any = handed  # as the encoder
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(handed,)
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(arrives,)
     )
     try:
         yield from _in_order(pool, tasks, workers * _BYTES_PER_WORKER)
@@ -65,20 +66,26 @@ def encoded(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        handed.close()
 
 
 class _Handed:
     """An object for worker processes, on its way in a file without a name.
 
     What a process is started with goes through a pipe. One that dies before it has read that (killed, or its main
-    script fails) would leave its parent waiting for ever, if it is more than a pipe holds.
+    script fails) would leave its parent waiting for ever, if it is more than a pipe holds: 64 KiB, which a tokenizer
+    exceeds and the rest (the paths of modules, the command line) hardly ever does.
     """
 
     def __init__(self, content: object) -> None:
-        with disk_errors("write to", Path(tempfile.gettempdir()), DataError):
+        with disk_errors("write to", Path("the folder for temporary files"), DataError):
             self._file = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as this object)
             pickle.dump(content, self._file)
             self._file.flush()
+
+    def close(self) -> None:
+        """No more processes get it."""
+        self._file.close()
 
     def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
         return _taken, (multiprocessing.reduction.DupFd(self._file.fileno()),)

@@ -84,10 +84,6 @@ class BadRow(Exception):
         self.offset = offset
 
 
-class UncheckedRow(dict[str, Any]):
-    """A row of JSON whose strings may hold lone surrogates; those of other rows cannot."""
-
-
 def has_keys(path: Path) -> bool:
     """Whether the file's rows are objects, so that a text is picked from them by its key."""
     return not path.name.endswith(WHOLE_FILE_SUFFIXES)
@@ -339,8 +335,8 @@ def _rows_within(batch: Any, size: int) -> int:
 def parse_chunk(chunk: RawChunk) -> Iterator[tuple[int, int, bytes, object]]:
     """The rows of a chunk: (row from 1, byte offset, the row as stored if it is a line, its value).
 
-    The value is what the JSON says (an object: a dictionary, or an :class:`UncheckedRow`), a dictionary for a parquet
-    row, a string for a whole file, or a :class:`BadRow`.
+    The value is what the JSON says (an object: a dictionary, whose strings may hold lone surrogates), a dictionary for
+    a parquet row, a string for a whole file, or a :class:`BadRow`.
     Blank lines are left out; a byte order mark, CRLF line ends and a missing last newline are fine.
     """
     if chunk.kind == "file":
@@ -382,12 +378,11 @@ def _second_look(line: bytes) -> object:
     except UnicodeDecodeError as error:
         return BadRow(f"not valid UTF-8 (byte 0x{line[error.start]:02x}: {error.reason})", error.start)
     try:
-        value = json.loads(decoded)
+        return json.loads(decoded)
     except json.JSONDecodeError as error:
         return BadRow(f"broken JSON ({error.msg})", len(decoded[: error.pos].encode()))
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested as deep
         return BadRow(f"JSON beyond any use ({error})")
-    return UncheckedRow(value) if isinstance(value, dict) else value
 
 
 def _text_of_file(content: bytes) -> object:

@@ -1,6 +1,6 @@
-"""The compiled index helpers (csrc/index_helpers.cpp), or None where the package was built without them.
+"""The compiled helpers of the data layer (csrc/index_helpers.cpp, texts.cpp), or None in a package without them.
 
-Whoever uses them has a numpy reference beside the call, which gives the same numbers.
+Whoever uses them has a reference in numpy or Python beside the call, which gives the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ def _load() -> Any:
     try:
         return importlib.import_module("steel_megatron._index")
     except ImportError as error:
-        logger.warning(f"the compiled index helpers do not load ({error}); numpy does their work, slower. Build again")
+        logger.warning(
+            f"the compiled helpers do not load ({error}); numpy and Python do their work, slower. Build again"
+        )
         return None
 
 

@@ -198,8 +198,7 @@ def documents_of(
             if isinstance(text, Dialogue):
                 text, dialogue = text.text, True
             assert isinstance(text, str), type(text)
-            if type(value) is not dict:  # an UncheckedRow, above all
-                _check_unicode(text)
+            _check_unicode(text)
         except BadRow as problem:
             at = offset + problem.offset
             if on_bad_row == "stop":
@@ -226,9 +225,8 @@ def plain_texts(chunk: RawChunk, source: Source) -> tuple[list[bytes], list[int]
     plain = source.plain_key()
     if helpers is None or plain is None or chunk.kind != "lines":
         return None
-    found: tuple[list[bytes], list[int]] | None = helpers.texts_of_lines(
-        chunk.payload, chunk.first_row, plain[0], list(plain[1])
-    )
+    key, *others = (name.encode(errors="surrogatepass") for name in (plain[0], *plain[1]))
+    found: tuple[list[bytes], list[int]] | None = helpers.texts_of_lines(chunk.payload, chunk.first_row, key, others)
     return found
 
 

@@ -142,6 +142,7 @@ def test_a_source_of_its_own_reads_its_rows_itself() -> None:
             return str(super().text(row)).upper()
 
     assert plain_texts(chunk(b'{"text": "a"}'), Upper()) is None
+    assert plain_texts(chunk(b'{"text": "a"}'), Text("\udc80")) is None  # of a command line that is no UTF-8
     assert plain_texts(RawChunk("a.txt", "file", b"a", 1, 1, 0, Place(1)), Text()) is None
 
 

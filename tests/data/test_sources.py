@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from steel_megatron.data.sources import Document, SkippedRow, expand_inputs, parse_inputs, read_documents
+from steel_megatron.data.formats import read_chunks
+from steel_megatron.data.named_sources import Row, Source, string
+from steel_megatron.data.sources import (
+    Document,
+    SkippedRow,
+    documents_of,
+    expand_inputs,
+    parse_inputs,
+    read_documents,
+)
 from steel_megatron.errors import DataError
 
 GOOD = b'{"text": "fine"}\n'
@@ -173,3 +182,16 @@ def test_files_that_a_caller_writes_itself_are_left_out(tmp_path: Path) -> None:
         assert [found.path for found in parse_inputs([str(given)], own)] == [tmp_path / "a.jsonl"]
     with pytest.raises(DataError, match=r"own\.jsonl is a file that this very job writes"):
         parse_inputs([f"{tmp_path}/../{tmp_path.name}/own.jsonl"], own)
+
+
+def test_a_source_that_makes_a_lone_surrogate_gives_a_bad_row(tmp_path: Path) -> None:
+    class Nested(Source):
+        def text(self, row: Row) -> str:
+            return str(json.loads(string(row, "meta"))["text"])
+
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"meta": '{"text": "a\\ud83d"}'}) + '\n{"meta": "{\\"text\\": \\"b\\"}"}\n')
+    skipped: list[SkippedRow] = []
+    chunk = next(read_chunks(path))
+    assert [document.text for document in documents_of(chunk, Nested(), "skip", skipped.append)] == ["b"]
+    assert [(row.row, row.reason) for row in skipped] == [(1, "the text holds a lone surrogate (U+D83D)")]
