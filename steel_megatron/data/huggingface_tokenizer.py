@@ -69,12 +69,12 @@ class HuggingFaceTokenizer(TokenizerBase):
             content = json.dumps(stored)
         reached = within_reach(stored)
         plain = json.dumps(out_of_reach(stored)) if reached else None
-        made_of = {"model": content, "plain": plain, "reached": reached, "config": config, "eod_token": eod}
+        made_of = {"model": content, "plain": plain, "config": config, "eod_token": eod}
         super().__init__(f"the tokenizer in {path}", made_of, engine)
         # What the vocabulary does not have is written as the unknown token, which is no harm unless it ends a document.
         unknown = unknown_id(stored)
         control = {name: index for name, index in self._control_ids.items() if index != unknown or name == eod}
-        self._check_plain_text(control, self._out_of_reach)
+        self._check_plain_text(control, reached)
 
     def _content(self) -> dict[str, Any]:
         return self._made_of
@@ -83,7 +83,6 @@ class HuggingFaceTokenizer(TokenizerBase):
         self._made_of = content
         self._config, self._eod_token = content["config"], content["eod_token"]
         self._tokenizer = self._plain = _as_it_is(content["model"])
-        self._out_of_reach: set[str] = content["reached"]
         if content["plain"] is not None:
             self._plain = _as_it_is(content["plain"])
 
