@@ -7,7 +7,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("no_deadline", deadline=None)  # machines are shared, and slow at times
+hypothesis.settings.load_profile("no_deadline")
 
 
 @pytest.fixture(scope="session")
