@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "documents.h"
 #include "texts.h"
 
 #include <algorithm>
@@ -328,4 +329,6 @@ PYBIND11_MODULE(_index, module) {
   module.def("merge_keys", &merge_keys);
   module.def("holding", &holding);
   module.def("texts_of_lines", &texts_of_lines);
+  module.def("stored_documents", &stored_documents);
+  module.def("count_ids", &count_ids);
 }

@@ -8,17 +8,25 @@
 #include <cstring>
 #include <stdexcept>
 #include <string_view>
+#include <tuple>
 
 namespace py = pybind11;
 
 namespace {
 
-constexpr int kDepth = 32;  // of brackets
+constexpr int kDepth = 32;      // of brackets
+constexpr size_t kLeft = 16;  // lines that may be left to a parser, beside a fifth of all
+constexpr uint64_t kHigh = 0x8080808080808080;
 
 // The character that begins at `at`, which moves behind it; -1 if that is no valid UTF-8.
-int32_t next_character(const uint8_t*& at, const uint8_t* end) {
+inline int32_t next_character(const uint8_t*& at, const uint8_t* end) {
   const uint8_t first = *at;
   if (first < 0x80) return ++at, first;
+  // Most of Chinese: three bytes, where every value of the last two is fine.
+  if (first > 0xE0 && first < 0xED && end - at > 2 && (at[1] & 0xC0) == 0x80 && (at[2] & 0xC0) == 0x80) {
+    at += 3;
+    return (first & 0x0F) << 12 | (at[-2] & 0x3F) << 6 | (at[-1] & 0x3F);
+  }
   const int more = first >= 0xF0 ? 3 : first >= 0xE0 ? 2 : 1;
   if (first < 0xC2 || first > 0xF4 || end - at <= more) return -1;
   int32_t point = first & (0x3F >> more);
@@ -32,41 +40,31 @@ int32_t next_character(const uint8_t*& at, const uint8_t* end) {
   return point;
 }
 
-void append_character(std::string& to, uint32_t point) {
-  if (point < 0x80) {
-    to += static_cast<char>(point);
-  } else if (point < 0x800) {
-    to += {static_cast<char>(0xC0 | point >> 6), static_cast<char>(0x80 | (point & 0x3F))};
-  } else if (point < 0x10000) {
-    to += {static_cast<char>(0xE0 | point >> 12), static_cast<char>(0x80 | (point >> 6 & 0x3F)),
-           static_cast<char>(0x80 | (point & 0x3F))};
-  } else {
-    to += {static_cast<char>(0xF0 | point >> 18), static_cast<char>(0x80 | (point >> 12 & 0x3F)),
-           static_cast<char>(0x80 | (point >> 6 & 0x3F)), static_cast<char>(0x80 | (point & 0x3F))};
-  }
+// Writes a character as UTF-8; returns where it ends.
+uint8_t* put_character(uint8_t* to, uint32_t point) {
+  const int more = point < 0x80 ? 0 : point < 0x800 ? 1 : point < 0x10000 ? 2 : 3;
+  constexpr uint8_t kFirst[] = {0, 0xC0, 0xE0, 0xF0};
+  *to++ = static_cast<uint8_t>(kFirst[more] | point >> 6 * more);
+  for (int i = more - 1; i >= 0; --i) *to++ = static_cast<uint8_t>(0x80 | (point >> 6 * i & 0x3F));
+  return to;
 }
 
-// Whether the next eight bytes are all ASCII and, in a string, none of them is a quote, a backslash or a control
-// character.
-bool plain_eight(const uint8_t* at, bool of_string) {
-  constexpr uint64_t kOnes = 0x0101010101010101, kHigh = 0x8080808080808080;
+uint64_t eight(const uint8_t* at) {
   uint64_t word;
   std::memcpy(&word, at, 8);
-  if (word & kHigh) return false;
-  if (!of_string) return true;
-  const uint64_t quote = word ^ kOnes * '"', backslash = word ^ kOnes * '\\';
-  return (((word - kOnes * 0x20) | (quote - kOnes) | (backslash - kOnes)) & kHigh) == 0;
+  return word;
 }
 
-template <typename T>
-bool holds_marked(const void* characters, py::ssize_t count, const uint8_t* marked) {
-  const T* points = static_cast<const T*>(characters);
-  return std::any_of(points, points + count, [marked](T point) { return marked[point] != 0; });
+// Whether the next eight bytes stand for themselves in a string: ASCII without quote, backslash and control characters.
+bool plain_eight(const uint8_t* at) {
+  constexpr uint64_t kOnes = 0x0101010101010101;
+  const uint64_t word = eight(at), quote = word ^ kOnes * '"', backslash = word ^ kOnes * '\\';
+  return ((word | (word - kOnes * 0x20) | (quote - kOnes) | (backslash - kOnes)) & kHigh) == 0;
 }
 
 bool holds_marked_or_damage(const uint8_t* at, const uint8_t* end, const uint8_t* marked) {
   while (at < end) {
-    if (end - at >= 8 && plain_eight(at, false)) {
+    if (end - at >= 8 && (eight(at) & kHigh) == 0) {
       at += 8;
       continue;
     }
@@ -81,15 +79,16 @@ struct NotPlain {};
 // One line.
 class Line {
  public:
-  Line(const uint8_t* begin, const uint8_t* end) : at_(begin), end_(end) {}
+  // A text of it is written to `to`, which needs no more room than the line has bytes.
+  Line(const uint8_t* begin, const uint8_t* end, uint8_t* to) : at_(begin), end_(end), to_(to) {}
 
   bool blank() {
     space();
     return at_ == end_;
   }
 
-  // Reads an object; throws NotPlain unless it is as texts_of_lines() wants it.
-  void object(std::string_view key, const std::vector<std::string>& others, std::string& text) {
+  // Reads an object and returns where its text ends; throws NotPlain unless it is as texts_of_lines() wants it.
+  uint8_t* object(std::string_view key, const std::vector<std::string>& others) {
     bool found = false;
     take('{');
     do {
@@ -102,7 +101,7 @@ class Line {
       if (name == key) {
         if (found) throw NotPlain();
         found = true;
-        string(&text);
+        string(true);
       } else {
         value(1);
       }
@@ -111,6 +110,7 @@ class Line {
     take('}');
     space();
     if (at_ != end_ || !found) throw NotPlain();
+    return to_;
   }
 
  private:
@@ -131,31 +131,33 @@ class Line {
   // A string without escapes, as it stands.
   std::string_view plain_string() {
     const uint8_t* begin = at_ + 1;
-    string(nullptr);
+    string(false);
     const std::string_view found(reinterpret_cast<const char*>(begin), at_ - 1 - begin);
     if (found.find('\\') != found.npos) throw NotPlain();
     return found;
   }
 
-  // A string, appended to `to` if there is one.
-  void string(std::string* to) {
+  // A string, which is the text or left out.
+  void string(bool is_text) {
     take('"');
-    const uint8_t* from = at_;  // up to here it is in `to`
-    const auto flush = [&] {
-      if (to != nullptr) to->append(reinterpret_cast<const char*>(from), at_ - from);
+    const uint8_t* from = at_;  // up to here it is written
+    const auto write = [&] {
+      if (!is_text) return;
+      std::memcpy(to_, from, at_ - from);
+      to_ += at_ - from;
     };
     while (true) {
-      while (end_ - at_ >= 8 && plain_eight(at_, true)) at_ += 8;
+      while (end_ - at_ >= 8 && plain_eight(at_)) at_ += 8;
       if (at_ == end_) throw NotPlain();
       if (*at_ == '"') {
-        flush();
+        write();
         ++at_;
         return;
       }
       if (*at_ == '\\') {
-        flush();
+        write();
         const uint32_t point = escaped();
-        if (to != nullptr) append_character(*to, point);
+        if (is_text) to_ = put_character(to_, point);
         from = at_;
       } else if (next_character(at_, end_) < 0x20) {  // or damaged
         throw NotPlain();
@@ -202,7 +204,7 @@ class Line {
   void value(int depth) {
     if (at_ == end_ || depth > kDepth) throw NotPlain();
     switch (*at_) {
-      case '"': return string(nullptr);
+      case '"': return string(false);
       case '{': return list(depth, '}', true);
       case '[': return list(depth, ']', false);
       case 't': return word("true");
@@ -219,7 +221,7 @@ class Line {
     do {
       space();
       if (named) {
-        string(nullptr);
+        string(false);
         space();
         take(':');
         space();
@@ -252,12 +254,11 @@ class Line {
   }
 
   const uint8_t *at_, *end_;
+  uint8_t* to_;
 };
 
 // Whether a text surely has more than white space: a visible ASCII character or a common ideograph.
-bool surely_visible(const std::string& text) {
-  const uint8_t* at = reinterpret_cast<const uint8_t*>(text.data());
-  const uint8_t* end = at + text.size();
+bool surely_visible(const uint8_t* at, const uint8_t* end) {
   while (at < end) {
     const int32_t point = next_character(at, end);
     if ((point > 0x20 && point < 0x7F) || (point >= 0x4E00 && point < 0xA000)) return true;
@@ -265,28 +266,26 @@ bool surely_visible(const std::string& text) {
   return false;
 }
 
+const uint8_t* begin_of(const std::string_view content) { return reinterpret_cast<const uint8_t*>(content.data()); }
+
+py::array_t<int64_t> as_array(const std::vector<int64_t>& values) {
+  return py::array_t<int64_t>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
 }  // namespace
 
-std::vector<py::ssize_t> holding(const py::list& texts, const py::array_t<uint8_t, py::array::c_style>& marked) {
+std::vector<py::ssize_t> holding(const py::bytes& content, const Numbers& ends, const Marks& marked) {
   if (marked.size() != 0x110000) throw std::out_of_range("a mark for each code point");
+  const std::string_view all(content);
+  const int64_t* stops = ends.data();
+  const py::ssize_t count = ends.size();
   const uint8_t* marks = marked.data();
   std::vector<py::ssize_t> found;
-  for (py::ssize_t number = 0; number < static_cast<py::ssize_t>(texts.size()); ++number) {
-    PyObject* text = PyList_GET_ITEM(texts.ptr(), number);
-    bool holds = false;
-    if (PyBytes_Check(text)) {
-      const auto* begin = reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(text));
-      holds = holds_marked_or_damage(begin, begin + PyBytes_GET_SIZE(text), marks);
-    } else if (PyUnicode_Check(text)) {
-      const void* characters = PyUnicode_DATA(text);
-      const auto look = PyUnicode_KIND(text) == PyUnicode_1BYTE_KIND   ? holds_marked<uint8_t>
-                        : PyUnicode_KIND(text) == PyUnicode_2BYTE_KIND ? holds_marked<uint16_t>
-                                                                       : holds_marked<uint32_t>;
-      holds = !PyUnicode_IS_ASCII(text) && look(characters, PyUnicode_GET_LENGTH(text), marks);
-    } else {
-      throw py::type_error("texts are strings or bytes");
-    }
-    if (holds) found.push_back(number);
+  const py::gil_scoped_release release;
+  for (int64_t start = 0, number = 0; number < count; start = stops[number++] + 1) {
+    const int64_t stop = stops[number];
+    if (start < 0 || stop < start || stop > static_cast<int64_t>(all.size())) throw std::out_of_range("ends of texts");
+    if (holds_marked_or_damage(begin_of(all) + start, begin_of(all) + stop, marks)) found.push_back(number);
   }
   return found;
 }
@@ -294,26 +293,36 @@ std::vector<py::ssize_t> holding(const py::list& texts, const py::array_t<uint8_
 py::object texts_of_lines(
     const py::bytes& lines, int64_t row, const std::string& key, const std::vector<std::string>& others) {
   const std::string_view content(lines);
-  const auto* at = reinterpret_cast<const uint8_t*>(content.data());
-  const uint8_t* const end = at + content.size();
-  py::list texts;
-  std::vector<int64_t> rows;
-  std::string text;
-  for (; at < end; ++row) {
-    const auto* stop = static_cast<const uint8_t*>(std::memchr(at, '\n', end - at));
-    if (stop == nullptr) stop = end;
-    Line line(at, stop);
-    at = stop + 1;
-    if (line.blank()) continue;
-    text.clear();
-    try {
-      line.object(key, others, text);
-    } catch (const NotPlain&) {
-      return py::none();
+  const uint8_t *const begin = begin_of(content), *const end = begin + content.size();
+  // Each text takes no more room than its line: the separator behind it is one byte, and the quotes are two.
+  py::object texts = py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, content.size()));
+  if (!texts) throw py::error_already_set();
+  auto* const out = reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(texts.ptr()));
+  uint8_t* to = out;
+  std::vector<int64_t> rows, ends;
+  std::vector<std::tuple<int64_t, int64_t, int64_t>> left;
+  {
+    const py::gil_scoped_release release;
+    for (const uint8_t *at = begin, *stop; at < end; at = stop + 1, ++row) {
+      stop = static_cast<const uint8_t*>(std::memchr(at, '\n', end - at));
+      if (stop == nullptr) stop = end;
+      Line line(at, stop, to);
+      if (line.blank()) continue;
+      try {
+        uint8_t* const text_end = line.object(key, others);
+        if (!surely_visible(to, text_end)) throw NotPlain();
+        ends.push_back(text_end - out);
+        rows.push_back(row);
+        *text_end = 0xFF;
+        to = text_end + 1;
+      } catch (const NotPlain&) {
+        left.emplace_back(row, at - begin, stop - begin);
+        if (left.size() > kLeft + rows.size() / 4) break;
+      }
     }
-    if (!surely_visible(text)) return py::none();
-    texts.append(py::bytes(text));
-    rows.push_back(row);
   }
-  return py::make_tuple(std::move(texts), std::move(rows));
+  if (left.size() > kLeft + rows.size() / 4) return py::none();
+  PyObject* resized = texts.release().ptr();
+  if (_PyBytes_Resize(&resized, to - out) != 0) throw py::error_already_set();
+  return py::make_tuple(py::reinterpret_steal<py::object>(resized), as_array(ends), as_array(rows), std::move(left));
 }

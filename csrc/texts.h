@@ -9,13 +9,17 @@
 #include <string>
 #include <vector>
 
-// The numbers of the texts (strings or bytes of UTF-8) that hold a character whose code point is marked, uint8
-// [0x110000], or are no valid UTF-8.
-std::vector<pybind11::ssize_t> holding(
-    const pybind11::list& texts, const pybind11::array_t<uint8_t, pybind11::array::c_style>& marked);
+using Numbers = pybind11::array_t<int64_t, pybind11::array::c_style>;
+using Marks = pybind11::array_t<uint8_t, pybind11::array::c_style>;
 
-// The strings under `key` of JSON lines, as a list of UTF-8, and their rows, counted from `row`; blank lines have none.
-// None unless every other line is for certain an object that has `key` once, with a text that is not blank, and none of
-// `others`: whoever gets None reads the lines by a parser that says what is wrong with them.
+// Many texts are in one string of bytes, each in UTF-8 with a byte 0xFF behind it, which UTF-8 never has; `ends` are the
+// places of those.
+
+// The numbers of the texts that hold a character whose code point is marked [0x110000], or are no valid UTF-8.
+std::vector<pybind11::ssize_t> holding(const pybind11::bytes& content, const Numbers& ends, const Marks& marked);
+
+// The strings under `key` of JSON lines: texts, their ends, their rows, counted from `row`, and what is left to a parser,
+// which says what is wrong: the row, begin and end of each line that is not for certain an object which has `key` once,
+// with a text that is not blank, and none of `others`. Blank lines have no row. None where too much is left.
 pybind11::object texts_of_lines(
     const pybind11::bytes& lines, int64_t row, const std::string& key, const std::vector<std::string>& others);

@@ -66,7 +66,7 @@ def within_reach(stored: Mapping[str, Any]) -> set[str]:
     model = stored["model"]
     names = {piece for piece, _ in model["vocab"]} if model["type"] == "Unigram" else model["vocab"].keys()
     special = {token["content"] for token in stored["added_tokens"] if token["special"]} & names
-    if model["type"] != "BPE" or model.get("ignore_merges"):
+    if not special or model["type"] != "BPE" or model.get("ignore_merges"):
         return special
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
     made = {_merged(merge, prefix) for merge in model["merges"]}

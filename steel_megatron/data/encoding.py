@@ -5,19 +5,23 @@ The calling process cuts files into chunks and writes what comes back, in order;
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from steel_megatron.data.fast_encoding import as_texts
+from steel_megatron.data.fast_encoding import FlatIds
 from steel_megatron.data.formats import Place, RawChunk
-from steel_megatron.data.long_texts import pieces
+from steel_megatron.data.joined_texts import JoinedTexts, as_strings
+from steel_megatron.data.long_texts import groups, pieces
 from steel_megatron.data.named_sources import Source
-from steel_megatron.data.sources import BadRowPolicy, SkippedRow, documents_of, plain_texts
+from steel_megatron.data.native import helpers
+from steel_megatron.data.sources import BadRowPolicy, SkippedRow, joined_documents
+from steel_megatron.data.stored_documents import stored_documents
 from steel_megatron.data.tokenizer import Tokenizer, encode_dialogues
 
 TRAIN, VALID = "train", "valid"
@@ -72,11 +76,6 @@ class Documents:
         others = (values[start:stop] for values in (self.lengths, self.rows, self.inputs, self.text_bytes))
         return Documents(self.ids[first:last], *others)
 
-    def chosen(self, which: np.ndarray) -> Documents:
-        """Those documents for which ``which``, bool [documents], holds."""
-        others = (values[which] for values in (self.lengths, self.rows, self.inputs, self.text_bytes))
-        return Documents(self.ids[np.repeat(which, self.lengths)], *others)
-
 
 @dataclass(frozen=True)
 class Skipped:
@@ -98,6 +97,10 @@ class Encoded:
     skipped: list[Skipped]
 
 
+class Unwanted(Exception):
+    """Nobody waits for a result any more."""
+
+
 @dataclass(frozen=True)
 class Encoder:
     """How documents become ids."""
@@ -114,73 +117,67 @@ class Encoder:
     """Of the choice of the validation split."""
     long: int = 1 << 20
     """Characters above which a text is encoded in pieces: a tokenizer's library takes 100 times a text in memory."""
+    unwanted: threading.Event | None = None
+    """Set when nobody waits for results any more; looked at while a long text is encoded."""
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether all but a little is done by compiled code, which threads run side by side."""
+        sources = [source for by_name in self.sources.values() for source in by_name.values()]
+        plain = helpers is not None and all(source.plain_key() is not None for source in sources)
+        return plain and self.tokenizer.engine == "gigatoken"
+
+    def for_thread(self, unwanted: threading.Event) -> Encoder:
+        """A twin for another thread, which ends early when nobody waits any more; where :attr:`is_compiled`."""
+        return replace(self, tokenizer=self.tokenizer.for_thread(), unwanted=unwanted)
 
     def encode(self, task: Task) -> Encoded:
         """Parse and encode.
 
         Raises:
             DataError: a bad row, where those stop the job.
+            Unwanted: nobody waits for the result any more.
         """
         found = {key: _Texts() for key in self.sources}
         skipped: list[Skipped] = []
         for number, source, chunk in task.pieces:
             for key, texts in found.items():
-                reader = self.sources[key][source]
-                plain = plain_texts(chunk, reader)
-                if plain is not None:
-                    texts.add(*plain, number)
-                    continue
                 rows = _SkippedTo(skipped, number, key)
-                for document in documents_of(chunk, reader, self.on_bad_row, rows):
-                    texts.add([document.text.encode()], [document.row], number, document.dialogue)
+                for part in joined_documents(chunk, self.sources[key][source], self.on_bad_row, rows):
+                    texts.add(*part, number)
         documents: dict[tuple[str, str], Documents] = {}
         for key, texts in found.items():
-            if texts.contents:
+            if texts.parts:
                 documents.update(self._split(key, texts))
         return Encoded(documents, skipped)
 
-    def _split(self, key: str, texts: _Texts) -> Iterator[tuple[tuple[str, str], Documents]]:
-        ids, lengths = self._ids(texts)
-        text_bytes, valid = np.empty(len(lengths), dtype=np.int64), np.zeros(len(lengths), dtype=bool)
-        keyed = hashlib.blake2b(digest_size=8, key=str(self.seed).encode())
-        for at, content in enumerate(texts.contents):
-            text_bytes[at] = len(content)
-            if self.valid_fraction:  # by the text alone, so that a document never changes sides
-                digest = keyed.copy()
-                digest.update(content)
-                valid[at] = int.from_bytes(digest.digest(), "big") < self.valid_fraction * 2**64
-        everything = Documents(ids, lengths, np.array(texts.rows), np.array(texts.inputs), text_bytes)
-        if not valid.any():
-            yield (TRAIN, key), everything
-            return
-        yield (VALID, key), everything.chosen(valid)
-        if not valid.all():
-            yield (TRAIN, key), everything.chosen(~valid)
+    def _split(self, key: str, columns: _Texts) -> Iterator[tuple[tuple[str, str], Documents]]:
+        texts, dialogue = JoinedTexts.concatenate(columns.parts), np.concatenate(columns.dialogue)
+        rows, inputs, sizes = np.concatenate(columns.rows), np.concatenate(columns.inputs), texts.sizes
+        ids, lengths = self._ids(texts, dialogue)
+        valid = self._valid(texts)
+        for split, which in ((VALID, valid), (TRAIN, ~valid)):
+            if which.any():
+                eod = self.tokenizer.eod_id if self.append_eod else None
+                stored = stored_documents(ids, lengths, which, eod, self.dtype)
+                yield (split, key), Documents(*stored, rows[which], inputs[which], sizes[which])
 
-    def _ids(self, texts: _Texts) -> tuple[np.ndarray, np.ndarray]:
-        """Ids as they are stored, each document with one end, and the documents' lengths."""
-        if all(texts.dialogue):
-            ids, lengths = self._encode(texts.contents, self._encode_dialogues)
-        elif not any(texts.dialogue):
-            ids, lengths = self._encode(texts.contents, self.tokenizer.encode_flat)
-        else:
-            ids, lengths = self._mixed(texts)
-        ids = ids.astype(self.dtype, copy=False)  # ids are below vocab_size, which the dtype holds
-        if not self.append_eod:
-            return ids, lengths
-        ends = np.cumsum(lengths)
-        missing = lengths == 0
-        full = ~missing
-        missing[full] = ids[ends[full] - 1] != self.tokenizer.eod_id  # a dialogue may end in it already
-        return np.insert(ids, ends[missing], self.tokenizer.eod_id), lengths + missing
+    def _valid(self, texts: JoinedTexts) -> np.ndarray:
+        """Which documents are for validation, bool [documents]: by the text alone, so that none ever changes sides."""
+        if not self.valid_fraction:
+            return np.zeros(len(texts), dtype=bool)
+        seed = self.seed % 2**64
+        hashes = (xxhash.xxh3_64_intdigest(text, seed) for text in texts)
+        return np.fromiter(hashes, dtype=np.uint64, count=len(texts)) < np.uint64(self.valid_fraction * 2**64)
 
-    def _mixed(self, texts: _Texts) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and lengths of dialogues among other documents."""
-        dialogue = np.array(texts.dialogue)
-        others = [texts.contents[at] for at in np.flatnonzero(~dialogue)]
-        dialogues = [texts.contents[at] for at in np.flatnonzero(dialogue)]
-        ids, lengths = self._encode(others, self.tokenizer.encode_flat)
-        turns, of_turns = self._encode(dialogues, self._encode_dialogues)
+    def _ids(self, texts: JoinedTexts, dialogue: np.ndarray) -> FlatIds:
+        """Ids and lengths of documents, some of which are dialogues, bool [documents]."""
+        if not dialogue.any():
+            return self._encode(texts, self.tokenizer.encode_flat)
+        if dialogue.all():
+            return self._encode(texts, self._encode_dialogues)
+        ids, lengths = self._encode(_chosen(texts, ~dialogue), self.tokenizer.encode_flat)
+        turns, of_turns = self._encode(_chosen(texts, dialogue), self._encode_dialogues)
         all_lengths = np.empty(len(dialogue), dtype=np.int64)
         all_lengths[dialogue], all_lengths[~dialogue] = of_turns, lengths
         of_dialogue = np.repeat(dialogue, all_lengths)
@@ -188,54 +185,51 @@ class Encoder:
         all_ids[of_dialogue], all_ids[~of_dialogue] = turns, ids
         return all_ids, all_lengths
 
-    def _encode_dialogues(self, texts: Sequence[str] | Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_dialogues(self, texts: Sequence[str] | Sequence[bytes]) -> FlatIds:
         return encode_dialogues(self.tokenizer, texts)
 
-    def _encode(
-        self,
-        texts: Sequence[bytes],
-        encode: Callable[[Sequence[str] | Sequence[bytes]], tuple[np.ndarray, np.ndarray]],
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(self, texts: JoinedTexts, encode: Callable[[Sequence[str] | Sequence[bytes]], FlatIds]) -> FlatIds:
         """Ids and lengths of texts; very long ones are encoded in pieces, and not all at once."""
-        if sum(map(len, texts)) <= self.long:  # bytes, which are no fewer than characters
+        if int(texts.sizes.max(initial=0)) <= self.long:  # bytes, which are no fewer than characters
             return encode(texts)
-        strings = as_texts(texts)
-        cut = [pieces(text, self.tokenizer.encode) if len(text) > self.long else [text] for text in strings]
-        results = [encode(group) for group in _groups(itertools.chain.from_iterable(cut), self.long)]
+        strings = as_strings(texts)
+        cut = [pieces(text, self._encode_piece) if len(text) > self.long else [text] for text in strings]
+        results = []
+        for group in groups(itertools.chain.from_iterable(cut), self.long):
+            self._check_wanted()
+            results.append(encode(group))
         lengths = np.concatenate([of_group for _, of_group in results])
-        ids = np.concatenate([found.astype(self.dtype, copy=False) for found, _ in results])
+        ids = np.concatenate([found for found, _ in results])
         return ids, np.add.reduceat(lengths, np.cumsum([0, *map(len, cut[:-1])]))
 
+    def _encode_piece(self, text: str) -> list[int]:
+        self._check_wanted()
+        return self.tokenizer.encode(text)
 
-def _groups(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-    """Texts together, as long as they have no more characters."""
-    group: list[str] = []
-    size = 0
-    for text in texts:
-        if group and size + len(text) > characters:
-            yield group
-            group, size = [], 0
-        group.append(text)
-        size += len(text)
-    if group:
-        yield group
+    def _check_wanted(self) -> None:
+        if self.unwanted is not None and self.unwanted.is_set():
+            raise Unwanted
+
+
+def _chosen(texts: JoinedTexts, which: np.ndarray) -> JoinedTexts:
+    return JoinedTexts.of([text for text, wanted in zip(texts, which.tolist(), strict=True) if wanted])
 
 
 class _Texts:
-    """The documents of one key in columns, texts in UTF-8."""
+    """The documents of one key in columns."""
 
     def __init__(self) -> None:
-        self.contents: list[bytes] = []
-        self.rows: list[int] = []
-        self.inputs: list[int] = []
-        self.dialogue: list[bool] = []
+        self.parts: list[JoinedTexts] = []
+        self.rows: list[np.ndarray] = []
+        self.inputs: list[np.ndarray] = []
+        self.dialogue: list[np.ndarray] = []
 
-    def add(self, contents: Sequence[bytes], rows: Sequence[int], number: int, dialogue: bool = False) -> None:
+    def add(self, texts: JoinedTexts, rows: np.ndarray, dialogue: bool, number: int) -> None:
         """Append documents of an input."""
-        self.contents += contents
-        self.rows += rows
-        self.inputs += [number] * len(rows)
-        self.dialogue += [dialogue] * len(rows)
+        self.parts.append(texts)
+        self.rows.append(rows)
+        self.inputs.append(np.full(len(texts), number))
+        self.dialogue.append(np.full(len(texts), dialogue))
 
 
 @dataclass(frozen=True)

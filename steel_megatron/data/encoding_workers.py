@@ -1,4 +1,9 @@
-"""Worker processes that encode: bounded work on the way, results in order, and an end when one dies or nobody waits."""
+"""Workers that encode: bounded work on the way, results in order, and an end when one dies or nobody waits.
+
+They are threads where all but a little is compiled code (gigatoken, and sources whose rows the compiled reader takes):
+texts and ids are handed over as they are, and there is one library in memory. They are processes where Python or the
+tokenizer's own library has more to do, as these let one thread go on at a time.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -22,8 +27,8 @@ from steel_megatron.data.encoding import Encoded, Encoder, Position, Task
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors
 
-_BYTES_PER_WORKER = 4 << 20
-"""Raw bytes that are on the way for each worker; more would only take memory."""
+_BYTES_PER_WORKER = 8 << 20
+"""Raw bytes that are on the way for each worker: what it is at and what comes next."""
 _SIGNAL_SECONDS = 0.3
 """A scheduler that ends a job sends SIGTERM to the workers too: time for our own, which says more than their end."""
 _LOOK_SECONDS = 5.0
@@ -31,7 +36,7 @@ _LOOK_SECONDS = 5.0
 
 
 def encoded(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[tuple[Position, Encoded]]:
-    """Encode tasks here or in worker processes; what comes back is in the order of the tasks.
+    """Encode tasks here or by workers; what comes back is in the order of the tasks.
 
     Closed early, or ended by an error or a signal, it does not wait for what the workers are at.
 
@@ -45,7 +50,30 @@ def encoded(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[
     if workers == 1:
         for task in tasks:
             yield task.end, encoder.encode(task)
-        return
+    elif encoder.is_compiled:
+        yield from _by_threads(tasks, encoder, workers)
+    else:
+        yield from _by_processes(tasks, encoder, workers)
+
+
+def _by_threads(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[tuple[Position, Encoded]]:
+    of_thread, unwanted = threading.local(), threading.Event()
+
+    def encode(task: Task) -> Encoded:
+        if not hasattr(of_thread, "encoder"):
+            of_thread.encoder = encoder.for_thread(unwanted)
+        found: Encoded = of_thread.encoder.encode(task)
+        return found
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield from _in_order(lambda task: pool.submit(encode, task), Future.result, tasks, workers * _BYTES_PER_WORKER)
+    finally:
+        unwanted.set()  # nothing can end a thread but itself
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _by_processes(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[tuple[Position, Encoded]]:
     # Spawned, not forked: the calling process may have threads (of a tokenizer, of torch) that a fork would cut off.
     handed = _Handed(encoder)
     arrives: Any = handed  # as the encoder
@@ -53,7 +81,12 @@ def encoded(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(arrives,)
     )
     try:
-        yield from _in_order(pool, tasks, workers * _BYTES_PER_WORKER)
+        yield from _in_order(
+            lambda task: _submit(pool, task),
+            lambda future: _result(pool, future),
+            tasks,
+            workers * _BYTES_PER_WORKER,
+        )
     except BrokenProcessPool as error:
         _kill_workers(pool)  # the pool asks them to end by SIGTERM and waits; none is to make it wait for ever
         time.sleep(_SIGNAL_SECONDS)
@@ -116,7 +149,10 @@ def _result(pool: ProcessPoolExecutor, future: Future[Encoded]) -> Encoded:
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, tasks: Iterator[Task], bytes_on_the_way: int
+    submit: Callable[[Task], Future[Encoded]],
+    result_of: Callable[[Future[Encoded]], Encoded],
+    tasks: Iterator[Task],
+    bytes_on_the_way: int,
 ) -> Generator[tuple[Position, Encoded]]:
     """Keep workers busy with no more bytes on the way than allowed, or a single task that has more."""
     waiting: deque[tuple[int, Position, Future[Encoded]]] = deque()
@@ -132,12 +168,12 @@ def _in_order(
             if ahead is None or (waiting and on_the_way + ahead.bytes > bytes_on_the_way):
                 break
             on_the_way += ahead.bytes
-            waiting.append((ahead.bytes, ahead.end, _submit(pool, ahead)))
+            waiting.append((ahead.bytes, ahead.end, submit(ahead)))
             ahead = None
         if not waiting:
             break
         size, end, future = waiting.popleft()
-        result = _result(pool, future)
+        result = result_of(future)
         del future
         on_the_way -= size
         yield end, result

@@ -11,19 +11,20 @@ Only its batch call is used; texts are read from files by this library. Two thin
 
 from __future__ import annotations
 
+import copy
 import functools
-import json
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import orjson
 import psutil
 
+from steel_megatron.data.joined_texts import SEPARATOR, JoinedTexts, as_strings
 from steel_megatron.data.native import helpers
-from steel_megatron.errors import DataError
 
-CACHE_BYTES = 1 << 30
+CACHE_BYTES = 1 << 29
 """Growth of the process after which gigatoken's memory of words is dropped."""
 
 CHECK_TEXTS = (
@@ -57,6 +58,22 @@ _FAMILIAR_ASTRAL = (
 )
 """Above U+FFFF: mathematical letters, emoji and ideographs, whose properties are the same in every table."""
 
+# fmt: off
+_SETTLED = (
+    (0x0221, 0x0377), (0x03CF, 0x052F), (0x0610, 0x06FF), (0x074D, 0x077F), (0x07C0, 0x07FA), (0x0800, 0x082D),
+    (0x0840, 0x085B), (0x08A0, 0x08B4), (0x08D4, 0x0980), (0x1022, 0x109D), (0x10F9, 0x1247), (0x1380, 0x138F),
+    (0x18B0, 0x18F5), (0x1900, 0x191E), (0x1946, 0x196D), (0x1980, 0x19AB), (0x19B0, 0x19C9), (0x1A00, 0x1A1B),
+    (0x1A20, 0x1A5E), (0x1A60, 0x1A7C), (0x1B00, 0x1B4B), (0x1B50, 0x1B73), (0x1B80, 0x1BF3), (0x1C00, 0x1C37),
+    (0x1C4D, 0x1C88), (0x1CD0, 0x1CF6), (0x1D00, 0x1DF5), (0x2090, 0x209C), (0x2C00, 0x2C2E), (0x2C30, 0x2C5E),
+    (0x2C60, 0x2CF3), (0x2CFD, 0x2D25), (0x2D30, 0x2D67), (0x2D7F, 0x2D96), (0x2DE0, 0x2E2F), (0xA4D0, 0xA62B),
+    (0xA640, 0xA6F1), (0xA717, 0xA7AE), (0xA7F7, 0xA827), (0xA840, 0xA873), (0xA880, 0xA8C5), (0xA8E0, 0xA8FD),
+    (0xA900, 0xA953), (0xA960, 0xA97C), (0xA980, 0xA9C0), (0xA9E0, 0xA9FE), (0xAA00, 0xAA36), (0xAA60, 0xAAC2),
+    (0xAADB, 0xAAF6), (0xAB30, 0xAB65), (0xAB70, 0xABED), (0xD7B0, 0xD7C6), (0xD7CB, 0xD7FB), (0xFA70, 0xFAD9),
+)
+# fmt: on
+"""Up to U+FFFF: ranges of which every letter, mark and digit is of Unicode 9 or before, which is as old as the older of
+both tables (property Age of the Unicode character database)."""
+
 FlatIds = tuple[np.ndarray, np.ndarray]
 """Ids of many texts one after another, int32 [tokens], and their lengths, int64 [texts]."""
 
@@ -75,19 +92,30 @@ class EngineMissing(EngineProblem):
 class Gigatoken:
     """gigatoken, which encodes special tokens in a text as plain characters and whose memory is bounded.
 
+    One object encodes for one thread at a time: the library makes others wait.
+
     Args:
         model: the content of a ``tokenizer.json``.
         cache_bytes: growth of the process after which what it remembers is dropped.
+        alone: whether it uses the calling thread alone; else all cores, but in a process of multiprocessing.
 
     Raises:
         EngineProblem: it is not installed or cannot run such a tokenizer.
     """
 
-    def __init__(self, model: str, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, model: str, cache_bytes: int = CACHE_BYTES, alone: bool = False) -> None:
         self._model = _without_special_tokens(model)
         self._cache_bytes = cache_bytes
+        self._parallel = False if alone else None
         self._process = psutil.Process()
         self._renew()
+
+    def for_thread(self) -> Gigatoken:
+        """Another one of the same tokenizer, which uses the calling thread alone."""
+        twin = copy.copy(self)
+        twin._parallel = False
+        twin._renew()
+        return twin
 
     def _renew(self) -> None:
         try:
@@ -99,57 +127,30 @@ class Gigatoken:
             self._tokenizer = gigatoken.Tokenizer.from_json(self._model)
         except (RuntimeError, ValueError) as error:
             raise EngineProblem(f"it cannot run this tokenizer: {str(error).splitlines()[0]}") from error
+        self._of_bytes = isinstance(self._tokenizer.backend, gigatoken.gigatoken_rs.BPETokenizer)  # else of characters
         self._base = self._process.memory_info().rss
 
     def encode_flat(self, texts: Sequence[str] | Sequence[bytes]) -> FlatIds:
-        """The ids of many texts, or of their UTF-8; uses all cores, but one in a process of multiprocessing."""
-        import awkward
+        """The ids of many texts, or of their UTF-8, which must be valid."""
+        import gigatoken
 
         if self._process.memory_info().rss - self._base > self._cache_bytes:
             self._renew()
-        encoded = self._tokenizer.encode_batch([text.encode() if isinstance(text, str) else text for text in texts])
-        ids = awkward.to_numpy(awkward.flatten(encoded, axis=1))
-        return ids.astype(np.uint32, copy=False).view(np.int32), awkward.to_numpy(awkward.num(encoded, axis=1))
+        joined = JoinedTexts.of(texts)
+        # An empty one would be skipped between separators.
+        whole = len(joined) > 0 and bool(joined.sizes.all())
+        batch = gigatoken.BytesSource([joined.content], SEPARATOR) if whole and self._of_bytes else list(joined)
+        layout = self._tokenizer.encode_batch(batch, parallel=self._parallel).layout
+        offsets, ids = np.asarray(layout.offsets.data), np.asarray(layout.content.data)
+        assert len(offsets) == len(joined) + 1 and offsets[0] == 0 and offsets[-1] == len(ids)
+        return ids.astype(np.uint32, copy=False).view(np.int32), np.diff(offsets).astype(np.int64, copy=False)
 
 
-def _without_special_tokens(model: str) -> str:
+def _without_special_tokens(model: str) -> bytes:
     """A ``tokenizer.json`` that finds no special token in a text, adds none around it and cuts and pads nothing."""
-    content = json.loads(model)
+    content = orjson.loads(model)
     content["added_tokens"] = [token for token in content.get("added_tokens") or () if not token["special"]]
-    return json.dumps({**content, "truncation": None, "padding": None, "post_processor": None})
-
-
-def as_texts(texts: Sequence[str | bytes]) -> list[str]:
-    """Texts as strings.
-
-    Raises:
-        DataError: one is no valid UTF-8.
-    """
-    strings = []
-    for number, text in enumerate(texts):
-        try:
-            strings.append(text if isinstance(text, str) else text.decode())
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"text {number} of {len(texts)} to encode is not valid UTF-8 "
-                f"(byte {error.start} is 0x{error.object[error.start]:02x}: {error.reason})"
-            ) from None
-    return strings
-
-
-def refuse_surrogates(text: str) -> None:
-    """Refuse what is a string in Python and yet no text.
-
-    Raises:
-        DataError: the text holds a lone surrogate.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"a text to encode holds a lone surrogate (U+{ord(text[error.start]):04X} at character {error.start} of "
-            f"{len(text)}), which is no character; replace it"
-        ) from None
+    return orjson.dumps({**content, "truncation": None, "padding": None, "post_processor": None})
 
 
 def unsure(texts: Sequence[str] | Sequence[bytes]) -> list[int]:
@@ -162,14 +163,11 @@ def unsure(texts: Sequence[str] | Sequence[bytes]) -> list[int]:
         DataError: a text is no valid UTF-8 or holds a lone surrogate.
     """
     if helpers is None:
-        return unsure_by_numpy(as_texts(texts))
-    found: list[int] = helpers.holding(list(texts), _unsure_characters().view(np.uint8))
-    for number in found:
-        text = texts[number]
-        if isinstance(text, str):
-            refuse_surrogates(text)
-        elif not _is_utf8(text):
-            as_texts(texts)
+        return unsure_by_numpy(texts)
+    joined = JoinedTexts.of(texts)
+    found: list[int] = helpers.holding(joined.content, joined.ends, _unsure_characters().view(np.uint8))
+    if not all(_is_utf8(joined[number]) for number in found):
+        as_strings(joined)  # raises
     return found
 
 
@@ -181,22 +179,18 @@ def _is_utf8(text: bytes) -> bool:
     return True
 
 
-def unsure_by_numpy(texts: Sequence[str]) -> list[int]:
+def unsure_by_numpy(texts: Sequence[str] | Sequence[bytes]) -> list[int]:
     """What :func:`unsure` gives, slower."""
-    numbers = [number for number, text in enumerate(texts) if not text.isascii()]
-    joined = "".join(texts[number] for number in numbers)
+    strings = as_strings(JoinedTexts.of(texts))
+    numbers = [number for number, text in enumerate(strings) if not text.isascii()]
+    joined = "".join(strings[number] for number in numbers)
     hits = []
     for start in range(0, len(joined), _SLICE):
-        try:
-            points = np.frombuffer(joined[start : start + _SLICE].encode("utf-32-le"), dtype=np.uint32)
-        except UnicodeEncodeError:
-            for text in texts:
-                refuse_surrogates(text)
-            raise
+        points = np.frombuffer(joined[start : start + _SLICE].encode("utf-32-le"), dtype=np.uint32)
         hits.append(np.flatnonzero(_unsure_characters().take(points)) + start)
     if not sum(map(len, hits)):
         return []
-    ends = np.cumsum([len(texts[number]) for number in numbers])
+    ends = np.cumsum([len(strings[number]) for number in numbers])
     return [numbers[at] for at in np.unique(np.searchsorted(ends, np.concatenate(hits), side="right"))]
 
 
@@ -204,20 +198,20 @@ def unsure_by_numpy(texts: Sequence[str]) -> list[int]:
 def _unsure_characters() -> np.ndarray:
     """Whether a code point is one to be unsure about, bool [0x110000].
 
-    ``tokenizers`` orders marks by tables older than Unicode 11 and knows letters up to Unicode 16; gigatoken follows
+    ``tokenizers`` orders marks by tables of Unicode 9 and knows letters up to Unicode 16; gigatoken follows
     Unicode 17. Unicode 3.2, which Python carries beside its own version, is older than both: what it knows has kept
-    its properties ever since. Punctuation and symbols of later versions decide nothing.
+    its properties ever since, and so has what is settled. Punctuation and symbols of later versions decide nothing.
     """
     old = unicodedata.ucd_3_2_0
     table = np.ones(0x110000, dtype=bool)
-    for low, high in _FAMILIAR_ASTRAL:
-        table[low : high + 1] = False
     for point in range(0x10000):
         character = chr(point)
         category, order = unicodedata.category(character), unicodedata.combining(character)
         plain = category[0] not in "LMN" and category != "Cn"
         known = category != "Cn" and old.category(character) != "Cn" and old.combining(character) == order
         table[point] = not (plain or known)
+    for low, high in (*_SETTLED, *_FAMILIAR_ASTRAL):
+        table[low : high + 1] = False
     table[0x9FA6:0xA000] = False  # ideographs that were added to the end of their block
     table[0xD800:0xE000] = True  # surrogates, which are refused
     return table

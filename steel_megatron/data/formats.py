@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+import numpy as np
 import orjson
 import zstandard
 
@@ -43,6 +44,8 @@ WHOLE_FILE_BYTES = 1 << 30
 _PARQUET_BUFFER = 1 << 18
 _PARQUET_ROWS = 256
 """Rows that are decoded at a time, at most: a table that repeats itself says little about how large they become."""
+_TAIL = 1 << 16
+"""Bytes before the end of a chunk in which the end of a line is looked for."""
 _STORED_BYTES = 1 << 12
 """Of a zstd file, decompressed at once; text that repeats itself may become ten thousand times as long."""
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
@@ -231,7 +234,17 @@ def _line_chunks(path: Path, raw: BinaryIO, start: Place, chunk_bytes: int) -> I
     """Whole lines: up to the last line end within ``chunk_bytes``, or the first one after it."""
     stream = _opened_at(path, raw, start.offset)
     buffer = bytearray()
+
+    def chunk(payload: bytes) -> RawChunk:
+        nonlocal start
+        rows = int(np.count_nonzero(np.frombuffer(payload, np.uint8) == ord("\n"))) + (payload[-1:] != b"\n")
+        begin, start = start, Place(start.row + rows, start.offset + len(payload))
+        return RawChunk(str(path), "lines", payload, rows, begin.row + 1, begin.offset, start)
+
     while True:
+        if stream is raw and not buffer and (size := _whole_lines(raw, start.offset, chunk_bytes)):
+            yield chunk(raw.read(size))
+            continue
         while len(buffer) < chunk_bytes and (block := stream.read(chunk_bytes - len(buffer))):
             buffer += block
         cut = len(buffer) if len(buffer) < chunk_bytes else buffer.rfind(b"\n", 0, chunk_bytes) + 1
@@ -247,10 +260,19 @@ def _line_chunks(path: Path, raw: BinaryIO, start: Place, chunk_bytes: int) -> I
             return
         payload = bytes(memoryview(buffer)[:cut])
         del buffer[:cut]
-        rows = payload.count(b"\n") + (payload[-1:] != b"\n")
-        end = Place(start.row + rows, start.offset + cut)
-        yield RawChunk(str(path), "lines", payload, rows, start.row + 1, start.offset, end)
-        start = end
+        yield chunk(payload)
+
+
+def _whole_lines(raw: BinaryIO, offset: int, chunk_bytes: int) -> int:
+    """Bytes of the lines from an offset on that end within ``chunk_bytes``; the file stands at the offset afterwards.
+
+    0 where none ends shortly before, or the file does. Who knows where to stop reads into place, and copies nothing.
+    """
+    tail = min(_TAIL, chunk_bytes)
+    raw.seek(offset + chunk_bytes - tail)
+    found = raw.read(tail)
+    raw.seek(offset)
+    return chunk_bytes - tail + found.rfind(b"\n") + 1 if len(found) == tail and b"\n" in found else 0
 
 
 def _array_chunks(path: Path, raw: BinaryIO, start: Place, chunk_bytes: int) -> Iterator[RawChunk]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import tokenizers
 
 from steel_megatron.config import TokenizerKind
@@ -64,11 +65,11 @@ class HuggingFaceTokenizer(TokenizerBase):
         if eod_id is None:
             raise DataError(f"{path}: the end-of-document token {eod!r} is not in the vocabulary")
         content = model.to_str()
-        stored = json.loads(content)
+        stored = orjson.loads(content)
         if mark_control_tokens(stored, eod, eod_id, named_tokens(config)):
-            content = json.dumps(stored)
+            content = orjson.dumps(stored).decode()
         reached = within_reach(stored)
-        plain = json.dumps(out_of_reach(stored)) if reached else None
+        plain = orjson.dumps(out_of_reach(stored)).decode() if reached else None
         made_of = {"model": content, "plain": plain, "config": config, "eod_token": eod}
         super().__init__(f"the tokenizer in {path}", made_of, engine)
         # What the vocabulary does not have is written as the unknown token, which is no harm unless it ends a document.
@@ -118,7 +119,7 @@ class HuggingFaceTokenizer(TokenizerBase):
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of vocabulary, merges, text normalisation and added tokens, however they are stored."""
-        stored = json.loads(self._tokenizer.to_str())
+        stored = orjson.loads(self._tokenizer.to_str())
         parts = {name: stored[name] for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
         if "merges" in parts["model"]:
             pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in parts["model"]["merges"]]

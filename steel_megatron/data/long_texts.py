@@ -1,9 +1,9 @@
-"""Very long texts in pieces that encode to the same ids."""
+"""Texts in groups that are not too large; very long ones in pieces that encode to the same ids."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 DIALOGUE_MARKS = ("<|im_start|>", "<|im_end|>")
 """What begins and ends a turn in the text form of a dialogue; no cut goes through one."""
@@ -30,6 +30,20 @@ _TRIED_ANYWHERE = 16
 """Places between any two characters that are tried: more than most tokens have characters."""
 _AROUND = tuple((1 << 10) - (1 << k) + 1 for k in range(9))
 """Characters on both sides of a place that must encode alike with and without the cut, in so many trials."""
+
+
+def groups(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Texts together, as long as they have no more characters."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        if group and size + len(text) > characters:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    if group:
+        yield group
 
 
 def pieces(text: str, encode: Callable[[str], Sequence[int]], longest: int = PIECE) -> list[str]:

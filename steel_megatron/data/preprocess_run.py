@@ -12,11 +12,12 @@ import numpy as np
 
 from steel_megatron.data.encoding import TRAIN, Encoded, Encoder, Position, Task
 from steel_megatron.data.encoding_workers import encoded
-from steel_megatron.data.formats import CHUNK_BYTES, Place, RawChunk, read_chunks
+from steel_megatron.data.formats import Place, RawChunk, read_chunks
 from steel_megatron.data.job_journal import InputFile, Journal, SkippedRows
 from steel_megatron.data.named_sources import Source
 from steel_megatron.data.shards import ShardedWriter
 from steel_megatron.data.stop_signals import StopSignals
+from steel_megatron.data.stored_documents import count_ids
 from steel_megatron.errors import DataError
 from steel_megatron.log import progress
 
@@ -25,7 +26,7 @@ from steel_megatron.log import progress
 class Pace:
     """How large the steps of a job are; has no influence on what it writes."""
 
-    chunk_bytes: int = CHUNK_BYTES
+    chunk_bytes: int = 4 << 20
     """Raw bytes that are encoded in one go."""
     journal_bytes: int = 256 << 20
     """Bytes of text after which the journal is written."""
@@ -99,7 +100,7 @@ class Run:
         full = [self.outputs[name].add(documents) for name, documents in result.documents.items()]
         for (split, _), documents in result.documents.items():
             if split == TRAIN:
-                self.token_counts += np.bincount(documents.ids, minlength=len(self.token_counts))
+                count_ids(self.token_counts, documents.ids)
         self._skipped.add(result.skipped)
         for entry in result.skipped:
             source = self.job["inputs"][entry.input]["source"]

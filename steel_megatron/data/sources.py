@@ -8,12 +8,16 @@ its reason; nothing disappears silently.
 from __future__ import annotations
 
 import glob
+import itertools
 import json
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from steel_megatron.data.formats import (
     CODE_SUFFIXES,
@@ -24,6 +28,7 @@ from steel_megatron.data.formats import (
     parse_chunk,
     read_chunks,
 )
+from steel_megatron.data.joined_texts import JoinedTexts
 from steel_megatron.data.named_sources import SOURCES, Dialogue, Source, get_source
 from steel_megatron.data.native import helpers
 from steel_megatron.errors import DataError
@@ -39,6 +44,7 @@ __all__ = [
     "expand_inputs",
     "get_source",
     "has_keys",
+    "joined_documents",
     "parse_inputs",
     "plain_texts",
     "read_documents",
@@ -216,18 +222,61 @@ def documents_of(
             on_skip(SkippedRow(chunk.path, row, reason, at, _beginning(raw, value)))
 
 
-def plain_texts(chunk: RawChunk, source: Source) -> tuple[list[bytes], list[int]] | None:
-    """The texts of a chunk of JSON lines, in UTF-8, and their rows: what :func:`documents_of` gives, and faster.
+class PlainTexts(NamedTuple):
+    """What :func:`plain_texts` read of a chunk."""
 
-    None where a row is not so plain that this is certain (above all, where one is bad or empty), where the source makes
-    more of a row than the string under a key, and where the package was built without its helpers.
+    texts: JoinedTexts
+    """The texts that are certain."""
+    rows: np.ndarray
+    """Their rows in the file, from 1, int64 [texts]."""
+    left: list[tuple[int, int, int]]
+    """Row, begin and end in the chunk of each line that is left to a parser."""
+
+
+def plain_texts(chunk: RawChunk, source: Source) -> PlainTexts | None:
+    """The texts of a chunk of JSON lines, as far as their rows are plain, which most are.
+
+    What is left is of rows that are bad or empty or not so plain that a glance can tell what a parser would say. None
+    where much is left, where the source makes more of a row than the string under a key, and where the package was
+    built without its helpers.
     """
     plain = source.plain_key()
     if helpers is None or plain is None or chunk.kind != "lines":
         return None
     key, *others = (name.encode(errors="surrogatepass") for name in (plain[0], *plain[1]))
-    found: tuple[list[bytes], list[int]] | None = helpers.texts_of_lines(chunk.payload, chunk.first_row, key, others)
-    return found
+    found = helpers.texts_of_lines(chunk.payload, chunk.first_row, key, others)
+    return None if found is None else PlainTexts(JoinedTexts(*found[:2]), *found[2:])
+
+
+def joined_documents(
+    chunk: RawChunk,
+    source: Source,
+    on_bad_row: BadRowPolicy = "stop",
+    on_skip: Callable[[SkippedRow], None] | None = None,
+) -> Iterator[tuple[JoinedTexts, np.ndarray, bool]]:
+    """What :func:`documents_of` gives, several together: texts, their rows and whether they are dialogues."""
+    plain = plain_texts(chunk, source)
+    if plain is None:
+        found = documents_of(chunk, source, on_bad_row, on_skip)
+        for dialogue, group in itertools.groupby(found, operator.attrgetter("dialogue")):
+            documents = list(group)
+            rows = np.array([document.row for document in documents], dtype=np.int64)
+            yield JoinedTexts.of([document.text for document in documents]), rows, dialogue
+        return
+    texts, rows, left = plain
+    done = 0
+    for row, begin, end in left:
+        before = int(np.searchsorted(rows, row))
+        if before > done:
+            yield texts.part(done, before), rows[done:before], False
+        done = before
+        line = replace(
+            chunk, payload=chunk.payload[begin:end], rows=1, first_row=row, first_offset=chunk.first_offset + begin
+        )
+        for document in documents_of(line, source, on_bad_row, on_skip):
+            yield JoinedTexts.of([document.text]), np.array([row]), document.dialogue
+    if done < len(texts):
+        yield texts.part(done, len(texts)), rows[done:], False
 
 
 def _read(source: Source, value: object) -> object:

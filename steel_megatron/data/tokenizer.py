@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from steel_megatron.config import TokenizerKind
-from steel_megatron.data.fast_encoding import FlatIds, as_texts
+from steel_megatron.data.fast_encoding import FlatIds
 from steel_megatron.data.huggingface_tokenizer import HuggingFaceTokenizer
+from steel_megatron.data.joined_texts import as_strings
 from steel_megatron.data.long_texts import DIALOGUE_MARKS
 from steel_megatron.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from steel_megatron.data.tokenizer_base import Engine
@@ -74,6 +75,10 @@ class Tokenizer(Protocol):
 
     def encode_flat(self, texts: Sequence[str] | Sequence[bytes]) -> FlatIds:
         """The ids of many texts one after another, int32 [tokens], and their lengths, int64 [texts]: the fast way."""
+        ...
+
+    def for_thread(self) -> Tokenizer:
+        """A twin that is used by another thread, and by that alone, at the same time; where gigatoken encodes."""
         ...
 
     def verify_on(self, texts: Sequence[str] | Sequence[bytes]) -> None:
@@ -148,7 +153,7 @@ def encode_dialogues(tokenizer: Tokenizer, texts: Sequence[str] | Sequence[bytes
         return tokenizer.encode_flat(texts)
     # Split at the marks, which stay: plain parts and marks take turns, plain (maybe empty) ones at both ends.
     pattern = re.compile(f"({'|'.join(map(re.escape, ids_of))})")
-    dialogues = [pattern.split(text) for text in as_texts(texts)]
+    dialogues = [pattern.split(text) for text in as_strings(texts)]
     ids, lengths = tokenizer.encode_flat([part for parts in dialogues for part in parts[::2]])
     ends = np.cumsum(lengths)
     marks = np.array([len(parts) // 2 for parts in dialogues], dtype=np.int64)

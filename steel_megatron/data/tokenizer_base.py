@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -15,10 +15,10 @@ from steel_megatron.data.fast_encoding import (
     EngineProblem,
     FlatIds,
     Gigatoken,
-    as_texts,
-    refuse_surrogates,
     unsure,
 )
+from steel_megatron.data.joined_texts import JoinedTexts, as_strings, encode_text
+from steel_megatron.data.long_texts import groups
 from steel_megatron.errors import DataError
 from steel_megatron.log import get_logger
 
@@ -28,6 +28,9 @@ Engine = Literal["auto", "gigatoken", "tokenizers"]
 
 _VERIFIED_CHARACTERS = 100_000
 """How much of the texts handed to ``verify_on`` is compared: what takes well under a second."""
+
+_AT_ONCE = 1 << 20
+"""Characters that a tokenizer's own library gets at once, unless a single text has more."""
 
 _RARE = "".join(chr(point) for point in (*range(1, 0x250), 0x5E8F, 0xE000, 0x10FFFD))
 """Characters among which a vocabulary of characters has some and not others."""
@@ -180,7 +183,7 @@ class TokenizerBase(ABC):
         sample: list[str] = []
         left = _VERIFIED_CHARACTERS
         for text in texts:
-            sample.append(as_texts([text])[0][:left])
+            sample.append(as_strings([text])[0][:left])
             left -= len(sample[-1])
             if left <= 0:
                 break
@@ -197,13 +200,22 @@ class TokenizerBase(ABC):
                 raise DataError(f"gigatoken cannot encode for {self._name} in a worker process: {problem}") from problem
         return self._gigatoken
 
+    def for_thread(self) -> Self:
+        """A twin that is used by another thread, and by that alone, at the same time; where gigatoken encodes."""
+        fast = self._engine_for_batches()
+        assert fast is not None, self.engine
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)  # the own library's object is read only
+        twin._gigatoken = fast.for_thread()
+        return twin
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text; control tokens written out in it are encoded as plain characters.
 
         Raises:
             DataError: the text holds a lone surrogate.
         """
-        refuse_surrogates(text)
+        encode_text(text)
         return self._encode(text)
 
     def encode_flat(self, texts: Sequence[str] | Sequence[bytes]) -> FlatIds:
@@ -220,15 +232,28 @@ class TokenizerBase(ABC):
             DataError: a text is no valid UTF-8 or holds a lone surrogate.
         """
         fast = self._engine_for_batches()
-        slow = unsure(texts)  # which also finds what is no text
+        joined = JoinedTexts.of(texts)
+        slow = unsure(joined)  # which also finds what is no text
         if fast is None:
-            return self._encode_flat(as_texts(texts))
+            return self._encode_by_library(as_strings(texts))
+        ids, lengths = fast.encode_flat(joined)
         if not slow:
-            return fast.encode_flat(texts)
-        own = dict(zip(slow, _split(*self._encode_flat(as_texts([texts[number] for number in slow]))), strict=True))
-        sure: list[Any] = [text for number, text in enumerate(texts) if number not in own]
-        parts = iter(_split(*fast.encode_flat(sure)))
-        return flatten([own[number] if number in own else next(parts) for number in range(len(texts))])
+            return ids, lengths
+        own_ids, own_lengths = self._encode_by_library(as_strings([joined[number] for number in slow]))
+        ends = np.cumsum(lengths)
+        parts, done = [], 0
+        for number, own in zip(slow, _split(own_ids, own_lengths), strict=True):
+            parts += [ids[done : ends[number] - lengths[number]], own]
+            done = ends[number]
+        lengths[slow] = own_lengths
+        return np.concatenate([*parts, ids[done:]]), lengths
+
+    def _encode_by_library(self, texts: list[str]) -> FlatIds:
+        """The ids of many texts by the tokenizer's own library, which takes a hundred times a text in memory."""
+        encoded = [self._encode_flat(group) for group in groups(texts, _AT_ONCE)]
+        if len(encoded) == 1:
+            return encoded[0]
+        return flatten([part for group in encoded for part in _split(*group)])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of many texts, each an int32 array [tokens]."""

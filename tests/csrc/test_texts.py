@@ -15,7 +15,7 @@ from steel_megatron.data.fast_encoding import unsure, unsure_by_numpy
 from steel_megatron.data.formats import Place, RawChunk
 from steel_megatron.data.named_sources import Row, SkyPile, Source, Text
 from steel_megatron.data.native import helpers
-from steel_megatron.data.sources import documents_of, plain_texts
+from steel_megatron.data.sources import SkippedRow, documents_of, joined_documents, plain_texts
 from steel_megatron.errors import DataError
 
 pytestmark = pytest.mark.skipif(helpers is None, reason="the helpers are not compiled (STEEL_NO_EXT=1)")
@@ -25,10 +25,28 @@ def chunk(lines: bytes) -> RawChunk:
     return RawChunk("a.jsonl", "lines", lines, lines.count(b"\n") + 1, 7, 100, Place())
 
 
-def by_parser(lines: bytes, source: Source) -> tuple[list[bytes], list[int]]:
-    documents = list(documents_of(chunk(lines), source))
-    assert not any(document.dialogue for document in documents)
-    return [document.text.encode() for document in documents], [document.row for document in documents]
+Read = list[tuple[bytes, int, bool]]
+"""Texts with their rows and whether they are dialogues."""
+
+
+def by_parser(lines: bytes, source: Source, skipped: list[SkippedRow] | None = None) -> Read:
+    policy: Any = "stop" if skipped is None else "skip"
+    documents = documents_of(chunk(lines), source, policy, None if skipped is None else skipped.append)
+    return [(document.text.encode(), document.row, document.dialogue) for document in documents]
+
+
+def joined(lines: bytes, source: Source, skipped: list[SkippedRow] | None = None) -> Read:
+    policy: Any = "stop" if skipped is None else "skip"
+    parts = joined_documents(chunk(lines), source, policy, None if skipped is None else skipped.append)
+    return [(text, row, dialogue) for texts, rows, dialogue in parts for text, row in zip(texts, rows, strict=True)]
+
+
+def taken(lines: bytes, source: Source) -> Read | None:
+    """What the compiled reader takes by itself; None where it leaves a line."""
+    found = plain_texts(chunk(lines), source)
+    if found is None or found.left:
+        return None
+    return [(text, row, False) for text, row in zip(found.texts, found.rows, strict=True)]
 
 
 CHARACTERS = st.characters(exclude_categories=["Cs"])
@@ -52,10 +70,8 @@ def test_texts_are_those_of_the_parser(rows: list[Any], source: Source) -> None:
     lines = ""
     for text, more, ascii_only, separators, end in rows:
         row = {**more, "text": f"长{text}", "last": 1}
-        row.pop("dialogue", None) if row.get("dialogue") is True else None
         lines += json.dumps(row, ensure_ascii=ascii_only, separators=separators) + end
-    found = plain_texts(chunk(lines.encode()), source)
-    assert found is None or found == by_parser(lines.encode(), source)
+    assert joined(lines.encode(), source) == by_parser(lines.encode(), source)
 
 
 def test_plain_rows_are_taken() -> None:
@@ -71,9 +87,10 @@ def test_plain_rows_are_taken() -> None:
     ]
     for ascii_only in (False, True):
         lines = "\n".join(["", *(json.dumps(row, ensure_ascii=ascii_only) for row in rows), " ", ""]).encode()
-        assert plain_texts(chunk(lines), Text()) == ([row["text"].encode() for row in rows], [8, 9, 10])
-    assert plain_texts(chunk(b'{"content": "a", "dialogue": true}'), Text("content")) is None
-    assert plain_texts(chunk(b'{"text": "a", "dialogue": true}'), SkyPile()) == ([b"a"], [7])
+        assert taken(lines, Text()) == [(row["text"].encode(), 8 + at, False) for at, row in enumerate(rows)]
+    assert taken(b'{"content": "a", "dialogue": true}', Text("content")) is None
+    assert taken(b'{"text": "a", "dialogue": true}', SkyPile()) == [(b"a", 7, False)]
+    assert taken(b"", Text()) == taken(b"\n \n", Text()) == []
 
 
 @pytest.mark.parametrize(
@@ -95,13 +112,38 @@ def test_plain_rows_are_taken() -> None:
     ],
 )  # fmt: skip
 def test_everything_else_is_left_to_the_parser(line: bytes) -> None:
-    assert plain_texts(chunk(b'{"text": "a"}\n' + line), Text()) is None
-    assert plain_texts(chunk(line + b'\n{"text": "a"}'), Text()) is None
+    found = plain_texts(chunk(b'{"text": "a"}\n' + line + b'\n{"text": "b"}'), Text())
+    assert found is not None and found.left == [(8, 14, 14 + len(line))]
+    assert list(found.texts) == [b"a", b"b"] and found.rows.tolist() == [7, 9]
+
+
+def test_rows_that_are_left_keep_their_place() -> None:
+    """Bad, empty and unusual rows among plain ones: documents, skipped rows and their order are the parser's."""
+    draw = random.Random(0)
+    odd = [
+        b"broken", b'{"text": null}', b'{"text": " "}', b'{"text": "\xff"}', b'{"text": "a\\ud800"}', b"[1]", b"",
+        b" \r", b'{"text": "<|im_start|>user\\nq<|im_end|>", "dialogue": true}', b'{"text": "b", "dialogue": false}',
+        b'{"te\\u0078t": "escaped"}', b'{"text": "\\u3000\xe3\x80\x80x"}',
+    ]  # fmt: skip
+    for share in (0.0, 0.05, 0.2, 0.5, 1.0):
+        for end in (b"\n", b"\r\n"):
+            rows = [
+                draw.choice(odd) if draw.random() < share else json.dumps({"text": f"长{number}"}).encode()
+                for number in range(200)
+            ]
+            lines = end.join(rows)
+            skipped: list[SkippedRow] = []
+            expected: list[SkippedRow] = []
+            assert joined(lines, Text(), skipped) == by_parser(lines, Text(), expected)
+            assert skipped == expected and bool(skipped) == (share > 0)
+            assert (plain_texts(chunk(lines), Text()) is None) == (share >= 0.5), "much that is left costs time twice"
+    with pytest.raises(DataError, match=r"a.jsonl, row 8, byte 114: broken JSON"):
+        joined(b'{"text": "a"}\nbroken\n', Text())
 
 
 def test_no_damage_passes_for_a_text() -> None:
     """Lines with a few bytes changed: what is taken is what the parser makes of them."""
-    draw, taken = random.Random(0), 0
+    draw, count = random.Random(0), 0
     bits = [
         b'"',
         b"\\",
@@ -129,11 +171,11 @@ def test_no_damage_passes_for_a_text() -> None:
         for _ in range(draw.randint(1, 3)):
             at = draw.randrange(len(line))
             line[at : at + draw.randint(0, 2)] = b"".join(draw.choices(bits, k=draw.randint(0, 2)))
-        found = plain_texts(chunk(bytes(line)), Text())
+        found = taken(bytes(line), Text())
         if found is not None:
-            taken += 1
+            count += 1
             assert found == by_parser(bytes(line), Text()), bytes(line)
-    assert taken > 1000
+    assert count > 1000
 
 
 def test_a_source_of_its_own_reads_its_rows_itself() -> None:
@@ -142,7 +184,7 @@ def test_a_source_of_its_own_reads_its_rows_itself() -> None:
             return str(super().text(row)).upper()
 
     assert plain_texts(chunk(b'{"text": "a"}'), Upper()) is None
-    assert plain_texts(chunk(b'{"text": "a"}'), Text("\udc80")) is None  # of a command line that is no UTF-8
+    assert taken(b'{"text": "a"}', Text("\udc80")) is None  # of a command line that is no UTF-8
     assert plain_texts(RawChunk("a.txt", "file", b"a", 1, 1, 0, Place(1)), Text()) is None
 
 
@@ -166,6 +208,9 @@ def test_what_is_no_utf8_is_noticed(content: bytes, before: int) -> None:
 
 def test_characters_are_looked_up_within_bounds() -> None:
     with pytest.raises(IndexError, match="a mark for each code point"):
-        helpers.holding(["a"], np.zeros(0x10FFFF, dtype=np.uint8))
-    with pytest.raises(TypeError, match="texts are strings or bytes"):
-        helpers.holding([1], np.zeros(0x110000, dtype=np.uint8))
+        helpers.holding(b"a\xff", np.array([1]), np.zeros(0x10FFFF, dtype=np.uint8))
+    marks = np.zeros(0x110000, dtype=np.uint8)
+    for ends in ([3], [-1], [1, 0], [2, 2**62], [-(2**63)]):
+        with pytest.raises(IndexError, match="ends of texts"):
+            helpers.holding(b"a\xff", np.array(ends), marks)
+    assert helpers.holding(b"", np.zeros(0, np.int64), marks) == []

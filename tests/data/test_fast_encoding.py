@@ -12,7 +12,8 @@ import pytest
 import tokenizers
 
 from steel_megatron.data import fast_encoding
-from steel_megatron.data.fast_encoding import EngineMissing, EngineProblem, Gigatoken, as_texts, unsure, unsure_by_numpy
+from steel_megatron.data.fast_encoding import EngineMissing, EngineProblem, Gigatoken, unsure, unsure_by_numpy
+from steel_megatron.data.joined_texts import as_strings
 from steel_megatron.errors import DataError
 
 pytest.importorskip("gigatoken", reason="the fast engine is in the [data] extra")
@@ -72,6 +73,19 @@ def test_familiar_marks_are_put_in_the_same_order(telltale: tuple[tokenizers.Tok
     assert not _differing(telltale, texts)
 
 
+def test_settled_characters_are_the_same_to_both(telltale: tuple[tokenizers.Tokenizer, Gigatoken]) -> None:
+    settled = [chr(point) for low, high in fast_encoding._SETTLED for point in range(low, high + 1)]
+    old = unicodedata.ucd_3_2_0
+    added = [one for one in settled if old.category(one) == "Cn" and unicodedata.category(one)[0] in "LMN"]
+    assert len(added) > 3000
+    others = "\u0334\u0345\u05b0\u0323\u0301\u3099\u094d"  # of seven places in the order of marks
+    texts = [f"a{one}!{one}a 1{one} {one}b" for one in settled]
+    texts += [
+        f"a{one}{other}b{other}{one}" for one in settled if unicodedata.category(one)[0] == "M" for other in others
+    ]
+    assert unsure(texts) == [] and not _differing(telltale, texts)
+
+
 def test_the_others_do_differ(telltale: tuple[tokenizers.Tokenizer, Gigatoken]) -> None:
     """What is left to the own library is left to it for a reason."""
     newer = ["a\u1ac3\u1bf2", "a\u0c3c\u20d3", "a\U0001e130\u032f"]
@@ -83,7 +97,8 @@ def test_what_is_common_is_not_left_out() -> None:
     common = [
         "长江，注入东海。㐀鿿𠮷", "naïve e\u0301", "ру́сский", "עברית שָׁלוֹם", "عَرَبِيّ", "हिन्दी", "ไทย สวัสดี",
         "한국어", "ひらがな",
-        "Tiếng Việt", "😀👍🏽🇨🇳\ufe0f\u200d", "𝐇𝐞𝐥𝐥𝐨", "₽ € ⭐ ▁ \u3000 \ue000", "\x00\x7f\x85", "",
+        "Tiếng Việt", "😀👍🏽🇨🇳\ufe0f\u200d", "𝐇𝐞𝐥𝐥𝐨", "မြန်မာ ᥫᩣ ᴗ ₙ",
+        "₽ € ⭐ ▁ \u3000 \ue000", "\x00\x7f\x85", "",
     ]  # fmt: skip
     assert unsure(common) == []
 
@@ -100,9 +115,9 @@ def test_unsure_texts_are_told_apart(monkeypatch: pytest.MonkeyPatch, size: int)
 
 
 def test_texts_of_bytes() -> None:
-    assert as_texts([b"a", "b", "长".encode(), b""]) == ["a", "b", "长", ""]
+    assert as_strings([b"a", "b", "长".encode(), b""]) == ["a", "b", "长", ""]
     with pytest.raises(DataError, match="text 1 of 2 to encode is not valid UTF-8"):
-        as_texts(["a", "长".encode()[:-1]])
+        as_strings(["a", "长".encode()[:-1]])
 
 
 def test_memory_is_bounded_and_ids_stay(monkeypatch: pytest.MonkeyPatch) -> None:

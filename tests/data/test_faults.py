@@ -12,18 +12,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from steel_megatron.data.indexed import open_indexed
+from steel_megatron.data.native import helpers
 from steel_megatron.data.preprocess import preprocess
 from steel_megatron.data.preprocess_run import Pace
 from steel_megatron.data.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import DataError
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.jobs import PACE, files_in, mixed_inputs, start_job, wait_for, wait_gone, workers_of
+
+THREADS = find_spec("gigatoken") is not None and helpers is not None
+"""Whether preprocess can encode by threads here."""
 
 # ---------------------------------------------------------------- rows
 
@@ -307,15 +312,15 @@ def large_result(large_corpus: list[str], sp_model: Path, tmp_path_factory: pyte
     return files_in(out)
 
 
-@pytest.mark.parametrize("victim", ["worker", "job"])
+@pytest.mark.parametrize(("victim", "engine"), [("worker", "tokenizers"), ("job", "tokenizers"), ("job", "auto")])
 def test_a_killed_process(
-    tmp_path: Path, sp_model: Path, large_corpus: list[str], large_result: dict[str, bytes], victim: str
+    tmp_path: Path, sp_model: Path, large_corpus: list[str], large_result: dict[str, bytes], victim: str, engine: str
 ) -> None:
     out = tmp_path / "out"
-    job = start_job(large_corpus, out / "c", sp_model, workers=2)
+    job = start_job(large_corpus, out / "c", sp_model, workers=2, engine=engine)
     wait_for(job, out / "c_text_document.bin.partial")
     workers = workers_of(job)
-    assert len(workers) == 2
+    assert len(workers) == (0 if engine == "auto" and THREADS else 2)
     os.kill(workers[0] if victim == "worker" else job.pid, signal.SIGKILL)
     killed = time.monotonic()
     _, errors = job.communicate(timeout=30)
@@ -333,7 +338,7 @@ def test_a_killed_process(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("workers", "engine"), [(1, "auto"), (2, "auto"), (2, "tokenizers")])
 def test_a_stopped_job_goes_on(
     tmp_path: Path,
     sp_model: Path,
@@ -342,10 +347,11 @@ def test_a_stopped_job_goes_on(
     number: int,
     code: int,
     workers: int,
+    engine: str,
 ) -> None:
     out = tmp_path / "out"
     pace = {**PACE, "journal_bytes": 1 << 40, "journal_seconds": 1e9}  # nothing is noted but at the signal
-    job = start_job(large_corpus, out / "c", sp_model, workers=workers, pace=pace)
+    job = start_job(large_corpus, out / "c", sp_model, workers=workers, pace=pace, engine=engine)
     wait_for(job, out / "c_text_document.bin.partial")
     children = workers_of(job)
     for pid in (job.pid, *children):  # a terminal and a scheduler send it to all
@@ -376,13 +382,14 @@ import resource, sys
 from steel_megatron.data.preprocess import preprocess
 
 if __name__ == "__main__":
-    inputs, prefix, tokenizer = sys.argv[1:]
-    preprocess([inputs], prefix, "huggingface", tokenizer, workers=2, engine="tokenizers")
+    inputs, prefix, tokenizer, engine = sys.argv[1:]
+    preprocess([inputs], prefix, "huggingface", tokenizer, workers=2, engine=engine)
     print(*(resource.getrusage(who).ru_maxrss >> 10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 """
 
 
-def test_one_long_line_takes_a_few_times_its_size(tmp_path: Path, hf_folder: Path) -> None:
+@pytest.mark.parametrize("engine", ["tokenizers", "auto"])
+def test_one_long_line_takes_a_few_times_its_size(tmp_path: Path, hf_folder: Path, engine: str) -> None:
     # 16 MB at once took the library 1.6 GB; what is compared with is a corpus of the same size in many lines.
     texts = make_texts(1000)
     megabytes = 16
@@ -399,6 +406,7 @@ def test_one_long_line_takes_a_few_times_its_size(tmp_path: Path, hf_folder: Pat
             f"{tmp_path}/{name}.jsonl",
             f"{tmp_path}/out/{name}",
             str(hf_folder),
+            engine,
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from steel_megatron.data.indexed import open_indexed, verify
 from steel_megatron.data.indexed_merge import merge
 from steel_megatron.data.preprocess import preprocess
-from steel_megatron.data.tokenizer import SentencePieceTokenizer
+from steel_megatron.data.preprocess_run import Pace
+from steel_megatron.data.tokenizer import Engine, SentencePieceTokenizer
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import exclusive_lock
 from tests.data.conftest import make_texts, write_jsonl
@@ -81,12 +82,15 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, sp_model: P
     texts = make_texts(4000)  # several chunks
     source = write_jsonl(tmp_path / "corpus.jsonl", [*texts[:2000], "", *texts[2000:]])
     written = []
-    for workers in (1, 3):
-        folder = tmp_path / str(workers)
-        report = preprocess([str(source)], folder / "c", "sentencepiece", sp_model, workers=workers, valid_fraction=0.1)
-        assert (report.documents, report.skipped) == (4000, 1)
-        written.append(files_in(folder))
-    assert written[0] == written[1] and len(written[0]) == 9
+    engines: tuple[Engine, ...] = ("tokenizers", "auto")  # with processes; with threads, where gigatoken is installed
+    for engine in engines:
+        for workers in (1, 3):
+            prefix = tmp_path / f"{engine}{workers}" / "c"
+            options: dict[str, Any] = {"workers": workers, "engine": engine, "valid_fraction": 0.1}
+            report = preprocess([str(source)], prefix, "sentencepiece", sp_model, **options, pace=Pace(20_000))
+            assert (report.documents, report.skipped) == (4000, 1)
+            written.append(files_in(prefix.parent))
+    assert written[0] == written[1] == written[2] == written[3] and len(written[0]) == 9
 
 
 def test_a_document_never_changes_its_split(tmp_path: Path, sp_model: Path, sp: SentencePieceTokenizer) -> None:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
-from steel_megatron.data import encoding, encoding_workers, preprocess
-from steel_megatron.data.encoding import Encoded, Position, Task
+from steel_megatron.data import encoding_workers, preprocess
+from steel_megatron.data.encoding import Encoded, Encoder, Position, Task, Unwanted
 from steel_megatron.data.encoding_workers import encoded
+from steel_megatron.data.formats import read_chunks
 from steel_megatron.data.job_journal import InputFile, examine
+from steel_megatron.data.long_texts import groups
+from steel_megatron.data.native import helpers
 from steel_megatron.data.preprocess_run import _tasks
 from steel_megatron.data.sources import Input, get_source
+from steel_megatron.data.tokenizer import load_tokenizer
 from tests.data.conftest import write_jsonl
 
 
@@ -28,19 +36,82 @@ def examined(path: Path, source: str = "text") -> InputFile:
 class _Slow:
     """Stands for an encoder; the first task is quick."""
 
+    unwanted: threading.Event | None = None
+
+    def __init__(self, is_compiled: bool) -> None:
+        self.is_compiled = is_compiled
+
+    def for_thread(self, unwanted: threading.Event) -> _Slow:
+        twin = _Slow(self.is_compiled)
+        twin.unwanted = unwanted
+        return twin
+
     def encode(self, task: Task) -> Encoded:
-        time.sleep(60 if task.end.input else 0)
+        if task.end.input and self.unwanted is None:
+            time.sleep(60)
+        elif task.end.input and self.unwanted is not None:
+            self.unwanted.wait(60)
         return Encoded({}, [])
 
 
-def test_nobody_waits_for_workers_whose_results_are_thrown_away() -> None:
+@pytest.mark.parametrize("by_threads", [True, False])
+def test_nobody_waits_for_workers_whose_results_are_thrown_away(by_threads: bool) -> None:
     tasks = (Task((), Position(number)) for number in range(4))
-    results = encoded(tasks, _Slow(), workers=2)  # type: ignore[arg-type]
+    results = encoded(tasks, _Slow(by_threads), workers=2)  # type: ignore[arg-type]
     assert next(results)[0] == Position(0)
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         results.throw(KeyboardInterrupt)
     assert time.monotonic() - begun < 20, "a scheduler kills after 30 seconds"
+
+
+def test_a_long_text_is_given_up_when_nobody_wants_it(tmp_path: Path, hf_folder: Path) -> None:
+    pytest.importorskip("gigatoken", reason="threads encode where gigatoken does")
+    source = write_jsonl(tmp_path / "long.jsonl", ["a line of text\n" * 20])
+    chunk = next(read_chunks(source))
+    tokenizer = load_tokenizer("huggingface", hf_folder, engine="gigatoken")
+    encoder = Encoder(tokenizer, np.dtype(np.int32), {"text": {"text": get_source("text")}}, long=100)
+    unwanted = threading.Event()
+    twin, task = encoder.for_thread(unwanted), Task(((0, "text", chunk),), Position(1))
+    assert np.array_equal(
+        twin.encode(task).documents["train", "text"].ids[:-1], tokenizer.encode("a line of text\n" * 20)
+    )
+    unwanted.set()
+    with pytest.raises(Unwanted):
+        twin.encode(task)
+    assert encoder.encode(task).documents.keys() == {("train", "text")}
+
+
+class _Broken(_Slow):
+    """The second task fails."""
+
+    def for_thread(self, unwanted: threading.Event) -> _Slow:
+        return self
+
+    def encode(self, task: Task) -> Encoded:
+        if task.end.input == 1:
+            raise MemoryError("no room")
+        return Encoded({}, [])
+
+
+def test_what_a_thread_raises_arrives_in_its_turn() -> None:
+    results = encoded((Task((), Position(number)) for number in range(4)), _Broken(True), workers=2)  # type: ignore[arg-type]
+    assert next(results)[0] == Position(0)
+    with pytest.raises(MemoryError, match="no room"):
+        next(results)
+    assert threading.active_count() == 1, "its threads have ended"
+
+
+def test_who_encodes_by_threads() -> None:
+    def encoder(engine: str, source: str) -> Encoder:
+        tokenizer: Any = SimpleNamespace(engine=engine)
+        return Encoder(tokenizer, np.dtype(np.int32), {"text": {source: get_source(source)}})
+
+    assert (
+        encoder("gigatoken", "text").is_compiled == encoder("gigatoken", "skypile").is_compiled == (helpers is not None)
+    )
+    assert not encoder("tokenizers", "text").is_compiled, "its library lets one thread go on at a time"
+    assert not encoder("gigatoken", "firefly").is_compiled, "its rows are read by Python"
 
 
 def test_a_worker_that_died_in_the_middle_of_a_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +134,11 @@ def test_workers_that_die_at_once_are_noticed(tmp_path: Path) -> None:
     script.write_text(
         "from steel_megatron.data.encoding import Position, Task\n"
         "from steel_megatron.data.encoding_workers import encoded\n"
-        "list(encoded(iter([Task((), Position(1))]), b'x' * 10_000_000, workers=2))\n"
+        "class Large:\n"
+        "    is_compiled, content = False, b'x' * 10_000_000\n"
+        "    def __reduce__(self):\n"
+        "        return bytes, (self.content,)\n"
+        "list(encoded(iter([Task((), Position(1))]), Large(), workers=2))\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "one of 2 worker processes died" in done.stderr
@@ -79,9 +154,9 @@ def test_many_short_texts_are_grouped_in_linear_time() -> None:
             return super().__len__()
 
     texts = [Text("x" * 10) for _ in range(3000)]
-    groups = list(encoding._groups(texts, 10_000))
-    assert [len(group) for group in groups] == [1000] * 3 and looked <= 3 * len(texts)
-    assert list(encoding._groups(["aaaa", "b", "c", "dd"], 3)) == [["aaaa"], ["b", "c"], ["dd"]]
+    found = list(groups(texts, 10_000))
+    assert [len(group) for group in found] == [1000] * 3 and looked <= 3 * len(texts)
+    assert list(groups(["aaaa", "b", "c", "dd"], 3)) == [["aaaa"], ["b", "c"], ["dd"]]
 
 
 def test_no_task_has_more_than_a_chunk(tmp_path: Path) -> None:
