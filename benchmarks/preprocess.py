@@ -1,9 +1,9 @@
 """Tokenizing a corpus: ours, a loop in Megatron's style, datatrove's, and the bare tokenizer engine.
 
-    python benchmarks/preprocess.py [--tokenizer FOLDER] [--input FILE.jsonl] [--megabytes 100] [--slice 10]
+    python benchmarks/preprocess.py [--tokenizer FOLDER] [--input FILE.jsonl] [--megabytes 500] [--slice 10]
 
 Without an input, texts are made from the examples' corpus, Python's standard library and random words, no two alike;
-without a tokenizer, a byte-level BPE is trained on them. All ways read the same JSON lines with two processes and write
+without a tokenizer, a byte-level BPE is trained on them. All ways read the same JSON lines with two workers and write
 Megatron's files; the engine by itself has two threads and writes nothing: ``engine_alone`` gets texts that are in
 memory, parsed already; ``engine_reads`` parses the file by its own reader, which drops good texts around a bad line.
 First, ours and the loop are held to write the same .bin, gigatoken's reader to make the same ids (else it is left out),
@@ -33,6 +33,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -166,6 +167,14 @@ def datatrove(corpus: str, tokenizer: str, output: str) -> None:
     ).run()
 
 
+@contextmanager
+def own_seconds(output: str) -> Iterator[None]:
+    """Leaves the seconds of what is within, to be taken instead of those of the process."""
+    cpu, started = time.process_time(), time.perf_counter()
+    yield
+    Path(f"{output}.seconds").write_text(f"{time.perf_counter() - started} {time.process_time() - cpu}")
+
+
 def engine_alone(corpus: str, tokenizer: str, output: str) -> None:
     """gigatoken's batch call over texts in memory, all at once; writes nothing but its own seconds."""
     import gigatoken
@@ -173,9 +182,8 @@ def engine_alone(corpus: str, tokenizer: str, output: str) -> None:
     engine = gigatoken.Tokenizer(f"{tokenizer}/tokenizer.json")
     with open(corpus, encoding="utf-8") as file:
         batch = [json.loads(line)["text"] for line in file]
-    cpu, started = time.process_time(), time.perf_counter()
-    engine.encode_batch(batch, parallel=True)
-    Path(f"{output}.seconds").write_text(f"{time.perf_counter() - started} {time.process_time() - cpu}")
+    with own_seconds(output):
+        engine.encode_batch(batch, parallel=True)
 
 
 def engine_reads(corpus: str, tokenizer: str, output: str) -> None:
@@ -185,9 +193,8 @@ def engine_reads(corpus: str, tokenizer: str, output: str) -> None:
 
     engine = gigatoken.Tokenizer(f"{tokenizer}/tokenizer.json")
     source = gigatoken.JsonlFileSource([corpus])
-    cpu, started = time.process_time(), time.perf_counter()
-    found = engine.encode_files(source, parallel=True)
-    Path(f"{output}.seconds").write_text(f"{time.perf_counter() - started} {time.process_time() - cpu}")
+    with own_seconds(output):
+        found = engine.encode_files(source, parallel=True)
     np.save(f"{output}.npy", awkward.to_numpy(awkward.flatten(found)))
 
 
@@ -319,7 +326,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer")
     parser.add_argument("--input", help="a .jsonl file with the key text")
-    parser.add_argument("--megabytes", type=int, default=100)
+    parser.add_argument("--megabytes", type=int, default=500)
     parser.add_argument("--slice", type=int, default=10, help="megabytes for the slow ways")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", type=int, nargs="+", help="megabytes of the inputs")

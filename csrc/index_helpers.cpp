@@ -330,5 +330,5 @@ PYBIND11_MODULE(_index, module) {
   module.def("holding", &holding);
   module.def("texts_of_lines", &texts_of_lines);
   module.def("stored_documents", &stored_documents);
-  module.def("count_ids", &count_ids);
+  module.def("count_ids", &count_ids, py::arg("counts").noconvert(), py::arg("ids"));
 }

@@ -15,7 +15,7 @@ namespace py = pybind11;
 namespace {
 
 constexpr int kDepth = 32;      // of brackets
-constexpr size_t kLeft = 16;  // lines that may be left to a parser, beside a fifth of all
+constexpr size_t kLeft = 16;    // lines that may be left to a parser in any case
 constexpr uint64_t kHigh = 0x8080808080808080;
 
 // The character that begins at `at`, which moves behind it; -1 if that is no valid UTF-8.
@@ -301,9 +301,11 @@ py::object texts_of_lines(
   uint8_t* to = out;
   std::vector<int64_t> rows, ends;
   std::vector<std::tuple<int64_t, int64_t, int64_t>> left;
+  bool much_left = false;
   {
     const py::gil_scoped_release release;
-    for (const uint8_t *at = begin, *stop; at < end; at = stop + 1, ++row) {
+    int64_t left_bytes = 0;
+    for (const uint8_t *at = begin, *stop; at < end && !much_left; at = stop + 1, ++row) {
       stop = static_cast<const uint8_t*>(std::memchr(at, '\n', end - at));
       if (stop == nullptr) stop = end;
       Line line(at, stop, to);
@@ -317,11 +319,12 @@ py::object texts_of_lines(
         to = text_end + 1;
       } catch (const NotPlain&) {
         left.emplace_back(row, at - begin, stop - begin);
-        if (left.size() > kLeft + rows.size() / 4) break;
+        left_bytes += stop - at;
+        much_left = left.size() > kLeft && left_bytes > (end - begin) / 5;
       }
     }
   }
-  if (left.size() > kLeft + rows.size() / 4) return py::none();
+  if (much_left) return py::none();
   PyObject* resized = texts.release().ptr();
   if (_PyBytes_Resize(&resized, to - out) != 0) throw py::error_already_set();
   return py::make_tuple(py::reinterpret_steal<py::object>(resized), as_array(ends), as_array(rows), std::move(left));

@@ -92,7 +92,7 @@ def preprocess(
         tokenizer_path: the tokenizer's folder or file.
         tokenizer_kind: what it is.
         json_keys: which values of a JSON row are documents; one corpus for each.
-        workers: processes; the output is the same for any number.
+        workers: threads or processes; the output is the same for any number.
         append_eod: whether each document ends with the end-of-document token.
         valid_fraction: share of documents, chosen by their hash, that goes into a validation corpus.
         seed: enters the choice of the validation documents.

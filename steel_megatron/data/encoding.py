@@ -19,13 +19,14 @@ from steel_megatron.data.formats import Place, RawChunk
 from steel_megatron.data.joined_texts import JoinedTexts, as_strings
 from steel_megatron.data.long_texts import groups, pieces
 from steel_megatron.data.named_sources import Source
-from steel_megatron.data.native import helpers
 from steel_megatron.data.sources import BadRowPolicy, SkippedRow, joined_documents
 from steel_megatron.data.stored_documents import stored_documents
 from steel_megatron.data.tokenizer import Tokenizer, encode_dialogues
 
 TRAIN, VALID = "train", "valid"
 """Names of the splits."""
+SPLIT_BY = "xxh3_64"
+"""The hash of a document's text that decides between them."""
 
 _BEGIN = Place()
 
@@ -115,20 +116,15 @@ class Encoder:
     valid_fraction: float = 0.0
     seed: int = 0
     """Of the choice of the validation split."""
+    by_threads: bool = False
+    """Whether workers are threads: where all but a little is done by compiled code, which they run side by side."""
     long: int = 1 << 20
     """Characters above which a text is encoded in pieces: a tokenizer's library takes 100 times a text in memory."""
     unwanted: threading.Event | None = None
     """Set when nobody waits for results any more; looked at while a long text is encoded."""
 
-    @property
-    def is_compiled(self) -> bool:
-        """Whether all but a little is done by compiled code, which threads run side by side."""
-        sources = [source for by_name in self.sources.values() for source in by_name.values()]
-        plain = helpers is not None and all(source.plain_key() is not None for source in sources)
-        return plain and self.tokenizer.engine == "gigatoken"
-
     def for_thread(self, unwanted: threading.Event) -> Encoder:
-        """A twin for another thread, which ends early when nobody waits any more; where :attr:`is_compiled`."""
+        """A twin for another thread, which gives up when nobody waits any more; where gigatoken encodes."""
         return replace(self, tokenizer=self.tokenizer.for_thread(), unwanted=unwanted)
 
     def encode(self, task: Task) -> Encoded:

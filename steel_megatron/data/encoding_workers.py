@@ -1,8 +1,8 @@
 """Workers that encode: bounded work on the way, results in order, and an end when one dies or nobody waits.
 
-They are threads where all but a little is compiled code (gigatoken, and sources whose rows the compiled reader takes):
-texts and ids are handed over as they are, and there is one library in memory. They are processes where Python or the
-tokenizer's own library has more to do, as these let one thread go on at a time.
+They are threads where all but a little is compiled code (gigatoken, and rows that the compiled reader takes): these
+start at once, and texts and ids are handed over as they are. They are processes where Python or the tokenizer's own
+library has more to do, as these let one thread go on at a time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LOOK_SECONDS = 5.0
 def encoded(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[tuple[Position, Encoded]]:
     """Encode tasks here or by workers; what comes back is in the order of the tasks.
 
-    Closed early, or ended by an error or a signal, it does not wait for what the workers are at.
+    Closed early, or ended by an error or a signal, it does not wait for processes, and for threads a second or two.
 
     Yields:
         The end of each task and what it gave.
@@ -50,7 +50,7 @@ def encoded(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[
     if workers == 1:
         for task in tasks:
             yield task.end, encoder.encode(task)
-    elif encoder.is_compiled:
+    elif encoder.by_threads:
         yield from _by_threads(tasks, encoder, workers)
     else:
         yield from _by_processes(tasks, encoder, workers)

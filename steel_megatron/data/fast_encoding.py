@@ -5,16 +5,18 @@ Only its batch call is used; texts are read from files by this library. Two thin
 * gigatoken and ``tokenizers`` carry tables of different Unicode versions, which shows in the order of stacked marks
   and in what counts as a letter. :func:`unsure` finds the texts where that could matter; they are left to the
   tokenizer's own library.
-* gigatoken remembers every word it has met, without a limit: about 4 bytes of memory for each byte of new text. The
-  object is made anew when the process has grown by :data:`CACHE_BYTES`.
+* gigatoken remembers every word it has met, without a limit: up to 6 bytes of memory for each byte of new text. The
+  objects of a process are made anew when it has grown by :data:`CACHE_BYTES` for each.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import threading
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,8 @@ import psutil
 from steel_megatron.data.joined_texts import SEPARATOR, JoinedTexts, as_strings
 from steel_megatron.data.native import helpers
 
-CACHE_BYTES = 1 << 29
-"""Growth of the process after which gigatoken's memory of words is dropped."""
+CACHE_BYTES = 1 << 28
+"""Growth of the process, for each thread that encodes, after which gigatoken's memory of words is dropped."""
 
 CHECK_TEXTS = (
     "软混合专家（Soft-MoE）把每个词元的加权平均送入专家；2024年，模型有 1,122,922,770 个参数。\n“真的吗？”——“是的！”",
@@ -96,25 +98,24 @@ class Gigatoken:
 
     Args:
         model: the content of a ``tokenizer.json``.
-        cache_bytes: growth of the process after which what it remembers is dropped.
-        alone: whether it uses the calling thread alone; else all cores, but in a process of multiprocessing.
+        cache_bytes: growth of the process, for each object, after which what it remembers is dropped.
 
     Raises:
         EngineProblem: it is not installed or cannot run such a tokenizer.
     """
 
-    def __init__(self, model: str, cache_bytes: int = CACHE_BYTES, alone: bool = False) -> None:
+    def __init__(self, model: str, cache_bytes: int = CACHE_BYTES) -> None:
         self._model = _without_special_tokens(model)
-        self._cache_bytes = cache_bytes
-        self._parallel = False if alone else None
-        self._process = psutil.Process()
+        self._memory = _Memory(cache_bytes)
+        self._parallel: bool | None = None  # all cores, but in a process of multiprocessing
         self._renew()
 
     def for_thread(self) -> Gigatoken:
-        """Another one of the same tokenizer, which uses the calling thread alone."""
+        """Another one of the same tokenizer, which uses the calling thread alone; from now on use such ones only."""
         twin = copy.copy(self)
         twin._parallel = False
-        twin._renew()
+        with self._memory.of_one_more():
+            twin._renew()
         return twin
 
     def _renew(self) -> None:
@@ -123,19 +124,20 @@ class Gigatoken:
         except ImportError as error:
             raise EngineMissing from error
         self._tokenizer: Any = None  # its memory goes before the next one's is taken
+        self._renewals = self._memory.renewals
         try:
             self._tokenizer = gigatoken.Tokenizer.from_json(self._model)
         except (RuntimeError, ValueError) as error:
             raise EngineProblem(f"it cannot run this tokenizer: {str(error).splitlines()[0]}") from error
         self._of_bytes = isinstance(self._tokenizer.backend, gigatoken.gigatoken_rs.BPETokenizer)  # else of characters
-        self._base = self._process.memory_info().rss
 
     def encode_flat(self, texts: Sequence[str] | Sequence[bytes]) -> FlatIds:
         """The ids of many texts, or of their UTF-8, which must be valid."""
         import gigatoken
 
-        if self._process.memory_info().rss - self._base > self._cache_bytes:
+        if self._memory.look() != self._renewals:
             self._renew()
+            self._memory.settle()
         joined = JoinedTexts.of(texts)
         # An empty one would be skipped between separators.
         whole = len(joined) > 0 and bool(joined.sizes.all())
@@ -144,6 +146,45 @@ class Gigatoken:
         offsets, ids = np.asarray(layout.offsets.data), np.asarray(layout.content.data)
         assert len(offsets) == len(joined) + 1 and offsets[0] == 0 and offsets[-1] == len(ids)
         return ids.astype(np.uint32, copy=False).view(np.int32), np.diff(offsets).astype(np.int64, copy=False)
+
+
+class _Memory:
+    """How far the process has grown since its tokenizers were made; shared by all of them.
+
+    What is remembered cannot be measured by itself, nor the part of one thread: so all drop it together.
+    """
+
+    def __init__(self, bytes_each: int) -> None:
+        self.renewals = 0
+        """How often all were told to drop what they remember."""
+        self._bytes_each, self._others = bytes_each, 0
+        self._process = psutil.Process()
+        self._lock = threading.Lock()
+        self._base = 0
+        self.settle()
+
+    def settle(self) -> None:
+        """What the process has now is not what is remembered."""
+        with self._lock:
+            self._base = self._process.memory_info().rss
+
+    @contextmanager
+    def of_one_more(self) -> Iterator[None]:
+        """Count one more tokenizer, which is made meanwhile, and do not count what making it takes."""
+        with self._lock:
+            before = self._process.memory_info().rss
+            yield
+            self._others += 1
+            self._base += max(0, self._process.memory_info().rss - before)
+
+    def look(self) -> int:
+        """The number of renewals, of which there may now be one more."""
+        with self._lock:
+            size = self._process.memory_info().rss
+            if size - self._base > self._bytes_each * max(1, self._others):
+                self._base = size  # until they have been made anew
+                self.renewals += 1
+            return self.renewals
 
 
 def _without_special_tokens(model: str) -> bytes:

@@ -23,7 +23,7 @@ from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, remove, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 
-FORMAT = "steel-megatron-preprocess-3"
+FORMAT = "steel-megatron-preprocess-2"
 """Name and version of the journal."""
 
 _FIELDS = {"job", "overwrite", "position", "outputs", "skipped_bytes", "skipped_rows", "token_counts"}

@@ -14,7 +14,7 @@ SEPARATOR = b"\xff"
 """The byte behind each text, which UTF-8 never has."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class JoinedTexts(Sequence[bytes]):
     """Texts in UTF-8, one after the other; as a sequence, the bytes of each."""
 

@@ -1,4 +1,4 @@
-"""The compiled helpers of the data layer (csrc/index_helpers.cpp, texts.cpp), or None in a package without them.
+"""The compiled helpers of the data layer (``steel_megatron._index``, made of csrc/), or None in a package without them.
 
 Whoever uses them has a reference in numpy or Python beside the call, which gives the same.
 """

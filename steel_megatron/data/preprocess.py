@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from steel_megatron.config import TokenizerKind
-from steel_megatron.data.encoding import TRAIN, VALID, Encoder
+from steel_megatron.data.encoding import SPLIT_BY, TRAIN, VALID, Encoder
 from steel_megatron.data.formats import RawChunk, has_keys, read_chunks
 from steel_megatron.data.indexed import token_dtype
 from steel_megatron.data.job_journal import InputFile, Journal, SkippedRows, differences, examine
@@ -34,7 +34,7 @@ from steel_megatron.data.preprocess_report import (
 )
 from steel_megatron.data.preprocess_run import Pace, Run, write_all
 from steel_megatron.data.shards import corpora_at, refuse_existing, remove_corpus, remove_partial
-from steel_megatron.data.sources import BadRowPolicy, documents_of, parse_inputs
+from steel_megatron.data.sources import BadRowPolicy, documents_of, parse_inputs, plain_texts
 from steel_megatron.data.stop_signals import StopSignals, stop_signals
 from steel_megatron.data.tokenizer import Engine, Tokenizer, load_tokenizer
 from steel_megatron.errors import ConfigError, DataError
@@ -97,7 +97,7 @@ def preprocess(
         tokenizer_kind: ``huggingface`` or ``sentencepiece``.
         tokenizer_path: its folder or file.
         json_keys: keys of the JSON rows whose texts become corpora, one each.
-        workers: processes that encode; with 1 the calling process does.
+        workers: threads or processes that encode, whichever is faster; with 1 the calling thread does.
         append_eod: whether each document ends in the tokenizer's end-of-document id.
         valid_fraction: share of documents for validation; 0 for no split.
         on_bad_row: ``stop`` at a row that cannot be read, or ``skip`` it.
@@ -130,6 +130,7 @@ def preprocess(
             "append_eod": append_eod,
             "valid_fraction": valid_fraction,
             "seed": seed,
+            **({"split_by": SPLIT_BY} if valid_fraction else {}),
         }
         job = {"settings": settings, "shard_size": shard_size, "keys": list(json_keys), "inputs": [*map(asdict, files)]}
         if not journal.path.exists() and not overwrite:
@@ -139,9 +140,10 @@ def preprocess(
                 return finished
             for path in outputs.values():
                 refuse_existing(path, overwrite)
-        _verify_engine(tokenizer, files, sources)
+        plain = _verify_engine(tokenizer, files, sources)
         dtype = token_dtype(tokenizer.vocab_size)
-        encoder = Encoder(tokenizer, dtype, sources, on_bad_row, append_eod, valid_fraction, seed)
+        by_threads = plain and tokenizer.engine == "gigatoken"
+        encoder = Encoder(tokenizer, dtype, sources, on_bad_row, append_eod, valid_fraction, seed, by_threads)
         noted = _go_on(journal, job, outputs.values(), overwrite)
         run = Run(job, outputs, encoder.dtype, journal, overwrite, noted)
         return _work(run, encoder, files, workers, pace, signals, report)
@@ -264,19 +266,24 @@ def _sources(files: Sequence[InputFile], json_keys: Sequence[str]) -> dict[str, 
 
 def _verify_engine(
     tokenizer: Tokenizer, files: Sequence[InputFile], sources: Mapping[str, Mapping[str, Source]]
-) -> None:
-    """Compare a fast engine with the tokenizer's own library on documents of each source, and of the middle file."""
+) -> bool:
+    """Compare a fast engine with the tokenizer's own library on documents of each source, and of the middle file.
+
+    Returns:
+        whether the compiled reader takes nearly all of these.
+    """
     choices: dict[str, Sequence[InputFile]] = {}
     for file in files:
         choices[file.source] = [*choices.get(file.source, ()), file]
     choices[""] = files[len(files) // 2 :]
     samples = [_first_texts(choice, by_name) for by_name in sources.values() for choice in choices.values()]
     share = _COMPARED // len(samples)
-    tokenizer.verify_on([text for texts in samples for text in _begin_of(texts, share)])
+    tokenizer.verify_on([text for texts, _ in samples for text in _begin_of(texts, share)])
+    return all(plain for _, plain in samples)
 
 
-def _first_texts(files: Iterable[InputFile], sources: Mapping[str, Source]) -> list[str]:
-    """Texts of the first chunk that has any; what is damaged is said when its turn comes."""
+def _first_texts(files: Iterable[InputFile], sources: Mapping[str, Source]) -> tuple[list[str], bool]:
+    """Texts of the first chunk that has any, and whether most are plain; damage is told when its turn comes."""
 
     def chunks() -> Iterator[tuple[RawChunk, Source]]:
         for file in files:
@@ -287,8 +294,8 @@ def _first_texts(files: Iterable[InputFile], sources: Mapping[str, Source]) -> l
 
     for chunk, source in itertools.islice(chunks(), _LOOKED_AT):
         if texts := [document.text for document in documents_of(chunk, source, "skip")]:
-            return texts
-    return []
+            return texts, plain_texts(chunk, source) is not None
+    return [], True
 
 
 def _begin_of(texts: Iterable[str], characters: int) -> Iterator[str]:

@@ -52,5 +52,8 @@ def test_nothing_is_read_elsewhere() -> None:
             helpers.count_ids(np.zeros(3, np.int64), outside)
     with pytest.raises(IndexError, match="one piece"):
         helpers.count_ids(np.zeros(9, np.int64), ids[::2])
+    for not_written_to in (np.zeros(9, np.int32), np.zeros(9, np.int64)[::2]):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            helpers.count_ids(not_written_to, ids)
     with pytest.raises(TypeError, match="uint16 or int32"):
         helpers.count_ids(np.zeros(9, np.int64), ids.astype(np.int64))

@@ -137,6 +137,9 @@ def test_rows_that_are_left_keep_their_place() -> None:
             assert joined(lines, Text(), skipped) == by_parser(lines, Text(), expected)
             assert skipped == expected and bool(skipped) == (share > 0)
             assert (plain_texts(chunk(lines), Text()) is None) == (share >= 0.5), "much that is left costs time twice"
+    cluster = b"\n".join([b'{"text": ""}'] * 100 + [b'{"text": "a text of some length"}'] * 1000)
+    found = plain_texts(chunk(cluster), Text())
+    assert found is not None and len(found.left) == 100, "what counts is the share of the whole"
     with pytest.raises(DataError, match=r"a.jsonl, row 8, byte 114: broken JSON"):
         joined(b'{"text": "a"}\nbroken\n', Text())
 

@@ -7,9 +7,11 @@ import json
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from steel_megatron.data.native import helpers
 from tests.data.conftest import make_texts, write_jsonl
 
 _CODE = """
@@ -23,6 +25,9 @@ if __name__ == "__main__":
     pace = Pace(**arguments.pop("pace"))
     sys.exit(exit_code(lambda: preprocess(**arguments, pace=pace)))
 """
+
+THREADS = find_spec("gigatoken") is not None and helpers is not None
+"""Whether preprocess can encode by threads here."""
 
 PACE = {"chunk_bytes": 4096, "journal_bytes": 1 << 14, "journal_seconds": 0.2}
 """Small steps, so that little data has many of them."""

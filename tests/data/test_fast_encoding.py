@@ -6,8 +6,10 @@ import json
 import random
 import sys
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import tokenizers
 
@@ -125,7 +127,7 @@ def test_memory_is_bounded_and_ids_stay(monkeypatch: pytest.MonkeyPatch) -> None
     bounded, made = Gigatoken(built.to_str(), cache_bytes=8_000_000), []
     monkeypatch.setattr(bounded, "_renew", lambda renew=bounded._renew: (made.append(1), renew()))
     draw = np.random.default_rng(0)
-    process = bounded._process
+    process = psutil.Process()
     start = process.memory_info().rss
     for _ in range(30):
         points = draw.integers(0x4E00, 0x9FA5, (50, 6_000), dtype=np.uint32)
@@ -136,6 +138,46 @@ def test_memory_is_bounded_and_ids_stay(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(made) >= 3
     assert process.memory_info().rss - start < 80_000_000  # without the bound it is over 150
     assert ids[-lengths[-1] :].tolist() == built.encode(texts[-1]).ids
+
+
+def test_memory_of_threads_is_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sees the growth of all, so all drop what they remember; what the others have is not the process's own."""
+    sizes = [1000]
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=sizes[-1]))
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+    built = _telltale()
+    first = Gigatoken(built.to_str(), cache_bytes=100)
+    twins = []
+    for size in (1040, 1080):  # what making one takes is not remembered
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                Gigatoken, "_renew", lambda self, size=size: (sizes.append(size), setattr(self, "_renewals", 0))
+            )
+            twins.append(first.for_thread())
+    for twin in twins:
+        twin._renew()
+    made = []
+    for name, twin in zip("ab", twins, strict=True):
+        monkeypatch.setattr(twin, "_renew", lambda name=name, renew=twin._renew: (made.append(name), renew()))
+
+    def encode(twin: Gigatoken, size: int) -> None:
+        sizes.append(size)
+        ids, _ = twin.encode_flat(["长江 a1!"])
+        assert ids.tolist() == built.encode("长江 a1!").ids
+
+    encode(twins[0], 1280)
+    encode(twins[1], 1280)
+    assert made == [], "100 for each of two"
+    encode(twins[0], 1281)
+    encode(twins[0], 1270)
+    assert made == ["a"] and twins[0]._memory.renewals == 1
+    encode(twins[1], 1082)
+    assert made == ["a", "b"], "the other one too, at its next text"
+    encode(twins[0], 1282)
+    assert made == ["a", "b"]
+    encode(twins[0], 1283)
+    encode(twins[1], 1283)
+    assert made == ["a", "b", "a", "b"], "and the limit is what it was"
 
 
 def test_problems_have_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

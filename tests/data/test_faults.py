@@ -12,23 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from steel_megatron.data.indexed import open_indexed
-from steel_megatron.data.native import helpers
 from steel_megatron.data.preprocess import preprocess
 from steel_megatron.data.preprocess_run import Pace
 from steel_megatron.data.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import DataError
 from tests.data.conftest import make_texts, write_jsonl
-from tests.data.jobs import PACE, files_in, mixed_inputs, start_job, wait_for, wait_gone, workers_of
-
-THREADS = find_spec("gigatoken") is not None and helpers is not None
-"""Whether preprocess can encode by threads here."""
+from tests.data.jobs import PACE, THREADS, files_in, mixed_inputs, start_job, wait_for, wait_gone, workers_of
 
 # ---------------------------------------------------------------- rows
 

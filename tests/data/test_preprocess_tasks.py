@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -10,23 +11,22 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from steel_megatron.data import encoding_workers, preprocess
+from steel_megatron.data import encoding_workers, preprocess, preprocess_run
 from steel_megatron.data.encoding import Encoded, Encoder, Position, Task, Unwanted
 from steel_megatron.data.encoding_workers import encoded
 from steel_megatron.data.formats import read_chunks
 from steel_megatron.data.job_journal import InputFile, examine
 from steel_megatron.data.long_texts import groups
-from steel_megatron.data.native import helpers
 from steel_megatron.data.preprocess_run import _tasks
 from steel_megatron.data.sources import Input, get_source
-from steel_megatron.data.tokenizer import load_tokenizer
+from steel_megatron.data.tokenizer import Engine, load_tokenizer
 from tests.data.conftest import write_jsonl
+from tests.data.jobs import THREADS
 
 
 def examined(path: Path, source: str = "text") -> InputFile:
@@ -38,11 +38,11 @@ class _Slow:
 
     unwanted: threading.Event | None = None
 
-    def __init__(self, is_compiled: bool) -> None:
-        self.is_compiled = is_compiled
+    def __init__(self, by_threads: bool) -> None:
+        self.by_threads = by_threads
 
     def for_thread(self, unwanted: threading.Event) -> _Slow:
-        twin = _Slow(self.is_compiled)
+        twin = _Slow(self.by_threads)
         twin.unwanted = unwanted
         return twin
 
@@ -95,23 +95,39 @@ class _Broken(_Slow):
 
 
 def test_what_a_thread_raises_arrives_in_its_turn() -> None:
+    before = threading.active_count()
     results = encoded((Task((), Position(number)) for number in range(4)), _Broken(True), workers=2)  # type: ignore[arg-type]
     assert next(results)[0] == Position(0)
     with pytest.raises(MemoryError, match="no room"):
         next(results)
-    assert threading.active_count() == 1, "its threads have ended"
+    assert threading.active_count() == before, "its threads have ended"
 
 
-def test_who_encodes_by_threads() -> None:
-    def encoder(engine: str, source: str) -> Encoder:
-        tokenizer: Any = SimpleNamespace(engine=engine)
-        return Encoder(tokenizer, np.dtype(np.int32), {"text": {source: get_source(source)}})
+def test_who_encodes_by_threads(tmp_path: Path, sp_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads for what is compiled, and processes for rows that Python has to put together."""
+    asked: list[bool] = []
 
-    assert (
-        encoder("gigatoken", "text").is_compiled == encoder("gigatoken", "skypile").is_compiled == (helpers is not None)
-    )
-    assert not encoder("tokenizers", "text").is_compiled, "its library lets one thread go on at a time"
-    assert not encoder("gigatoken", "firefly").is_compiled, "its rows are read by Python"
+    def watched(tasks: Any, encoder: Encoder, workers: int) -> Any:
+        asked.append(encoder.by_threads)
+        return encoded(tasks, encoder, 1)
+
+    monkeypatch.setattr(preprocess_run, "encoded", watched)
+    plain = write_jsonl(tmp_path / "plain.jsonl", [f"text {number}" for number in range(100)])
+    (tmp_path / "notes.txt").write_text("text of a file")
+    turns = [{"text": f"<|im_start|>user\n{number}<|im_end|>", "dialogue": True} for number in range(100)]
+    (tmp_path / "turns.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    (tmp_path / "firefly.jsonl").write_text('{"input": "q", "target": "a"}\n')
+    kinds: list[tuple[list[str], Engine, bool]] = [
+        ([str(plain)], "auto", True),
+        ([f"skypile={plain}"], "auto", True),
+        ([str(plain)], "tokenizers", False),  # its library lets one thread go on at a time
+        ([str(plain), str(tmp_path / "turns.jsonl")], "auto", False),  # the file in the middle
+        ([str(tmp_path / "notes.txt")], "auto", False),
+        ([str(plain), f"firefly={tmp_path}/firefly.jsonl"], "auto", False),
+    ]
+    for number, (inputs, engine, expected) in enumerate(kinds):
+        preprocess.preprocess(inputs, tmp_path / f"out{number}", "sentencepiece", sp_model, engine=engine)
+        assert asked.pop() == (expected and THREADS), inputs
 
 
 def test_a_worker_that_died_in_the_middle_of_a_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +151,7 @@ def test_workers_that_die_at_once_are_noticed(tmp_path: Path) -> None:
         "from steel_megatron.data.encoding import Position, Task\n"
         "from steel_megatron.data.encoding_workers import encoded\n"
         "class Large:\n"
-        "    is_compiled, content = False, b'x' * 10_000_000\n"
+        "    by_threads, content = False, b'x' * 10_000_000\n"
         "    def __reduce__(self):\n"
         "        return bytes, (self.content,)\n"
         "list(encoded(iter([Task((), Position(1))]), Large(), workers=2))\n"
