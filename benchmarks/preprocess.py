@@ -163,7 +163,11 @@ def datatrove(corpus: str, tokenizer: str, output: str) -> None:
         eos_token=eod if isinstance(eod, str) else eod["content"],
     )
     LocalPipelineExecutor(
-        [JsonlReader(str(folder)), writer], tasks=WORKERS, workers=WORKERS, logging_dir=f"{output}.logs"
+        [JsonlReader(str(folder)), writer],
+        tasks=WORKERS,
+        workers=WORKERS,
+        logging_dir=f"{output}.logs",
+        start_method="spawn",  # children of this process, whose CPU seconds count
     ).run()
 
 

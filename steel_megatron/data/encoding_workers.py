@@ -29,6 +29,8 @@ from steel_megatron.files import disk_errors
 
 _BYTES_PER_WORKER = 8 << 20
 """Raw bytes that are on the way for each worker: what it is at and what comes next."""
+_MOST_THREADS = 16
+"""More would mostly wait for the one that writes; and each has a tokenizer of its own, made one after the other."""
 _SIGNAL_SECONDS = 0.3
 """A scheduler that ends a job sends SIGTERM to the workers too: time for our own, which says more than their end."""
 _LOOK_SECONDS = 5.0
@@ -65,6 +67,7 @@ def _by_threads(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Genera
         found: Encoded = of_thread.encoder.encode(task)
         return found
 
+    workers = min(workers, _MOST_THREADS)
     pool = ThreadPoolExecutor(workers)
     try:
         yield from _in_order(lambda task: pool.submit(encode, task), Future.result, tasks, workers * _BYTES_PER_WORKER)
