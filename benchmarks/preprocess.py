@@ -10,7 +10,8 @@ First, ours and the loop are held to write the same .bin, gigatoken's reader to 
 and datatrove the same documents (its files have another order). The slow ways get the
 first ``--slice`` megabytes of the same file; what is compared is MB of input per second, in turn, as the median of the
 rounds' ratios. Ours writes a validation split, as in real use. Rates are steady ones: a tenth of the input is timed too
-and taken off, so that starting processes does not count. CPU seconds are of all processes.
+and taken off, so that starting does not count: below some hundred megabytes its noise is larger than what is left. CPU
+seconds are of all processes.
 
     python benchmarks/preprocess.py --memory 1000 10000
 

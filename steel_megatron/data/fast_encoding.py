@@ -109,6 +109,7 @@ class Gigatoken:
         self._memory = _Memory(cache_bytes)
         self._parallel: bool | None = None  # all cores, but in a process of multiprocessing
         self._renew()
+        self._memory.settle()
 
     def for_thread(self) -> Gigatoken:
         """Another one of the same tokenizer, which uses the calling thread alone; from now on use such ones only."""
@@ -161,7 +162,6 @@ class _Memory:
         self._process = psutil.Process()
         self._lock = threading.Lock()
         self._base = 0
-        self.settle()
 
     def settle(self) -> None:
         """What the process has now is not what is remembered."""
