@@ -129,14 +129,14 @@ def test_memory_is_bounded_and_ids_stay(monkeypatch: pytest.MonkeyPatch) -> None
     draw = np.random.default_rng(0)
     process = psutil.Process()
     start = process.memory_info().rss
-    for _ in range(30):
+    for _ in range(60):
         points = draw.integers(0x4E00, 0x9FA5, (50, 6_000), dtype=np.uint32)
         points[draw.random(points.shape) < 0.2] = ord("。")
         texts = [row.tobytes().decode("utf-32-le") for row in points]
         ids, lengths = bounded.encode_flat(texts)
         assert len(lengths) == len(texts)
     assert len(made) >= 3
-    assert process.memory_info().rss - start < 80_000_000  # without the bound it is over 150
+    assert process.memory_info().rss - start < 260_000_000  # without the bound it is 400
     assert ids[-lengths[-1] :].tolist() == built.encode(texts[-1]).ids
 
 
