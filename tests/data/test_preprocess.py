@@ -93,6 +93,18 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, sp_model: P
     assert written[0] == written[1] == written[2] == written[3] and len(written[0]) == 9
 
 
+def test_without_compiled_helpers_the_bytes_are_the_same(
+    tmp_path: Path, sp_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = mixed_inputs(tmp_path, 300)
+    options: dict[str, Any] = {"valid_fraction": 0.2, "on_bad_row": "skip", "pace": Pace(4096)}
+    preprocess(inputs, tmp_path / "compiled" / "c", "sentencepiece", sp_model, **options)
+    for module in ("sources", "stored_documents", "fast_encoding"):
+        monkeypatch.setattr(f"steel_megatron.data.{module}.helpers", None)
+    preprocess(inputs, tmp_path / "plain" / "c", "sentencepiece", sp_model, **options)
+    assert files_in(tmp_path / "compiled") == files_in(tmp_path / "plain") != {}
+
+
 def test_a_document_never_changes_its_split(tmp_path: Path, sp_model: Path, sp: SentencePieceTokenizer) -> None:
     texts = make_texts(400)
 
