@@ -94,7 +94,7 @@ def index_helpers() -> Extension:
     return Extension(
         "steel_megatron._index",
         ["csrc/index_helpers.cpp", "csrc/documents.cpp", "csrc/texts.cpp"],
-        depends=["csrc/documents.h", "csrc/texts.h"],
+        depends=["csrc/arrays.h", "csrc/documents.h", "csrc/texts.h"],
         include_dirs=include_paths(),  # torch brings pybind11's headers, and nothing else of it is used
         language="c++",
         extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"],

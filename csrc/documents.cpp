@@ -4,16 +4,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 #include <vector>
 
 namespace py = pybind11;
 
 namespace {
-
-void require(bool holds, const char* what) {
-  if (!holds) throw std::out_of_range(what);
-}
 
 template <typename T>
 void write(
@@ -37,9 +32,8 @@ void count(const T* ids, py::ssize_t tokens, int64_t* counts, py::ssize_t vocabu
 
 }  // namespace
 
-std::pair<py::array, py::array_t<int64_t>> stored_documents(
-    const py::array_t<int32_t, py::array::c_style>& ids, const py::array_t<int64_t, py::array::c_style>& lengths,
-    const py::array_t<uint8_t, py::array::c_style>& chosen, int64_t eod, int width) {
+std::pair<py::array, Array<int64_t>> stored_documents(
+    const Array<int32_t>& ids, const Array<int64_t>& lengths, const Array<uint8_t>& chosen, int64_t eod, int width) {
   const int32_t* from = ids.data();
   const int64_t* sizes = lengths.data();
   const uint8_t* which = chosen.data();
@@ -63,10 +57,10 @@ std::pair<py::array, py::array_t<int64_t>> stored_documents(
     if (width == 2) write(from, documents, sizes, which, stored.data(), eod, static_cast<uint16_t*>(to));
     else write(from, documents, sizes, which, stored.data(), eod, static_cast<int32_t*>(to));
   }
-  return {std::move(result), py::array_t<int64_t>(static_cast<py::ssize_t>(stored.size()), stored.data())};
+  return {std::move(result), Array<int64_t>(static_cast<py::ssize_t>(stored.size()), stored.data())};
 }
 
-void count_ids(py::array_t<int64_t, py::array::c_style>& counts, const py::array& ids) {
+void count_ids(Array<int64_t>& counts, const py::array& ids) {
   require(ids.ndim() == 1 && (ids.size() == 0 || ids.strides(0) == ids.itemsize()), "ids are one piece");
   int64_t* to = counts.mutable_data();
   if (py::isinstance<py::array_t<uint16_t>>(ids)) {

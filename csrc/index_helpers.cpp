@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "arrays.h"
 #include "documents.h"
 #include "texts.h"
 
@@ -14,7 +15,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,9 +22,6 @@
 namespace py = pybind11;
 
 namespace {
-
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15, kMultiply = 0xBF58476D1CE4E5B9, kMultiplyAgain = 0x94D049BB133111EB;
 
@@ -37,10 +34,6 @@ uint64_t finalise(uint64_t value) {
 uint64_t scramble(uint64_t value) {
   value *= kMultiply;
   return (value ^ value >> 32) * kMultiplyAgain;
-}
-
-void require(bool holds, const char* what) {
-  if (!holds) throw std::out_of_range(what);
 }
 
 // An element of an array that need not be aligned: those of a mapped .idx file are not.

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
 #include <string_view>
 #include <tuple>
 
@@ -14,8 +13,8 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int kDepth = 32;      // of brackets
-constexpr size_t kLeft = 16;    // lines that may be left to a parser in any case
+constexpr int kDepth = 32;    // of brackets
+constexpr size_t kLeft = 16;  // lines that may be left to a parser in any case
 constexpr uint64_t kHigh = 0x8080808080808080;
 
 // The character that begins at `at`, which moves behind it; -1 if that is no valid UTF-8.
@@ -268,14 +267,14 @@ bool surely_visible(const uint8_t* at, const uint8_t* end) {
 
 const uint8_t* begin_of(const std::string_view content) { return reinterpret_cast<const uint8_t*>(content.data()); }
 
-py::array_t<int64_t> as_array(const std::vector<int64_t>& values) {
-  return py::array_t<int64_t>(static_cast<py::ssize_t>(values.size()), values.data());
+Array<int64_t> as_array(const std::vector<int64_t>& values) {
+  return Array<int64_t>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
 }  // namespace
 
-std::vector<py::ssize_t> holding(const py::bytes& content, const Numbers& ends, const Marks& marked) {
-  if (marked.size() != 0x110000) throw std::out_of_range("a mark for each code point");
+std::vector<py::ssize_t> holding(const py::bytes& content, const Array<int64_t>& ends, const Array<uint8_t>& marked) {
+  require(marked.size() == 0x110000, "a mark for each code point");
   const std::string_view all(content);
   const int64_t* stops = ends.data();
   const py::ssize_t count = ends.size();
@@ -284,7 +283,7 @@ std::vector<py::ssize_t> holding(const py::bytes& content, const Numbers& ends, 
   const py::gil_scoped_release release;
   for (int64_t start = 0, number = 0; number < count; start = stops[number++] + 1) {
     const int64_t stop = stops[number];
-    if (start < 0 || stop < start || stop > static_cast<int64_t>(all.size())) throw std::out_of_range("ends of texts");
+    require(start >= 0 && stop >= start && stop <= static_cast<int64_t>(all.size()), "ends of texts");
     if (holds_marked_or_damage(begin_of(all) + start, begin_of(all) + stop, marks)) found.push_back(number);
   }
   return found;

@@ -2,21 +2,19 @@
 
 #pragma once
 
-#include <pybind11/numpy.h>
+#include "arrays.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
 
-using Numbers = pybind11::array_t<int64_t, pybind11::array::c_style>;
-using Marks = pybind11::array_t<uint8_t, pybind11::array::c_style>;
-
 // Many texts are in one string of bytes, each in UTF-8 with a byte 0xFF behind it, which UTF-8 never has; `ends` are the
 // places of those.
 
 // The numbers of the texts that hold a character whose code point is marked [0x110000], or are no valid UTF-8.
-std::vector<pybind11::ssize_t> holding(const pybind11::bytes& content, const Numbers& ends, const Marks& marked);
+std::vector<pybind11::ssize_t> holding(const pybind11::bytes& content, const Array<int64_t>& ends, const Array<uint8_t>& marked);
 
 // The strings under `key` of JSON lines: texts, their ends, their rows, counted from `row`, and what is left to a parser,
 // which says what is wrong: the row, begin and end of each line that is not for certain an object which has `key` once,
