@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import bisect
 import codecs
-import gzip
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import orjson
-import zstandard
 
+from steel_megatron.data.compression import DAMAGE, decompressed, opened_at
 from steel_megatron.data.json_array import elements
 from steel_megatron.errors import DataError
 
@@ -45,10 +43,7 @@ _PARQUET_BUFFER = 1 << 18
 _PARQUET_ROWS = 256
 """Rows that are decoded at a time, at most: a table that repeats itself says little about how large they become."""
 _TAIL = 1 << 16
-"""Bytes before the end of a chunk in which the end of a line is looked for."""
-_STORED_BYTES = 1 << 12
-"""Of a zstd file, decompressed at once; text that repeats itself may become ten thousand times as long."""
-_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+"""Bytes before the end of a chunk in which the end of a line is looked for; and how many are looked through at once."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +128,7 @@ def read_chunks(
                 done = chunk.end.row
                 yield chunk
             tell.rest()
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise DataError(f"{path} is truncated or damaged after row {done}: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
@@ -170,61 +165,9 @@ def _chunks(
         yield from _line_chunks(path, raw, start, chunk_bytes)
 
 
-def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
-    raw.seek(0)
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if path.suffix == ".zst":
-        return cast(BinaryIO, _ZstandardFile(raw))
-    return raw
-
-
-def _opened_at(path: Path, raw: BinaryIO, offset: int) -> BinaryIO:
-    """The (decompressed) content from a byte on."""
-    stream = _decompressed(path, raw)
-    if stream is raw:
-        raw.seek(offset)
-        return raw
-    while offset > 0:
-        block = stream.read(min(offset, CHUNK_BYTES))
-        if not block:
-            raise EOFError("the file is shorter than it was")
-        offset -= len(block)
-    return stream
-
-
-class _ZstandardFile:
-    """Reads one or more zstd frames; unlike the library's own reader, it notices when the last one is cut off."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._frame: Any = None
-        self._ready = memoryview(b"")
-
-    def read(self, size: int) -> bytes:
-        """Up to ``size`` bytes; none at the end."""
-        while not self._ready:
-            stored = self._raw.read(_STORED_BYTES)
-            if not stored:
-                if self._frame is not None:
-                    raise EOFError("the file ends within a zstd frame")
-                return b""
-            parts = []
-            while stored:
-                if self._frame is None:
-                    self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-                parts.append(self._frame.decompress(stored))
-                stored = self._frame.unused_data if self._frame.eof else b""
-                if self._frame.eof:
-                    self._frame = None
-            self._ready = memoryview(b"".join(parts))
-        taken, self._ready = self._ready[:size], self._ready[size:]
-        return bytes(taken)
-
-
 def _is_array(path: Path, raw: BinaryIO) -> bool:
     """Whether a ``.json`` file is one array: its first visible byte decides."""
-    stream, head = _decompressed(path, raw), b""
+    stream, head = decompressed(path, raw), b""
     while not head.strip() and (block := stream.read(4096)):
         head = (head + block).removeprefix(_BYTE_ORDER_MARK)
     return head.lstrip()[:1] == b"["
@@ -232,7 +175,7 @@ def _is_array(path: Path, raw: BinaryIO) -> bool:
 
 def _line_chunks(path: Path, raw: BinaryIO, start: Place, chunk_bytes: int) -> Iterator[RawChunk]:
     """Whole lines: up to the last line end within ``chunk_bytes``, or the first one after it."""
-    stream = _opened_at(path, raw, start.offset)
+    stream = opened_at(path, raw, start.offset)
     buffer = bytearray()
 
     def chunk(payload: bytes) -> RawChunk:
@@ -291,7 +234,7 @@ def _array_chunks(path: Path, raw: BinaryIO, start: Place, chunk_bytes: int) -> 
         end = Place(start.row + rows, end_offset)
         return RawChunk(str(path), "lines", bytes(payload), rows, start.row + 1, first_offset, end)
 
-    for offset, element in elements(path, _opened_at(path, raw, start.offset), start.row, start.offset, chunk_bytes):
+    for offset, element in elements(path, opened_at(path, raw, start.offset), start.row, start.offset, chunk_bytes):
         if payload:
             payload += b" " * (offset - first_offset - len(payload) - 1) + b"\n"
         if len(payload) >= chunk_bytes:

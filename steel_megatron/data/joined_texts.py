@@ -38,12 +38,12 @@ class JoinedTexts(Sequence[bytes]):
 
     @classmethod
     def concatenate(cls, parts: Sequence[JoinedTexts]) -> JoinedTexts:
-        """The texts of all parts."""
+        """The texts of all parts, of which there is at least one."""
         if len(parts) == 1:
             return parts[0]
         starts = np.cumsum([0, *(len(part.content) for part in parts)])
         ends = [part.ends + start for part, start in zip(parts, starts[:-1], strict=True)]
-        return cls(b"".join(part.content for part in parts), np.concatenate(ends) if ends else np.zeros(0, np.int64))
+        return cls(b"".join(part.content for part in parts), np.concatenate(ends))
 
     def part(self, start: int, stop: int) -> JoinedTexts:
         """Some of the texts."""
