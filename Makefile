@@ -40,7 +40,8 @@ $(VENV)/.ready: $(SOURCES)
 	@test -n "$$STEEL_NO_EXT" || $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "error: the headers of $(PYTHON) (Python.h) are not here. Debian: apt-get install python3.11-dev"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV) (a few minutes the first time)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" setuptools wheel ninja
+	@# What building the extension and the packages without wheels needs, as they are built against this very torch.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" setuptools wheel ninja pybind11
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
 	@touch $@
 
