@@ -1,0 +1,36 @@
+"""The settings of a run: frozen dataclasses, checked when they are built.
+
+One YAML file holds a run; every field can be overridden on the command line by its dotted name
+(``--model.hidden_size 256``). Nothing is changed after it is built, and the resolved run is written beside
+every checkpoint, which is enough to run it again.
+"""
+
+from steel_megatron.config.checkpoint import CheckpointConfig
+from steel_megatron.config.data import MEGATRON_TOKENIZER_TYPES, DataConfig, TokenizerKind
+from steel_megatron.config.loading import dump_yaml, from_dict, to_dict
+from steel_megatron.config.model import Activation, FeedForward, ModelConfig, RoutingMix, RoutingMode
+from steel_megatron.config.optimizer import OptimizerConfig
+from steel_megatron.config.parallel import ParallelConfig, check_layout
+from steel_megatron.config.run import RunConfig
+from steel_megatron.config.training import Precision, TrainingConfig
+
+__all__ = [
+    "MEGATRON_TOKENIZER_TYPES",
+    "Activation",
+    "CheckpointConfig",
+    "DataConfig",
+    "FeedForward",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Precision",
+    "RoutingMix",
+    "RoutingMode",
+    "RunConfig",
+    "TokenizerKind",
+    "TrainingConfig",
+    "check_layout",
+    "dump_yaml",
+    "from_dict",
+    "to_dict",
+]

@@ -1,0 +1,129 @@
+"""The network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from steel_megatron.config.checks import at_least, divides, one_of
+from steel_megatron.errors import ConfigError
+
+FeedForward = Literal["soft_moe", "dense", "none", "top_k_moe"]
+Activation = Literal["double_swiglu", "swiglu"]
+RoutingMode = Literal["sequence", "token", "block_causal", "merged"]
+RoutingMix = Literal["normalized", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network (Steel-LLM, section 3 and table 1)."""
+
+    num_layers: int = 4
+    """Transformer layers."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    num_attention_heads: int = 4
+    """Query heads; hidden_size must be divisible by it."""
+    num_query_groups: int | None = None
+    """Key and value heads (grouped-query attention); none means one per query head."""
+    ffn: FeedForward = "soft_moe"
+    """Feed-forward layer: a Soft-MoE, one dense network, none (attention only), or megatron-core's top-k MoE."""
+    ffn_activation: Activation = "double_swiglu"
+    """What an expert (or the dense network) computes: Steel's double SwiGLU ("senet"), or SwiGLU."""
+    ffn_hidden_size: int = 256
+    """Inner width of one expert, or of the dense network."""
+    num_experts: int = 6
+    """Experts of an MoE layer."""
+    slots_per_expert: int = 1
+    """Slots that each expert computes per sequence or block."""
+    routing_mode: RoutingMode | None = None
+    """How tokens reach experts; a Soft-MoE run must say which. Only `sequence` is not causal."""
+    routing_mix: RoutingMix = "raw"
+    """What is mixed into slots: the tokens as they are, or scaled to length 1 (the published weights)."""
+    block_length: int = 64
+    """Tokens between two refreshes of the slots (block_causal), or of one segment (merged)."""
+    routing_scale_init: float = 1.0
+    """Initial length of the slots' keys: how sharp routing is before it is trained. Logits are at most this large."""
+    moe_top_k: int = 2
+    """Experts that each token of a top_k_moe passes through."""
+    moe_aux_loss_coeff: float = 0.01
+    """Weight of the loss that spreads a top_k_moe's tokens over its experts."""
+    shared_expert_intermediate_size: int = 0
+    """Inner width of one more expert that every token passes through; 0 for none."""
+    vocab_size: int = 151936
+    """Token ids are below this number."""
+    make_vocab_size_divisible_by: int = 128
+    """Embedding rows are padded to a multiple of this; padding never gets probability."""
+    sequence_length: int = 2048
+    """Tokens of one training sequence."""
+    rotary_base: int = 1_000_000
+    """Base of the rotary position embedding, computed in float32."""
+    norm_epsilon: float = 1e-6
+    """Added to the mean square in RMSNorm."""
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    expert_init_method_std: float | None = None
+    """The same for experts, or for the dense network; none means init_method_std. Merging E experts evenly divides the
+    deviation by sqrt(E), which init_method_std * sqrt(E) makes up for."""
+    experts_alike: bool = False
+    """Start the experts of a layer as copies of one (sparse upcycling); routing then makes them different."""
+
+    def __post_init__(self) -> None:
+        one_of(("soft_moe", "dense", "none", "top_k_moe"), self, "ffn")
+        one_of(("double_swiglu", "swiglu"), self, "ffn_activation")
+        one_of(("normalized", "raw"), self, "routing_mix")
+        at_least(1, self, "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
+        at_least(1, self, "num_experts", "slots_per_expert", "block_length", "vocab_size", "sequence_length")
+        at_least(1, self, "make_vocab_size_divisible_by", "rotary_base", "moe_top_k")
+        at_least(0, self, "shared_expert_intermediate_size", "norm_epsilon", "init_method_std")
+        at_least(0, self, "routing_scale_init", "moe_aux_loss_coeff", "expert_init_method_std")
+        if self.ffn == "soft_moe":
+            if self.routing_mode is None:
+                raise ConfigError(
+                    "ModelConfig.routing_mode is not set; a Soft-MoE run must say which mode it trains: sequence (as "
+                    "published, not causal), block_causal, merged or token"
+                )
+            one_of(("sequence", "token", "block_causal", "merged"), self, "routing_mode")
+        if self.ffn == "top_k_moe":
+            self._check_top_k_moe()
+        divides(self.num_attention_heads, "num_attention_heads", self.hidden_size, "hidden_size")
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"hidden_size / num_attention_heads = {self.head_dim}; the rotary embedding needs an even head size"
+            )
+        divides(self.query_groups, "num_query_groups", self.num_attention_heads, "num_attention_heads")
+
+    def _check_top_k_moe(self) -> None:
+        if self.ffn_activation != "swiglu":
+            raise ConfigError(
+                f"ModelConfig.ffn_activation is {self.ffn_activation}; the experts of ffn = top_k_moe are "
+                "megatron-core's own, which compute swiglu"
+            )
+        if self.moe_top_k > self.num_experts:
+            raise ConfigError(f"ModelConfig.moe_top_k = {self.moe_top_k} is over num_experts = {self.num_experts}")
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Key and value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding matrices. Does not depend on the parallel layout, so checkpoints fit any."""
+        multiple = self.make_vocab_size_divisible_by
+        return (self.vocab_size + multiple - 1) // multiple * multiple
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token's output depends on a later token."""
+        return self.ffn != "soft_moe" or self.routing_mode != "sequence"
+
+    @property
+    def loss_name(self) -> str:
+        """How a loss of this model is to be called in a report."""
+        return "loss" if self.causal else "loss (non-causal)"

@@ -1,0 +1,62 @@
+"""A whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from steel_megatron.config.checkpoint import CheckpointConfig
+from steel_megatron.config.data import DataConfig
+from steel_megatron.config.model import ModelConfig
+from steel_megatron.config.optimizer import OptimizerConfig
+from steel_megatron.config.parallel import ParallelConfig, check_layout
+from steel_megatron.config.training import TrainingConfig
+from steel_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        check_layout(self.model, self.parallel)
+        context, sharing = self.parallel.context_parallel_size, self.parallel.sequence_parallel
+        if self.data.reset_at_eod and (context > 1 or sharing):
+            raise ConfigError(
+                f"data.reset_at_eod is true with context_parallel_size = {context} and sequence_parallel = {sharing}; "
+                "documents can be kept apart only where each process has whole sequences"
+            )
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        """Where the run's TensorBoard log is."""
+        return Path(self.checkpoint.directory) / "tensorboard"
+
+    @property
+    def ledger_path(self) -> Path:
+        """Where the run's ledger is."""
+        return Path(self.data.ledger or Path(self.checkpoint.directory) / "ledger.json")
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Where the run's checkpoints are."""
+        return Path(self.checkpoint.directory) / "checkpoints"
+
+    def num_micro_batches(self, world_size: int) -> int:
+        """Micro batches of one step on each data-parallel process, for a launch of ``world_size`` processes."""
+        data_parallel = self.parallel.data_parallel_size(world_size)
+        together = self.training.micro_batch_size * data_parallel
+        if self.training.global_batch_size % together:
+            raise ConfigError(
+                f"training.global_batch_size = {self.training.global_batch_size} is not divisible by "
+                f"micro_batch_size x data-parallel size = {self.training.micro_batch_size} x {data_parallel} "
+                f"= {together}"
+            )
+        return self.training.global_batch_size // together

@@ -1,0 +1,45 @@
+"""Steps, batches and what happens between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from steel_megatron.config.checks import at_least, one_of
+from steel_megatron.errors import ConfigError
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Steps, batches and what happens between them."""
+
+    train_steps: int = 100
+    """Optimizer steps of the whole run."""
+    stop_after_step: int | None = None
+    """Save and leave after this step, as a preempted job would; the schedule still spans train_steps."""
+    micro_batch_size: int = 1
+    """Sequences that one data-parallel process computes at a time."""
+    global_batch_size: int = 8
+    """Sequences of one optimizer step, over all processes."""
+    precision: Precision = "float32"
+    """Type of weights and activations; optimizer state is always float32."""
+    seed: int = 1234
+    """Seed of the initial weights and of the order of samples."""
+    log_interval: int = 10
+    """Steps between two lines of the log; TensorBoard gets every step."""
+    eval_interval: int = 100
+    """Steps between two validations; the last step is always validated."""
+    eval_steps: int = 10
+    """Global batches of one validation, at most."""
+
+    def __post_init__(self) -> None:
+        one_of(("float32", "bfloat16"), self, "precision")
+        at_least(1, self, "train_steps", "stop_after_step", "micro_batch_size", "global_batch_size")
+        at_least(1, self, "log_interval", "eval_interval", "eval_steps")
+        at_least(0, self, "seed")
+        if self.stop_after_step is not None and self.stop_after_step > self.train_steps:
+            raise ConfigError(
+                f"TrainingConfig.stop_after_step = {self.stop_after_step} is over train_steps = {self.train_steps}"
+            )
