@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
-from steel_megatron.config.checkpoint import CheckpointConfig
-from steel_megatron.config.data import DataConfig
-from steel_megatron.config.model import ModelConfig
-from steel_megatron.config.optimizer import OptimizerConfig
-from steel_megatron.config.parallel import ParallelConfig
-from steel_megatron.config.run import RunConfig
-from steel_megatron.config.training import TrainingConfig
 from steel_megatron.errors import ConfigError
 
 
@@ -37,16 +30,11 @@ def from_dict(kind: type, values: dict[str, Any], origin: str) -> Any:
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ConfigError(f"{origin}: unknown key {unknown[0]!r} in {kind.__name__}; it has {', '.join(fields)}")
-    sections = {
-        "model": ModelConfig,
-        "parallel": ParallelConfig,
-        "data": DataConfig,
-        "optimizer": OptimizerConfig,
-        "training": TrainingConfig,
-        "checkpoint": CheckpointConfig,
+    sections: dict[str, Any] = {
+        name: hint for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)
     }
     built = {
-        name: from_dict(sections[name], value, origin) if kind is RunConfig else value for name, value in values.items()
+        name: from_dict(sections[name], value, origin) if name in sections else value for name, value in values.items()
     }
     return kind(**built)
 
