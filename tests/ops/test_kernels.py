@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from steel_megatron.ops import combine, dispatch, kernels, reference
 from steel_megatron.ops.plan import BlockPlan, block_plan
+from tests import needs
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="the compiled extension is not built")
+pytestmark = needs.compiled.mark
 
 
 @dataclass(frozen=True)
