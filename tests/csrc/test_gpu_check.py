@@ -18,6 +18,12 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_check.py"
 pytestmark = needs.compiled.mark
 
 
+@pytest.fixture(autouse=True, scope="module")
+def loaded() -> None:
+    """An extension that is there must load, which registers its operators."""
+    assert kernels.available()
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
 

@@ -23,6 +23,12 @@ from tests import needs
 pytestmark = needs.compiled.mark
 
 
+@pytest.fixture(autouse=True, scope="module")
+def loaded() -> None:
+    """An extension that is there must load, which registers its operators."""
+    assert kernels.available()
+
+
 @dataclass(frozen=True)
 class Case:
     """Shapes and settings of one comparison; ``block_length`` None is mode ``sequence``.
