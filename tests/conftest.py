@@ -5,22 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest
 
+from tests.needs import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401 (pytest finds its hooks here)
+
 hypothesis.settings.register_profile("no_deadline", deadline=None)  # machines are shared, and slow at times
 hypothesis.settings.load_profile("no_deadline")
-
-
-@pytest.fixture(scope="session")
-def shared_dir() -> Path:
-    """The folder ``shared`` beside the project: golden fixtures and corpus samples that are not part of it."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
-    if not folder.is_dir():
-        pytest.skip("the fixtures' folder 'shared' is not beside the project")
-    return folder
 
 
 class _Capabilities(ctypes.Structure):

@@ -22,6 +22,7 @@ from steel_megatron.config import ModelConfig, ParallelConfig, to_dict
 from steel_megatron.errors import ConfigError, SteelError
 from steel_megatron.model.causality import audit_model, default_positions
 from tests.distributed import run_distributed
+from tests.hf import golden
 from tests.train.small_run import MODEL, small_run, train
 
 LENGTH = 24
@@ -240,9 +241,8 @@ def test_checkpoints(tmp_path: Path) -> None:
         assert part[1].largest == pytest.approx(whole[1].largest, rel=1e-3, abs=1e-9)
 
 
-def test_the_published_models(shared_dir: Path) -> None:
-    names = ("steel_tiny", "steel_slots2", "steel_swiglu", "dense_senet")
-    paths = [shared_dir / "golden" / name for name in names]
+def test_the_published_models() -> None:
+    paths = [golden.FOLDER / name for name in golden.NAMES]
     tiny, slots, swiglu, dense = run_distributed(audit_all, 1, paths)[0]
     assert dense.verdict == "causal" and dense.kind == "Hugging Face folder"
     for report in (tiny, slots, swiglu):

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
 
+from tests import needs
+
+pytestmark = [needs.nvcc.mark, needs.compiler.mark]
 SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "soft_moe_cuda.cu"
-
-
-def find_nvcc() -> str | None:
-    """nvcc in PATH, in CUDA_HOME or where it is usually installed, or from the package nvidia-cuda-nvcc."""
-    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    packaged = Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin/nvcc")
-    candidates = [
-        shutil.which("nvcc"),
-        *(f"{folder}/bin/nvcc" for folder in folders if folder),
-        *map(str, sorted(packaged)),
-    ]
-    return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_no_kernel_spills(architecture: str, tmp_path: Path) -> None:
-    nvcc = find_nvcc()
-    if nvcc is None:
-        pytest.skip("no nvcc in PATH, CUDA_HOME or the package nvidia-cuda-nvcc")
+    nvcc = needs.find_nvcc()
+    assert nvcc is not None
     command = [nvcc, f"-arch={architecture}", "-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings"]
     run = subprocess.run(
         [*command, str(SOURCE), "-o", str(tmp_path / "kernels.cubin")], capture_output=True, text=True, check=False

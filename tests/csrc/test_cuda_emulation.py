@@ -7,7 +7,6 @@ and what only a GPU's memory model can break.
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from steel_megatron.ops import reference
 from steel_megatron.ops.plan import block_plan
+from tests import needs
 
 HERE = Path(__file__).resolve().parent
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -158,12 +158,13 @@ def sizes_of(outputs: torch.Tensor, logits: torch.Tensor, plan: Plan) -> Sizes:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to compile the emulation with")
+    compiler = needs.cxx()
+    if compiler is None:
+        needs.compiler.missing()
     library = tmp_path_factory.mktemp("emulation") / "emulated_kernels.so"
     folders = ["-I", str(HERE / "emulation"), "-I", str(HERE.parents[1] / "csrc")]
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    subprocess.run(["g++", *flags, *folders, str(HERE / "emulated_kernels.cpp"), "-o", str(library)], check=True)
+    subprocess.run([compiler, *flags, *folders, str(HERE / "emulated_kernels.cpp"), "-o", str(library)], check=True)
     return Emulated(ctypes.CDLL(str(library)))
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from steel_megatron.data.native import helpers
 from steel_megatron.data.stored_documents import count_ids, stored_documents, stored_documents_by_numpy
+from tests import needs
 
-pytestmark = pytest.mark.skipif(helpers is None, reason="the helpers are not compiled (STEEL_NO_EXT=1)")
+pytestmark = needs.compiled.mark
 
 DOCUMENTS = st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=5), st.booleans()), max_size=12)
 

@@ -12,9 +12,16 @@ import pytest
 import torch
 
 from steel_megatron.ops import kernels
+from tests import needs
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_check.py"
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="the compiled extension is not built")
+pytestmark = needs.compiled.mark
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded() -> None:
+    """An extension that is there must load, which registers its operators."""
+    assert kernels.available()
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,11 +47,18 @@ def test_it_checks_and_times_the_kernels() -> None:
     assert sum("forward + backward, kernels" in line for line in lines) >= 4
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@needs.no_gpu.mark
 def test_without_a_gpu_it_says_so() -> None:
     done = run()
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "--device cpu" in done.stderr and "Traceback" not in done.stderr
+
+
+@needs.gpu.mark
+def test_it_checks_and_times_the_gpu() -> None:
+    done = run("--quick", "--rounds", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every check passed" in done.stdout.splitlines()
 
 
 def test_it_finds_a_wrong_kernel(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,9 @@ from steel_megatron.data.mixing import counts_below_by_numpy, merge_keys_by_nump
 from steel_megatron.data.native import helpers
 from steel_megatron.data.packing import pack_by_numpy
 from steel_megatron.data.permutation import Permutation
+from tests import needs
 
-pytestmark = pytest.mark.skipif(helpers is None, reason="the index helpers are not compiled (STEEL_NO_EXT=1)")
+pytestmark = needs.compiled.mark
 
 WORDS = st.integers(0, 2**64 - 1)
 

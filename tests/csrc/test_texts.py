@@ -17,8 +17,9 @@ from steel_megatron.data.named_sources import Row, SkyPile, Source, Text
 from steel_megatron.data.native import helpers
 from steel_megatron.data.sources import SkippedRow, documents_of, joined_documents, plain_texts
 from steel_megatron.errors import DataError
+from tests import needs
 
-pytestmark = pytest.mark.skipif(helpers is None, reason="the helpers are not compiled (STEEL_NO_EXT=1)")
+pytestmark = needs.compiled.mark
 
 
 def chunk(lines: bytes) -> RawChunk:

@@ -28,8 +28,6 @@ from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import exclusive_lock
 from tests.data.conftest import make_texts, write_jsonl
 
-pytest.importorskip("datatrove", reason="the [data] extra is not installed")
-
 SMALL = 140_000
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
@@ -482,24 +480,3 @@ def test_a_killed_worker_fails_the_job(recipe: Path, corpus: Path, tmp_path: Pat
         job.kill()
     assert job.returncode == 2 and "a process that cleaned was killed" in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
-
-
-def test_real_samples(shared_dir: Path, tmp_path: Path) -> None:
-    """Some of each real source through the published text recipe."""
-    for name in ("opencc", "ftfy", "selectolax", "rjieba"):
-        pytest.importorskip(name, reason="the [data] extra is not installed")
-    samples = shared_dir / "data" / "steel_samples"
-    sources = []
-    for source, name in (("belle", "train_2M_CN_sample.json"), ("baidu_qa", "baike_qa_train_sample.json"),
-                         ("wanjuan", "part-010205-a894b46e_sample.jsonl")):  # fmt: skip
-        lines = (samples / name).read_text(encoding="utf-8").splitlines(keepends=True)
-        (tmp_path / name).write_text("".join(lines[:60]), encoding="utf-8")
-        sources.append(f"{source}={tmp_path / name}")
-    result = clean_corpus(ROOT / "examples" / "steel_1b" / "clean_text.yaml", sources, tmp_path / "out")
-    assert result.documents_in == 180 and 50 < result.documents_kept < 150
-    for row in rows(tmp_path / "out" / "quarantine" / "alphanumeric_filter"):
-        assert row["value"] > 0.9
-    for row in rows(tmp_path / "out" / "belle"):
-        assert row["dialogue"] and row["text"].startswith(
-            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        )

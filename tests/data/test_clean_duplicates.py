@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+import simhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -160,7 +161,6 @@ def test_verdicts_are_those_of_plain_loops(seed: int, count: int) -> None:
 
 
 def test_agrees_with_the_package_that_data_juicer_uses() -> None:
-    simhash = pytest.importorskip("simhash", reason="simhash-pybind is not installed; only this comparison needs it")
     draw = np.random.default_rng(3)
     centres = draw.integers(0, 2**64, size=40, dtype=np.uint64)
     hashes = np.unique(

@@ -18,8 +18,6 @@ from steel_megatron.errors import DataError
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.test_clean import content
 
-pytest.importorskip("datatrove", reason="the [data] extra is not installed")
-
 RECIPE = "kind: text\noperators: [text_length_filter: {min_len: 40}, document_deduplicator]\n"
 
 SBATCH = r"""#!/bin/bash
@@ -137,7 +135,8 @@ def test_slurm_refuses(recipe: Path, sources: list[str], slurm: Path, tmp_path: 
 
 @pytest.mark.timeout(180)
 def test_ray_gives_the_same_bytes(recipe: Path, sources: list[str], tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray", reason="ray is not installed")
+    import ray  # which takes seconds, so not at the top
+
     clean_corpus(recipe, sources, tmp_path / "local")
     try:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -27,16 +27,6 @@ from steel_megatron.data.cleaning.mappers import (
     RemoveSpecificChars,
 )
 
-LIBRARIES = {"chinese_convert_mapper": "opencc", "clean_html_mapper": "selectolax", "fix_unicode_mapper": "ftfy"}
-
-
-def build(name: str) -> Mapper:
-    """A mapper with its defaults; skips where its library is missing."""
-    if name in LIBRARIES:
-        pytest.importorskip(LIBRARIES[name], reason="the [data] extra is not installed")
-    return MAPPERS[name]()
-
-
 CASES = [
     (CleanEmail(), "写信到abc.d+e@mail.qq.com吧", "写信到吧"),
     (CleanEmail(repl="@"), "a@b.cn, @someone, x@y, 3@4.5", "@, @someone, x@y, 3@4.5"),
@@ -87,7 +77,7 @@ def test_cases(mapper: Mapper, text: str, expected: str) -> None:
 
 
 def test_chinese_is_converted() -> None:
-    assert build("chinese_convert_mapper").apply("電腦軟體與滑鼠，abc") == "电脑软体与滑鼠，abc"
+    assert MAPPERS["chinese_convert_mapper"]().apply("電腦軟體與滑鼠，abc") == "电脑软体与滑鼠，abc"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +99,6 @@ def test_chinese_is_converted() -> None:
     ],
 )
 def test_html_becomes_text(text: str, expected: str) -> None:
-    pytest.importorskip("selectolax", reason="the [data] extra is not installed")
     assert CleanHtml().apply(text) == expected
 
 
@@ -122,7 +111,6 @@ ENDS = ("-->", "</script>", "</style >", "</iframe>", "</textarea>", "</TITLE>")
     st.lists(st.sampled_from([*HIDING, "<b>", "<p>", "</div>", "<ul><li>"]), min_size=1, max_size=6),
 )
 def test_text_behind_a_begin_without_an_end_is_kept(before: list[str], after: list[str]) -> None:
-    pytest.importorskip("selectolax", reason="the [data] extra is not installed")
     visible = [f"可见{place}号" for place in range(len(after))]
     closed = [end for end in ENDS if any(piece in HIDING for piece in before)]  # so that what is hidden ends before
     text = "".join([*before, *closed, *(piece + seen for piece, seen in zip(after, visible, strict=True))])
@@ -130,7 +118,6 @@ def test_text_behind_a_begin_without_an_end_is_kept(before: list[str], after: li
 
 
 def test_html_that_is_too_deep_is_stripped_of_its_tags() -> None:
-    pytest.importorskip("selectolax", reason="the [data] extra is not installed")
     deep = "<div>" * 600 + "a &lt; b<script>x</script> <b>c</b><br>d" + "</div>" * 600
     assert CleanHtml().apply(deep).strip() == "a < b c\nd"
     flat = "<p>段落<p>段落<li>项<li>项<div>x</div>" * 600  # ends that HTML does not ask for
@@ -144,7 +131,7 @@ def test_macros_do_not_blow_a_text_up() -> None:
 
 
 def test_unicode_is_mended() -> None:
-    assert build("fix_unicode_mapper").apply("schÃ¶n ﬁn e\u0301") == "schön fin é"
+    assert MAPPERS["fix_unicode_mapper"]().apply("schÃ¶n ﬁn e\u0301") == "schön fin é"
 
 
 @given(st.lists(st.text(alphabet="一二三四五六七八九十", min_size=6, max_size=6), unique=True, max_size=6), st.data())
@@ -162,7 +149,7 @@ def test_texts_without_repetition_are_left_alone(words: list[str], data: st.Data
 )  # fmt: skip
 def test_time_is_linear(name: str, piece: str) -> None:
     """A quadratic pattern takes minutes over this."""
-    mapper = build(name)
+    mapper = MAPPERS[name]()
     mapper.apply(piece * 10)  # what is loaded at the first call
     begin = time.perf_counter()
     mapper.apply(piece * (200_000 // len(piece)))
@@ -172,7 +159,7 @@ def test_time_is_linear(name: str, piece: str) -> None:
 def test_a_tag_with_very_many_attributes_takes_no_time() -> None:
     begin = time.perf_counter()
     tag = "<div " + " ".join(f"a{number}=1" for number in range(100_000)) + ">"
-    assert build("clean_html_mapper").apply(f"before {tag}text</div> &amp; after").split() == [
+    assert MAPPERS["clean_html_mapper"]().apply(f"before {tag}text</div> &amp; after").split() == [
         "before",
         "text",
         "&",

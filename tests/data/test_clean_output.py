@@ -18,8 +18,6 @@ from steel_megatron.errors import ConfigError, DataError
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.test_clean import content
 
-pytest.importorskip("datatrove", reason="the [data] extra is not installed")
-
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
@@ -225,7 +223,6 @@ def test_a_finished_job_is_no_other_job(
 def test_an_interrupted_job_goes_on_only_with_what_decides_the_result(
     recipe: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    pytest.importorskip("ftfy", reason="the [data] extra is not installed")
     recipe.write_text("kind: text\noperators: [perplexity_filter: {train_characters: 100000}]\n")
     clean_corpus(recipe, [str(raw)], tmp_path / "first")
     model = tmp_path / "first" / "language_model"

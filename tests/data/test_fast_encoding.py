@@ -18,8 +18,6 @@ from steel_megatron.data.fast_encoding import EngineMissing, EngineProblem, Giga
 from steel_megatron.data.joined_texts import as_strings
 from steel_megatron.errors import DataError
 
-pytest.importorskip("gigatoken", reason="the fast engine is in the [data] extra")
-
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

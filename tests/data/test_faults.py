@@ -15,13 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet as writer
 
 from steel_megatron.data.indexed import open_indexed
 from steel_megatron.data.preprocess import preprocess
 from steel_megatron.data.preprocess_run import Pace
 from steel_megatron.data.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import DataError
+from tests import needs
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.jobs import PACE, THREADS, files_in, mixed_inputs, start_job, wait_for, wait_gone, workers_of
 
@@ -89,14 +93,10 @@ def test_an_empty_file_among_others(tmp_path: Path, sp_model: Path, name: str) -
 def compressed(content: bytes, suffix: str) -> bytes:
     if suffix == "gz":
         return gzip.compress(content)
-    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
     return zstandard.compress(content)
 
 
 def parquet(texts: list[str]) -> bytes:
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    from pyarrow import parquet as writer
-
     sink = pyarrow.BufferOutputStream()
     writer.write_table(pyarrow.table({"text": texts}), sink, row_group_size=50)
     return sink.getvalue().to_pybytes()
@@ -199,7 +199,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
     if made.returncode:
-        pytest.skip("no file system can be mounted here")
+        needs.mount.missing()
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 

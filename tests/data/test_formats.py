@@ -9,10 +9,12 @@ import pickle
 import tracemalloc
 from pathlib import Path
 
+import pyarrow
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from steel_megatron.data.formats import BadRow, Place, RawChunk, parse_chunk, read_chunks
 from steel_megatron.data.sources import SkippedRow, read_documents
@@ -35,9 +37,6 @@ def write_rows(path: Path, texts: list[str]) -> Path:
     rows = [{"text": text, "n": [number, {"deep": None}]} for number, text in enumerate(texts)]
     name = path.name
     if name.endswith(".parquet"):
-        parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs the extra data")
-        import pyarrow
-
         parquet.write_table(pyarrow.table({"n": range(len(texts)), "text": texts}), path, row_group_size=3)
     elif ".jsonl" in name or "lines" in name:
         path.write_bytes(pack("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(), name))
@@ -184,9 +183,6 @@ def test_damage_within_a_compressed_file(tmp_path: Path) -> None:
 
 
 def test_a_parquet_row_that_is_not_utf_8(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs the extra data")
-    import pyarrow
-
     binary = pyarrow.array([b"one", b"\xff\xfe", "三".encode()])
     texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, binary.buffers())
     parquet.write_table(pyarrow.table({"text": texts, "n": [1, 2, 3]}), tmp_path / "a.parquet")
@@ -204,9 +200,6 @@ def test_a_place_within_a_batch_of_parquet(tmp_path: Path) -> None:
 
 
 def test_a_row_group_is_not_read_whole(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs the extra data")
-    import pyarrow
-
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"text": [os.urandom(500).hex() for _ in range(20_000)]})
     parquet.write_table(table, path, row_group_size=20_000, use_dictionary=False)
@@ -220,9 +213,6 @@ def test_a_row_group_is_not_read_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("categories", [False, True])
 def test_chunks_of_a_table_are_cut_by_the_bytes_of_its_rows(tmp_path: Path, categories: bool) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs the extra data")
-    import pyarrow
-
     path = tmp_path / "a.parquet"  # of a few KB: five texts, and which of them each row has
     texts = pyarrow.array([f"{row % 5}" + " word" * 2000 for row in range(1000)])
     parquet.write_table(pyarrow.table({"text": texts.dictionary_encode() if categories else texts}), path)
@@ -280,7 +270,6 @@ def test_empty_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         assert list(read_documents(tmp_path / name)) == []
     (tmp_path / "d.parquet").write_bytes(b"")
-    pytest.importorskip("pyarrow", reason="parquet needs the extra data")
     with pytest.raises(DataError, match="truncated or damaged"):
         list(read_documents(tmp_path / "d.parquet"))
 
@@ -322,9 +311,6 @@ def test_a_skipped_row_says_where_and_how_it_begins(tmp_path: Path) -> None:
 
 
 def test_a_skipped_row_of_a_table_is_shown_as_json(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs the extra data")
-    import pyarrow
-
     parquet.write_table(pyarrow.table({"text": ["一", None]}), tmp_path / "a.parquet")
     skipped: list[SkippedRow] = []
     list(read_documents(tmp_path / "a.parquet", on_bad_row="skip", on_skip=skipped.append))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import itertools
 import json
 import random
@@ -22,31 +23,41 @@ from steel_megatron.data.indexed import token_dtype
 from steel_megatron.data.long_texts import DIALOGUE_MARKS, pieces
 from steel_megatron.data.named_sources import get_source
 from steel_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
-from tests.data.conftest import make_texts
+from tests.data.conftest import KINDS, make_texts, rows_of
+
+GetTokenizer = Callable[[str], Tokenizer]
+TOKENIZERS = ["sp", *KINDS]
 
 
 @pytest.fixture(scope="session")
-def qwen(qwen_folder: Path) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(qwen_folder, engine="tokenizers")
+def tokenizer_of(request: pytest.FixtureRequest, sp: SentencePieceTokenizer) -> GetTokenizer:
+    """A tokenizer of SentencePiece, or one in Qwen's layout."""
+
+    @functools.cache
+    def get(name: str) -> Tokenizer:
+        folder = request.getfixturevalue(f"{name}_qwen").folder if name != "sp" else None
+        return sp if folder is None else HuggingFaceTokenizer(folder, engine="tokenizers")
+
+    return get
 
 
-def real_text(shared_dir: Path) -> str:
-    """Rows of real corpora, Chinese, English and code, one after the other."""
-    folder, texts = shared_dir / "data" / "steel_samples", []
-    for name, key in (("part-010205-a894b46e_sample.jsonl", "content"), ("firefly-train-1.1M_sample.jsonl", "target")):
-        with (folder / name).open(encoding="utf-8") as file:
-            texts += [json.loads(line)[key] for line in itertools.islice(file, 150)]
+@pytest.fixture(scope="session")
+def text_of_samples(sample_files: dict[str, Path]) -> str:
+    """Rows of corpora, Chinese, English and code, one after the other."""
+    keys = {"wanjuan": "content", "firefly": "target"}
+    texts = [row[key] for source, key in keys.items() for row in rows_of(sample_files[source], 150)]
     return "\n".join([*texts, *make_texts(50)])
 
 
-def test_pieces_of_real_text(shared_dir: Path, qwen: HuggingFaceTokenizer) -> None:
-    text = real_text(shared_dir)
-    whole = qwen.encode(text)
+def test_pieces_of_samples(text_of_samples: str, kind: str, tokenizer_of: GetTokenizer) -> None:
+    text, encode = text_of_samples, tokenizer_of(kind).encode
+    assert len(text) > 25_000
+    whole = encode(text)
     for longest in (3000, 20_000):
-        found = pieces(text, qwen.encode, longest)
+        found = pieces(text, encode, longest)
         assert "".join(found) == text and len(found) > len(text) // longest
         assert max(map(len, found)) <= longest
-        assert [index for piece in found for index in qwen.encode(piece)] == whole
+        assert [index for piece in found for index in encode(piece)] == whole
 
 
 @settings(max_examples=60, deadline=None)
@@ -127,10 +138,11 @@ def test_repeated_patterns_whose_tokens_depend_on_their_begin_stay_whole(unit: s
 
 
 @pytest.mark.parametrize("unit", ["    \n", "        \r\n", "\t\t\t\t\n", "------+------+", " " * 12 + "\n"])
-def test_repeated_patterns_in_the_real_tokenizer(qwen: HuggingFaceTokenizer, unit: str) -> None:
-    text = "begin\n" + unit * 3000 + "end"
-    found = pieces(text, qwen.encode, 4000)
-    assert [index for piece in found for index in qwen.encode(piece)] == qwen.encode(text)
+@pytest.mark.parametrize("name", KINDS)
+def test_repeated_patterns_in_qwen_s_layout(tokenizer_of: GetTokenizer, name: str, unit: str) -> None:
+    text, encode = "begin\n" + unit * 3000 + "end", tokenizer_of(name).encode
+    found = pieces(text, encode, 4000)
+    assert [index for piece in found for index in encode(piece)] == encode(text)
 
 
 def test_no_cut_goes_through_a_mark_of_a_dialogue() -> None:
@@ -160,9 +172,9 @@ RUNS = {name: mark * 12_000 for name, mark in (("a", "a"), ("line ends", "\n"), 
 
 
 @pytest.mark.parametrize("name", [*SORTS, *RUNS])
-@pytest.mark.parametrize("kind", ["sp", "qwen"])
-def test_text_without_lines_and_words(kind: str, name: str, request: pytest.FixtureRequest) -> None:
-    tokenizer: Tokenizer = request.getfixturevalue(kind)
+@pytest.mark.parametrize("layout", TOKENIZERS)
+def test_text_without_lines_and_words(layout: str, name: str, tokenizer_of: GetTokenizer) -> None:
+    tokenizer = tokenizer_of(layout)
     text, longest = {**SORTS, **RUNS}[name], 3000
     read = 0
 
@@ -179,11 +191,9 @@ def test_text_without_lines_and_words(kind: str, name: str, request: pytest.Fixt
 
 
 @settings(max_examples=25, deadline=None)
-@given(data=st.data(), kind=st.sampled_from(["sp", "qwen"]), longest=st.integers(300, 3000))
-def test_pieces_of_long_mixtures(
-    sp: SentencePieceTokenizer, request: pytest.FixtureRequest, data: st.DataObject, kind: str, longest: int
-) -> None:
-    tokenizer: Tokenizer = sp if kind == "sp" else request.getfixturevalue("qwen")
+@given(data=st.data(), layout=st.sampled_from(TOKENIZERS), longest=st.integers(300, 3000))
+def test_pieces_of_long_mixtures(tokenizer_of: GetTokenizer, data: st.DataObject, layout: str, longest: int) -> None:
+    tokenizer = tokenizer_of(layout)
     sorts = st.sampled_from([*SORTS.values(), *RUNS.values(), "word " * 900, "行。\n" * 900])
     parts = data.draw(st.lists(st.tuples(sorts, st.integers(0, 9000), st.integers(1, 4000)), min_size=1, max_size=6))
     text = "".join(sort[start : start + size] for sort, start, size in parts)
@@ -201,21 +211,21 @@ def encoded(tokenizer: Tokenizer, rows: list[dict[str, object]], long: int) -> t
 
 
 def test_the_encoder_puts_pieces_together(
-    shared_dir: Path, qwen: HuggingFaceTokenizer, monkeypatch: pytest.MonkeyPatch
+    text_of_samples: str, kind: str, tokenizer_of: GetTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = real_text(shared_dir)
-    texts = [text[:200_000], "short", text[200_000:300_000], *make_texts(30)]
+    text, tokenizer = (text_of_samples * 12)[:300_000], tokenizer_of(kind)
+    texts = [text[:200_000], "short", text[200_000:], *make_texts(30)]
     dialogue = f"<|im_start|>user\n{text[:90_000]}<|im_end|>\n<|im_start|>assistant\n好<|im_end|>"
     rows: list[dict[str, object]] = [{"text": text} for text in texts]
     rows[2:2] = [{"text": dialogue, "dialogue": True}, {"text": dialogue[-40:], "dialogue": True}]
-    ids, lengths = encoded(qwen, rows, long=1 << 30)
+    ids, lengths = encoded(tokenizer, rows, long=1 << 30)
     longest: list[int] = []
-    encode = qwen.encode_flat
+    encode = tokenizer.encode_flat
 
     def watched(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         longest.append(sum(map(len, texts)))
         return encode(texts)
 
-    monkeypatch.setattr(qwen, "encode_flat", watched)
-    assert encoded(qwen, rows, long=70_000) == (ids, lengths)
+    monkeypatch.setattr(tokenizer, "encode_flat", watched)
+    assert encoded(tokenizer, rows, long=70_000) == (ids, lengths)
     assert max(longest) <= 70_000 and len(longest) > 5

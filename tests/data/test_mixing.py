@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from steel_megatron.data import mixing
 from steel_megatron.data.mixing import Interleave
 from steel_megatron.data.permutation import GOLDEN, MASK, finalise, hash64
+from tests import needs
 
 
 @pytest.fixture(params=["compiled", "numpy"], autouse=True)
@@ -20,7 +21,7 @@ def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     if request.param == "numpy":
         monkeypatch.setattr(mixing, "helpers", None)
     elif mixing.helpers is None:
-        pytest.skip("the index helpers are not compiled (STEEL_NO_EXT=1)")
+        needs.compiled.missing()
 
 
 def exact_key(count: int, key: tuple[int, ...], corpus: int, number: int) -> float:

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from steel_megatron.data.named_sources import SOURCES, Dialogue, get_source
 from steel_megatron.data.sources import Document, Input, SkippedRow, parse_inputs, read_documents
 from steel_megatron.errors import DataError
+from tests.data.conftest import KINDS, REAL
+from tests.fixtures.make_samples import LAYOUTS, Sample, make_samples
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
@@ -163,7 +165,34 @@ def test_cleaned_rows_keep_the_flag(tmp_path: Path) -> None:
     assert list(read_documents(path)) == [Document("x", str(path), 1, True), Document("y", str(path), 2, False)]
 
 
-SAMPLES = {
+DIALOGUES_OF = {"belle", "firefly", "zhihu", "baidu_qa", "moss"}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_made_samples(made_samples: dict[str, Sample], name: str) -> None:
+    """Every row in every layout gives the text that it was built from."""
+    sample, skipped = made_samples[name], list[SkippedRow]()
+    rows = list(enumerate(sample.rows, start=1))
+    assert sample.dialogue == (sample.source in DIALOGUES_OF)
+    documents = list(read_documents(sample.path, source=sample.source, on_skip=skipped.append))
+    assert documents == [Document(made.text, str(sample.path), row, sample.dialogue) for row, made in rows if made.text]
+    assert [(entry.row, entry.reason) for entry in skipped] == [(row, "empty") for row, made in rows if not made.text]
+
+
+def test_made_samples_are_of_every_source(made_samples: dict[str, Sample], tmp_path: Path) -> None:
+    assert {sample.source for sample in made_samples.values()} == set(SOURCES) - {"text"}
+    for name, sample in make_samples(tmp_path).items():
+        assert sample.path.read_bytes() == made_samples[name].path.read_bytes()  # the same for the same seed
+    titles = [
+        made for made in made_samples["baidubaike.json"].rows if not made.row["sections"] and not made.row["summary"]
+    ]
+    assert len(titles) == 10 and not any(made.text for made in titles)
+    chats = [made.row["chat"] for made in made_samples["moss.jsonl"].rows]
+    assert max(map(len, chats)) == 12  # turn_10 sorts before turn_2
+    assert any(list(chat) != sorted(chat, key=lambda name: int(name[5:])) for chat in chats)
+
+
+REAL_SAMPLES = {
     "wikipedia-cn-20230720-filtered_sample.json": ("wikipedia_cn", 250),
     "563w_baidubaike_sample.json": ("baidu_baike", 990),  # ten have a title only
     "baike_qa_train_sample.json": ("baidu_qa", 1000),
@@ -173,17 +202,14 @@ SAMPLES = {
     "part-010205-a894b46e_sample.jsonl": ("wanjuan", 1000),
     "train-00000-of-00059_python_sample.parquet": ("starcoder", 500),
 }
+if "real" in KINDS:
 
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_real_samples(shared_dir: Path, name: str) -> None:
-    if name.endswith(".parquet"):
-        pytest.importorskip("pyarrow", reason="parquet needs the extra data")
-    source, count = SAMPLES[name]
-    documents = list(read_documents(shared_dir / "data/steel_samples" / name, source=source))
-    assert len(documents) == count
-    dialogues = ("belle", "firefly", "zhihu", "baidu_qa")
-    assert all(document.dialogue == (source in dialogues) for document in documents)
+    @pytest.mark.parametrize("name", REAL_SAMPLES)
+    def test_real_samples(name: str) -> None:
+        source, count = REAL_SAMPLES[name]
+        documents = list(read_documents(REAL / "steel_samples" / name, source=source))
+        assert len(documents) == count
+        assert all(document.dialogue == (source in DIALOGUES_OF) for document in documents)
 
 
 def test_inputs_name_their_source(tmp_path: Path) -> None:

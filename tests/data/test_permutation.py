@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from steel_megatron.data import permutation
 from steel_megatron.data.permutation import Permutation, hash64
+from tests import needs
 
 KEYS = st.lists(st.integers(0, 2**64 - 1), max_size=4).map(tuple)
 
@@ -36,7 +37,7 @@ def test_one_by_one_is_many(count: int, key: tuple[int, ...], places: list[int])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_order_is_the_same_for_ever(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if compiled and permutation.helpers is None:
-        pytest.skip("the index helpers are not compiled (STEEL_NO_EXT=1)")
+        needs.compiled.missing()
     if not compiled:
         monkeypatch.setattr(permutation, "helpers", None)
     assert [Permutation(10, (1234,))(place) for place in range(10)] == [1, 0, 4, 5, 2, 7, 6, 9, 3, 8]

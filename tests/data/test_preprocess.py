@@ -21,7 +21,7 @@ from steel_megatron.data.preprocess_run import Pace
 from steel_megatron.data.tokenizer import Engine, SentencePieceTokenizer
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import exclusive_lock
-from tests.data.conftest import make_texts, write_jsonl
+from tests.data.conftest import Qwen, make_texts, rows_of, write_jsonl
 from tests.data.jobs import files_in, mixed_inputs
 
 FILES = ("bin", "idx", "json", "rows.npy")
@@ -321,47 +321,45 @@ def test_overwrite_leaves_no_shard_of_an_earlier_job(tmp_path: Path, sp_model: P
         assert sorted(files_in(out)) == sorted(f"{name}.{suffix}" for name in expected for suffix in FILES)
 
 
-# ---------------------------------------------------------------- real data
+# ---------------------------------------------------------------- made and real samples
 
 
-def test_real_rows_get_the_ids_of_transformers(
-    shared_dir: Path, qwen_folder: Path, qwen_by_transformers: PreTrainedTokenizerBase, tmp_path: Path
+def test_rows_get_the_ids_of_transformers(
+    sample_files: dict[str, Path], qwen: Qwen, qwen_by_transformers: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    texts = []
-    for name, key in (("part-010205-a894b46e_sample.jsonl", "content"), ("firefly-train-1.1M_sample.jsonl", "input")):
-        with (shared_dir / "data" / "steel_samples" / name).open(encoding="utf-8") as file:
-            texts += [json.loads(line)[key] for line in itertools.islice(file, 60)]
+    keys = {"wanjuan": "content", "firefly": "input"}
+    texts = [row[key] for source, key in keys.items() for row in rows_of(sample_files[source], 60)]
+    assert len(texts) == 120 and all(text.strip() for text in texts)
     source = write_jsonl(tmp_path / "corpus.jsonl", texts)
-    report = preprocess([str(source)], tmp_path / "c", "huggingface", qwen_folder, json_keys=("text",))
-    expected = [qwen_by_transformers(text, split_special_tokens=True)["input_ids"] for text in texts if text.strip()]
-    assert documents_of(report.outputs["train"]) == [[*ids, 151645] for ids in expected]
-    assert report.documents + report.skipped == 120
-    assert open_indexed(report.outputs["train"], vocab_size=151646).dtype.name == "int32"
+    report = preprocess([str(source)], tmp_path / "c", "huggingface", qwen.folder, json_keys=("text",))
+    expected = [qwen_by_transformers(text, split_special_tokens=True)["input_ids"] for text in texts]
+    assert documents_of(report.outputs["train"]) == [[*ids, qwen.end] for ids in expected]
+    assert (report.documents, report.skipped) == (120, 0)
+    dtype = open_indexed(report.outputs["train"], vocab_size=qwen.vocab_size).dtype.name
+    assert dtype == ("int32" if qwen.vocab_size > 65_536 else "uint16")
 
 
 def test_dialogues_get_control_tokens_and_one_end(
-    shared_dir: Path, qwen_folder: Path, qwen_by_transformers: PreTrainedTokenizerBase, tmp_path: Path
+    sample_files: dict[str, Path], qwen: Qwen, qwen_by_transformers: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    lines = (shared_dir / "data" / "steel_samples" / "firefly-train-1.1M_sample.jsonl").read_bytes().splitlines()[:40]
-    (tmp_path / "firefly.jsonl").write_bytes(b"\n".join(lines))
+    said = rows_of(sample_files["firefly"], 40)
+    (tmp_path / "firefly.jsonl").write_text("\n".join(map(json.dumps, said)))
     write_jsonl(tmp_path / "plain.jsonl", ["<|im_start|>user\nplain<|im_end|>", "text<|endoftext|>"])
     (tmp_path / "mixed.jsonl").write_text(
         '{"text": "one"}\n{"text": "<|im_start|>user\\ntwo<|im_end|>", "dialogue": true}\n{"text": "three"}\n'
     )
     inputs = [f"firefly={tmp_path}/firefly.jsonl", f"{tmp_path}/plain.jsonl", f"{tmp_path}/mixed.jsonl"]
-    report = preprocess(inputs, tmp_path / "c", "huggingface", qwen_folder)
+    report = preprocess(inputs, tmp_path / "c", "huggingface", qwen.folder)
     found = documents_of(report.outputs["train"])
-    start, end = 151644, 151645
-    for line, ids in zip(lines, found, strict=False):
-        row = json.loads(line)
+    for row, ids in zip(said, found, strict=False):
         turns = [
             {"role": "system", "content": "You are a helpful assistant."},
             {"role": "user", "content": row["input"]},
             {"role": "assistant", "content": row["target"]},
         ]
         expected = qwen_by_transformers.apply_chat_template(turns, tokenize=False).rstrip("\n")
-        assert ids == qwen_by_transformers(expected)["input_ids"] and ids.count(end) == 3
+        assert ids == qwen_by_transformers(expected)["input_ids"] and ids.count(qwen.end) == 3
     for ids in found[40:42]:
-        assert start not in ids and ids.count(end) == 1 and ids[-1] == end
-    assert [ids.count(end) for ids in found[42:]] == [1, 1, 1]
-    assert found[43][0] == start and start not in found[42] + found[44]
+        assert qwen.start not in ids and ids.count(qwen.end) == 1 and ids[-1] == qwen.end
+    assert [ids.count(qwen.end) for ids in found[42:]] == [1, 1, 1]
+    assert found[43][0] == qwen.start and qwen.start not in found[42] + found[44]

@@ -66,7 +66,6 @@ def test_nobody_waits_for_workers_whose_results_are_thrown_away(by_threads: bool
 
 
 def test_a_long_text_is_given_up_when_nobody_wants_it(tmp_path: Path, hf_folder: Path) -> None:
-    pytest.importorskip("gigatoken", reason="threads encode where gigatoken does")
     source = write_jsonl(tmp_path / "long.jsonl", ["a line of text\n" * 20])
     chunk = next(read_chunks(source))
     tokenizer = load_tokenizer("huggingface", hf_folder, engine="gigatoken")

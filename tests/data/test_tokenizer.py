@@ -22,7 +22,7 @@ from steel_megatron.data.tokenizer import (
     load_tokenizer,
 )
 from steel_megatron.errors import DataError
-from tests.data.conftest import EN, ZH, make_texts
+from tests.data.conftest import EN, ZH, Qwen, make_texts
 
 SAMPLES = (
     "你好，世界！这是一个测试。",
@@ -209,14 +209,14 @@ def test_missing_and_damaged_models(sp_model: Path, tmp_path: Path) -> None:
 
 
 def test_qwen_equals_transformers_and_survives_saving(
-    qwen_folder: Path, qwen_by_transformers: PreTrainedTokenizerBase, tmp_path: Path
+    qwen: Qwen, qwen_by_transformers: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    ours, theirs = HuggingFaceTokenizer(qwen_folder), qwen_by_transformers
-    assert (ours.eod_id, ours.vocab_size) == (151645, 151646)
+    ours, theirs = HuggingFaceTokenizer(qwen.folder), qwen_by_transformers
+    assert (ours.eod_id, ours.vocab_size) == (qwen.end, qwen.vocab_size)
     ours.save_pretrained(tmp_path)
     saved, reloaded = HuggingFaceTokenizer(tmp_path), AutoTokenizer.from_pretrained(str(tmp_path))
     assert saved.fingerprint == ours.fingerprint
-    assert reloaded.chat_template == theirs.chat_template and reloaded.eos_token_id == 151645
+    assert reloaded.chat_template == theirs.chat_template and reloaded.eos_token_id == qwen.end
     for text in SAMPLES:
         ids = ours.encode(text)
         assert ids == saved.encode(text) == theirs(text, split_special_tokens=True)["input_ids"]

@@ -19,6 +19,7 @@ from steel_megatron.data.huggingface_tokenizer import HuggingFaceTokenizer, save
 from steel_megatron.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from steel_megatron.data.tokenizer import encode_dialogue, load_tokenizer
 from steel_megatron.errors import DataError
+from tests.data.conftest import Qwen
 
 EOD = "</s>"
 PLAIN = [*string.ascii_letters, *"<>/|_[]▁"]
@@ -229,9 +230,9 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("name", "content"), DAMAGE)
-def test_a_damaged_pair_of_files(qwen_folder: Path, tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_damaged_pair_of_files(qwen: Qwen, tmp_path: Path, name: str, content: bytes) -> None:
     for file in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        (tmp_path / file).write_bytes((qwen_folder / file).read_bytes())
+        (tmp_path / file).write_bytes((qwen.folder / file).read_bytes())
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"{tmp_path}"):
         HuggingFaceTokenizer(tmp_path)

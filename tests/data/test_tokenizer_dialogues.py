@@ -15,7 +15,7 @@ from steel_megatron.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from steel_megatron.data.sentencepiece_training import train_sentencepiece
 from steel_megatron.data.tokenizer import DIALOGUE_MARKS, Tokenizer, encode_dialogue, encode_dialogues
 from steel_megatron.errors import DataError
-from tests.data.conftest import make_texts
+from tests.data.conftest import Qwen, make_texts
 
 START, END = DIALOGUE_MARKS
 TALK = f"{START}system\nBe kind.{END}\n{START}user\n长江有多长？{END}\n{START}assistant\n约6300公里。{END}"
@@ -110,9 +110,7 @@ def test_what_is_no_text_is_refused(chat: SentencePieceTokenizer) -> None:
         encode_dialogues(chat, [b"\xff"])
 
 
-def test_qwen_gives_the_ids_of_the_chat_template(
-    qwen_folder: Path, qwen_by_transformers: PreTrainedTokenizerBase
-) -> None:
+def test_qwen_gives_the_ids_of_the_chat_template(qwen: Qwen, qwen_by_transformers: PreTrainedTokenizerBase) -> None:
     messages = [
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": "长江有多长？\n  It's <b>2</b>km?"},
@@ -120,10 +118,10 @@ def test_qwen_gives_the_ids_of_the_chat_template(
     ]
     theirs = qwen_by_transformers
     text = theirs.apply_chat_template(messages, tokenize=False)
-    ours = HuggingFaceTokenizer(qwen_folder)
+    ours = HuggingFaceTokenizer(qwen.folder)
     expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert encode_dialogue(ours, text).tolist() == expected
     assert expected.count(ours.eod_id) == 3
     fake = encode_dialogue(ours, text.replace("公里", "<|endoftext|>")).tolist()
-    assert ours.control_id("<|endoftext|>") == 151643 and 151643 not in fake
+    assert ours.control_id("<|endoftext|>") == qwen.endoftext and qwen.endoftext not in fake
     assert ours.decode(fake).count("<|endoftext|>") == 1

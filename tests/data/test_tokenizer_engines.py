@@ -24,15 +24,17 @@ from steel_megatron.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from steel_megatron.data.tokenizer import Engine, Tokenizer, load_tokenizer
 from steel_megatron.data.tokenizer_base import TokenizerBase
 from steel_megatron.errors import DataError
-from tests.data.conftest import EN, ZH, make_texts
+from tests.data.conftest import EN, KINDS, ZH, Qwen, make_texts, rows_of
+from tests.fixtures.make_samples import Sample
+from tests.fixtures.make_tokenizer import make_tokenizer
 
 ENGINES: list[Engine] = ["tokenizers", "gigatoken"]
 SMALL_CASES = [(kind, engine) for kind in ("byte_level", "exported", "sentencepiece") for engine in ENGINES]
 SMALL_CASES += [("unigram", "auto"), ("words", "auto"), ("learned_end", "tokenizers"), ("learned_end", "gigatoken")]
-CASES = [("qwen", "tokenizers"), ("qwen", "gigatoken"), *SMALL_CASES]
-LOSSY = ("qwen", "unigram", "words")
+CASES = [*((f"{kind}_qwen", engine) for kind in KINDS for engine in ENGINES), *SMALL_CASES]
+LOSSY = ("made_qwen", "real_qwen", "unigram", "words")
 """Tokenizers that normalise a text, or have an unknown token."""
-ENDS = {"qwen": "<|im_end|>", "byte_level": "<|endoftext|>", "learned_end": "END"}
+ENDS = {"made_qwen": "<|im_end|>", "real_qwen": "<|im_end|>", "byte_level": "<|endoftext|>", "learned_end": "END"}
 """Ends of a document other than ``</s>``."""
 CONTROL = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "END")
 
@@ -129,26 +131,17 @@ def load(request: pytest.FixtureRequest, sp_model: Path) -> Load:
     loaded: dict[tuple[str, Engine], TokenizerBase] = {}
 
     def get(name: str, engine: Engine) -> TokenizerBase:
-        if engine == "gigatoken":
-            pytest.importorskip("gigatoken", reason="the fast engine is in the [data] extra")
         if (name, engine) not in loaded:
             if name == "sentencepiece":
                 loaded[name, engine] = SentencePieceTokenizer(sp_model, engine=engine)
             else:
-                fixture = {"exported": "hf_folder", "qwen": "qwen_json_folder"}.get(name, f"{name}_folder")
+                fixture = {"exported": "hf_folder"}.get(name, name if name.endswith("_qwen") else f"{name}_folder")
                 folder = request.getfixturevalue(fixture)
+                folder = folder.folder if isinstance(folder, Qwen) else folder
                 loaded[name, engine] = HuggingFaceTokenizer(folder, engine=engine)
         return loaded[name, engine]
 
     return get
-
-
-@pytest.fixture(scope="session")
-def qwen_json_folder(qwen_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The published model's tokenizer as ``tokenizer.json``, which loads faster."""
-    folder = tmp_path_factory.mktemp("qwen")
-    HuggingFaceTokenizer(qwen_folder).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(("name", "engine"), CASES)
@@ -238,7 +231,6 @@ def test_gigatoken_runs_in_spawned_workers(load: Load) -> None:
 
 
 def test_auto_takes_gigatoken_and_says_nothing(byte_level_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("gigatoken", reason="the fast engine is in the [data] extra")
     with caplog.at_level(logging.INFO, "steel_megatron"):
         assert load_tokenizer("huggingface", byte_level_folder).engine == "gigatoken"
         sent = pickle.dumps(load_tokenizer("huggingface", byte_level_folder))  # which has not been used yet
@@ -273,7 +265,6 @@ def test_a_worker_without_gigatoken_says_so(load: Load, monkeypatch: pytest.Monk
 def test_other_ids_lead_back_to_the_own_library(
     byte_level_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("gigatoken", reason="the fast engine is in the [data] extra")
     content = json.loads((byte_level_folder / "tokenizer.json").read_text())
     content["added_tokens"][-1]["single_word"] = True  # which gigatoken passes over
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -290,7 +281,6 @@ def test_other_ids_lead_back_to_the_own_library(
 
 
 def test_what_gigatoken_cannot_run_is_run_by_the_own_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("gigatoken", reason="the fast engine is in the [data] extra")
     import tokenizers
 
     words = {word: index for index, word in enumerate(["[UNK]", "the", "river", "</s>"])}
@@ -318,7 +308,6 @@ class _OffByOne(Gigatoken):
 def test_real_texts_are_compared_too(
     byte_level_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("gigatoken", reason="the fast engine is in the [data] extra")
     monkeypatch.setattr(tokenizer_base, "Gigatoken", _OffByOne)
     tokenizer = load_tokenizer("huggingface", byte_level_folder)
     tokenizer.verify_on(list(EN[:3]))
@@ -331,9 +320,22 @@ def test_real_texts_are_compared_too(
         asked_for.verify_on(EN)
 
 
-def test_real_samples_get_the_same_ids(load: Load, shared_dir: Path) -> None:
-    rows = (shared_dir / "data" / "steel_samples" / "firefly-train-1.1M_sample.jsonl").read_text().splitlines()[:400]
-    texts = [json.loads(row)["target"] for row in rows]
-    fast: Tokenizer = load("qwen", "gigatoken")
-    expected = load("qwen", "tokenizers").encode_flat(texts)
+def test_samples_get_the_same_ids(load: Load, kind: str, sample_files: dict[str, Path]) -> None:
+    texts = [row["target"] for row in rows_of(sample_files["firefly"], 400)]
+    fast: Tokenizer = load(f"{kind}_qwen", "gigatoken")
+    expected = load(f"{kind}_qwen", "tokenizers").encode_flat(texts)
     assert all(map(np.array_equal, fast.encode_flat(texts), expected))
+
+
+def test_the_pair_of_files_gives_the_ids_it_was_trained_to(
+    made_samples: dict[str, Sample], load: Load, tmp_path: Path
+) -> None:
+    """The reference is the tokenizer in memory before it was written, so also what transformers reads is checked."""
+    trained = make_tokenizer(tmp_path)
+    trained.encode_special_tokens = True
+    tokenizer = load("made_qwen", "tokenizers")
+    first = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()[0]
+    assert trained.token_to_id(first.replace(" ", "")) == 256  # as in Qwen's file, the first line is a merge
+    texts = [made.text for sample in made_samples.values() for made in sample.rows]
+    for text in texts:
+        assert tokenizer.encode(text) == trained.encode(text, add_special_tokens=False).ids

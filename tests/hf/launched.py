@@ -31,8 +31,8 @@ def refused(action: str, *args: Any, **kwargs: Any) -> str:
     return "no error"
 
 
-def import_all(shared_dir: Path, output: Path) -> dict[str, Path]:
-    return {name: convert.import_hf(shared_dir / "golden" / name, output / name) for name in golden.NAMES}
+def import_all(output: Path) -> dict[str, Path]:
+    return {name: convert.import_hf(golden.FOLDER / name, output / name) for name in golden.NAMES}
 
 
 def export_all(imported: dict[str, Path], output: Path) -> dict[str, Path]:

@@ -33,9 +33,9 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def imported(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The golden models' checkpoints, by name."""
-    return run_distributed(launched.import_all, 1, shared_dir, tmp_path_factory.mktemp("imported"))[0]
+    return run_distributed(launched.import_all, 1, tmp_path_factory.mktemp("imported"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def assemble(parts: list[launched.Pieces], model: Any) -> dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_equals_the_published_model(layout: str, imported: dict[str, Path], shared_dir: Path) -> None:
-    fixtures = {name: golden.read(shared_dir, name) for name in golden.NAMES}
+def test_training_equals_the_published_model(layout: str, imported: dict[str, Path]) -> None:
+    fixtures = {name: golden.read(name) for name in golden.NAMES}
     if layout == "ep2":  # a dense model has no experts to share; the configuration refuses it
         del fixtures["dense_senet"]
     processes, parallel = LAYOUTS[layout]
@@ -78,10 +78,8 @@ def test_training_equals_the_published_model(layout: str, imported: dict[str, Pa
 
 
 @pytest.mark.parametrize("name", golden.NAMES)
-def test_export_gives_back_the_same_bits_and_transformers_loads_it(
-    name: str, exported: dict[str, Path], shared_dir: Path
-) -> None:
-    _, tensors = golden.read(shared_dir, name)
+def test_export_gives_back_the_same_bits_and_transformers_loads_it(name: str, exported: dict[str, Path]) -> None:
+    _, tensors = golden.read(name)
     again = load_file(exported[name] / "model.safetensors")
     assert again.keys() == tensors["model"].keys()
     for key, tensor in tensors["model"].items():

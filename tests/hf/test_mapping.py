@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -110,8 +109,8 @@ def test_settings_survive_both_directions(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", golden.NAMES)
-def test_published_tensors_are_all_expected(shared_dir: Path, name: str) -> None:
-    config, tensors = golden.read(shared_dir, name)
+def test_published_tensors_are_all_expected(name: str) -> None:
+    config, tensors = golden.read(name)
     model = mapping.config_from_hf(config, name)
     again = mapping.to_hf(mapping.from_hf(tensors["model"], model, name), model)
     assert again.keys() == tensors["model"].keys()

@@ -45,8 +45,8 @@ def tokens(batch: int = 2, length: int = LENGTH) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", golden.NAMES)
-def test_published_models(shared_dir: Path, name: str) -> None:
-    config, tensors = golden.read(shared_dir, name)
+def test_published_models(name: str) -> None:
+    config, tensors = golden.read(name)
     del config["model_type"]  # the fixtures say "qwen2", as the published models do
     model = SteelForCausalLM(SteelConfig(**config))
     model.load_state_dict(tensors["model"])  # strict: the names are the published ones

@@ -18,8 +18,15 @@ from hypothesis import strategies as st
 
 from steel_megatron.ops import combine, dispatch, kernels, reference
 from steel_megatron.ops.plan import BlockPlan, block_plan
+from tests import needs
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="the compiled extension is not built")
+pytestmark = needs.compiled.mark
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded() -> None:
+    """An extension that is there must load, which registers its operators."""
+    assert kernels.available()
 
 
 @dataclass(frozen=True)

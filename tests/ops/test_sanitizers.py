@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests import needs
+
+pytestmark = needs.compiler.mark
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
     ROOT / "tests/ops/sanitizers/run_kernels.cpp",
@@ -18,9 +20,8 @@ SOURCES = [
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(sanitizers: str, tmp_path: Path) -> None:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
+    compiler = needs.cxx()
+    assert compiler is not None
     flags = ["-std=c++17", "-O1", "-g", "-pthread", "-ffp-contract=fast", f"-fsanitize={sanitizers}"]
     includes = ["-I", ROOT / "tests/ops/sanitizers", "-I", ROOT / "csrc"]  # the stand-in for ATen first
     objects = [tmp_path / f"{source.stem}.o" for source in SOURCES]

@@ -9,8 +9,9 @@ import torch
 
 from steel_megatron.platform import prepare
 from steel_megatron.platform.cpu import FACTORIES, MODULES
+from tests import needs
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is for machines without a CUDA device")
+pytestmark = needs.no_gpu.mark
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -13,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from steel_megatron.parallel.topology import free_port
-
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")
 
 # The processes of a job meet at the name of its first node, so that is this machine's own. Slurm takes no localhost.
 CONFIGURATION = """\
@@ -42,11 +39,6 @@ NodeName={name} NodeHostname=this NodeAddr=127.0.0.1 Port={first} CPUs=2 RealMem
 NodeName={name}-2 NodeHostname=this NodeAddr=127.0.0.1 Port={second} CPUs=2 RealMemory=16000
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-
-
-def missing_programs() -> list[str]:
-    """Those of Slurm's programs that are not on this machine."""
-    return [name for name in PROGRAMS if shutil.which(name) is None]
 
 
 class Cluster:

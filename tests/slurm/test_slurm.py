@@ -19,16 +19,14 @@ from steel_megatron.data import clean
 from steel_megatron.data.clean import clean_corpus
 from steel_megatron.data.ledger import Ledger
 from steel_megatron.errors import DataError
+from tests import needs
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.test_clean import content
-from tests.slurm.cluster import Cluster, cluster, missing_programs
+from tests.slurm.cluster import Cluster, cluster
 from tests.train.small_run import LAYOUTS
 from tests.train.test_loop import make_run, write_corpus
 
-pytestmark = [
-    pytest.mark.skipif(bool(missing_programs()), reason=f"Slurm is not here: {', '.join(missing_programs())}"),
-    pytest.mark.timeout(280),
-]
+pytestmark = [needs.slurm.mark, pytest.mark.timeout(280)]
 PRETRAIN = Path(__file__).resolve().parents[2] / "examples/slurm/pretrain.sbatch"
 
 
@@ -49,7 +47,6 @@ def inside(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    pytest.importorskip("datatrove", reason="the [data] extra is not installed")
     monkeypatch.setattr(clean, "UNIT_BYTES", 60_000)
     path = tmp_path / "recipe.yaml"
     path.write_text("kind: text\noperators: [text_length_filter: {min_len: 40}, document_deduplicator]\n")
