@@ -19,6 +19,7 @@ from steel_megatron.data.shards import ShardedWriter
 from steel_megatron.errors import DataError
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.jobs import files_in, mixed_inputs
+from tests.file_system import watched
 
 FILES = ("bin", "idx", "json", "rows.npy")
 
@@ -278,6 +279,27 @@ def test_an_input_that_grows_meanwhile_is_noticed(
     monkeypatch.setattr(Run, "write", grow)
     with pytest.raises(DataError, match=r"corpus\.jsonl changed while it was read"):
         preprocess([str(source)], tmp_path / "out" / "c", "sentencepiece", sp_model, pace=Pace(100))
+
+
+def test_what_is_noted_is_on_the_disk_and_so_is_the_result(
+    tmp_path: Path, sp_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each note vouches for the files beside it; a power failure must not leave it without them."""
+    inputs, note, noted = mixed_inputs(tmp_path, 60), Journal.write, 0
+    (tmp_path / "out").mkdir()
+    with watched(tmp_path / "out") as watch:
+
+        def checked(journal: Journal, content: Any) -> None:
+            nonlocal noted
+            noted += 1
+            print(watch.unsynced())
+            note(journal, content)
+
+        monkeypatch.setattr(Journal, "write", checked)
+        run_with(inputs, tmp_path / "out" / "c", sp_model, pace=Pace(4000, 4000))
+    assert watch.faults == [] and noted > 4
+    gone = [place for place, call in enumerate(watch.order()) if call == "unlink c.progress.json"]
+    assert gone[0] > max(place for place, call in enumerate(watch.order()) if call.startswith("replace"))
 
 
 def test_what_a_kill_left_of_the_journal_goes(tmp_path: Path) -> None:
