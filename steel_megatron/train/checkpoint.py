@@ -175,8 +175,9 @@ def _begin(partial: Path, final: Path) -> None:
     """An empty temporary folder; what killed saves left beside it goes. (The caller holds the folder's lock.)"""
     with _disk_errors(final, partial):
         final.parent.mkdir(parents=True, exist_ok=True)
-        for left in final.parent.glob(".step_*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
+        for left in (*final.parent.glob(".step_*.partial"), *final.parent.glob(".step_*.old")):
+            if left.name != f".{final.name}.old":  # replace_folder knows what to do with that
+                shutil.rmtree(left, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
 
