@@ -14,10 +14,11 @@ from steel_megatron.data import clean
 from steel_megatron.data.clean import clean_corpus
 from steel_megatron.data.cleaning import funnel, job_folder, slurm
 from steel_megatron.data.cleaning.job_folder import PLAN_FORMAT
+from steel_megatron.data.cleaning.unit_files import UnitFiles
 from steel_megatron.errors import ConfigError, DataError
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.test_clean import content
-from tests.file_system import killed_before
+from tests.file_system import killed_before, watched
 
 pytest.importorskip("datatrove", reason="the [data] extra is not installed")
 
@@ -172,7 +173,7 @@ def test_a_kill_at_each_step_of_the_end(
     (tmp_path / "begun").mkdir()
     for name in ("out", "out.partial"):
         (tmp_path / name).rename(tmp_path / "begun" / name)
-    for step in itertools.count(1):
+    for step in itertools.chain(range(1, 25), itertools.count(25, 5)):  # then only the removal of many files is left
         shutil.copytree(tmp_path / "begun", tmp_path, dirs_exist_ok=True)
         came = killed_before(step, run)
         aside = tmp_path / ".out.old"
@@ -185,6 +186,15 @@ def test_a_kill_at_each_step_of_the_end(
         if not came:
             break
     assert step > 20
+
+
+def test_what_a_unit_writes_is_on_the_disk_when_it_has_its_name(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    with watched(tmp_path) as watch, UnitFiles(tmp_path, "000000") as files:
+        for folder in ("output/text", "output/quarantine/x"):
+            files.write(folder, {"text": "x"})
+        files.commit()
+    assert not watch.faults and sum(call.name == "replace" for call in watch.calls) == 2
 
 
 def test_a_finished_job_is_no_other_job(

@@ -20,7 +20,7 @@ from steel_megatron.files import sha256_of
 from steel_megatron.train import checkpoint
 from tests.distributed import run_distributed
 from tests.file_system import full_disk_at, killed_before, watched
-from tests.train.small_run import LAYOUTS, MODEL, PROCESSES, small_run, train
+from tests.train.small_run import LAYOUTS, MODEL, PROCESSES, own_batches, small_run, train
 
 ALONE = ParallelConfig()
 
@@ -60,12 +60,23 @@ def test_resume_equals_no_stop(
             assert ours == pytest.approx(theirs, rel=1e-5), f"step {step}"
 
 
+def save_twice(run: RunConfig) -> None:
+    from steel_megatron.parallel.topology import initialize
+    from steel_megatron.train.engine import Engine
+
+    topology = initialize(run.parallel)
+    engine = Engine(run, topology)
+    for step in (1, 2, 3, 4):
+        engine.step(own_batches(run, step, topology))
+        if step % 2 == 0:
+            checkpoint.save(engine, step * run.training.global_batch_size)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's checkpoints after steps 2 and 4."""
     directory = tmp_path_factory.mktemp("run")
-    run_distributed(train, 1, small_run(ALONE, str(directory)), 1, 2, True)
-    run_distributed(train, 1, small_run(ALONE, str(directory)), 3, 4, True, True)
+    run_distributed(save_twice, 1, small_run(ALONE, str(directory)))
     return directory / "checkpoints"
 
 
@@ -352,6 +363,13 @@ def test_what_saves_and_loads_do(tmp_path: Path) -> None:
     assert "model.rotary_base" in seen["begin {'rotary_base': 10000}"]
     assert "model.routing_mode" in seen["load {'routing_mode': 'merged'}"]
     assert seen["begin {'routing_mode': 'merged'}"] == "no error"
+
+
+def test_a_save_begins_in_an_empty_folder(tmp_path: Path) -> None:
+    """Under any name: an import may be called otherwise than a run's checkpoints."""
+    (tmp_path / ".start.partial" / "inner").mkdir(parents=True)
+    checkpoint._begin(tmp_path / ".start.partial", tmp_path / "start")
+    assert list((tmp_path / ".start.partial").iterdir()) == []
 
 
 @pytest.mark.parametrize("step", [4, 6])
