@@ -170,63 +170,6 @@ def test_an_index_that_would_execute_something_is_refused(checkpoints: Path, con
         checkpoint.verify(folder)
 
 
-NEVER, WHEN_BEGUN, ALWAYS = range(3)
-# Another value of each setting, and when it may differ from the checkpoint's: never, where a new run begins with the
-# weights of an old one (it may route tokens in another way), or always (given weights compute the same).
-MAY_DIFFER: dict[str, tuple[Any, int]] = {
-    "num_layers": (2, NEVER),
-    "hidden_size": (64, NEVER),
-    "num_attention_heads": (2, NEVER),
-    "num_query_groups": (4, NEVER),
-    "ffn": ("dense", NEVER),
-    "ffn_activation": ("swiglu", NEVER),
-    "ffn_hidden_size": (16, NEVER),
-    "num_experts": (2, NEVER),
-    "slots_per_expert": (1, NEVER),
-    "routing_mode": ("merged", WHEN_BEGUN),
-    "routing_mix": ("normalized", WHEN_BEGUN),
-    "block_length": (4, WHEN_BEGUN),
-    "routing_scale_init": (2.0, ALWAYS),
-    "moe_top_k": (1, WHEN_BEGUN),
-    "moe_aux_loss_coeff": (0.5, ALWAYS),
-    "shared_expert_intermediate_size": (8, NEVER),
-    "vocab_size": (90, NEVER),
-    "make_vocab_size_divisible_by": (64, NEVER),
-    "sequence_length": (8, ALWAYS),
-    "rotary_base": (10_000, NEVER),
-    "norm_epsilon": (1e-5, NEVER),
-    "init_method_std": (0.02, ALWAYS),
-    "expert_init_method_std": (0.03, ALWAYS),
-    "experts_alike": (True, ALWAYS),
-}
-
-
-def test_it_is_decided_for_every_setting_of_a_model_whether_it_may_differ() -> None:
-    """A setting that changes what is computed but no shape would go unnoticed otherwise."""
-    assert [field.name for field in dataclasses.fields(ModelConfig)] == list(MAY_DIFFER)
-
-
-@pytest.mark.parametrize("name", MAY_DIFFER)
-def test_another_model_is_refused_by_name(saved: Path, name: str) -> None:
-    info = checkpoint.read_info(saved / "step_00000004")
-    other, when = MAY_DIFFER[name]
-    assert getattr(MODEL, name) != other
-    model = dataclasses.replace(MODEL, **{name: other})
-    for resumes, may in ((True, when == ALWAYS), (False, when != NEVER)):
-        checkpoint.check_model(info, MODEL, resumes=resumes)
-        if may:
-            checkpoint.check_model(info, model, resumes=resumes)
-        else:
-            with pytest.raises(CheckpointError, match=f"was saved with model.{name} = .*, this run has {other}"):
-                checkpoint.check_model(info, model, resumes=resumes)
-
-
-def test_query_groups_that_are_not_given_are_the_heads(saved: Path) -> None:
-    info = checkpoint.read_info(saved / "step_00000004")
-    said = dataclasses.replace(info, model=dataclasses.replace(MODEL, num_query_groups=4))
-    checkpoint.check_model(said, dataclasses.replace(MODEL, num_query_groups=None), resumes=True)
-
-
 def test_not_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         checkpoint.read_info(tmp_path / "missing")
