@@ -144,7 +144,9 @@ def test_macros_do_not_blow_a_text_up() -> None:
 
 
 def test_unicode_is_mended() -> None:
-    assert build("fix_unicode_mapper").apply("schÃ¶n ﬁn e\u0301") == "schön fin é"
+    mapper = build("fix_unicode_mapper")
+    assert mapper.apply("schÃ¶n ﬁn e\u0301") == "schön fin é"
+    assert mapper.apply("cafe\u00cc\u0081 déjà vu") == "café déjà vu"  # composed when it is mended, not before
 
 
 @given(st.lists(st.text(alphabet="一二三四五六七八九十", min_size=6, max_size=6), unique=True, max_size=6), st.data())
