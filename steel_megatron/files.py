@@ -78,24 +78,22 @@ def write_atomically(path: str | Path, content: bytes, error_type: type[SteelErr
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Give a complete folder its final name, in place of an earlier one; its files are synced to disk first."""
-    for path in partial.rglob("*"):
-        if path.is_file():
+    """Give a complete folder its final name, in place of an earlier one; all that is in it is synced to disk first."""
+    for path in (*partial.rglob("*"), partial):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    sync_folder(partial)
     old = final.with_name(f".{final.name}.old")
     if old.exists() and not final.exists():  # an earlier call was killed between its two renames
         os.replace(old, final)
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
-        os.replace(partial, final)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
-    sync_folder(final.parent)
+    os.replace(partial, final)
+    sync_folder(final.parent)  # before the earlier one goes
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

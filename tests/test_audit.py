@@ -17,9 +17,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steel_megatron.audit.decoding import cached_decoding
 from steel_megatron.cli import main
 from steel_megatron.config import ModelConfig, ParallelConfig, to_dict
 from steel_megatron.errors import ConfigError, SteelError
+from steel_megatron.hf.modeling_steel import CACHE
 from steel_megatron.model.causality import audit_model, default_positions
 from tests.distributed import run_distributed
 from tests.hf import golden
@@ -87,6 +89,47 @@ def test_rounding_is_no_leak() -> None:
     leak = toy(lambda x: x + 1e-8 * x.mean(1, keepdim=True))
     assert not audit_model(leak, vocab_size=50, length=LENGTH).leaks
     assert audit_model(leak, vocab_size=50, length=LENGTH, tolerance=0.0).leaks
+
+
+@pytest.mark.parametrize(("size", "leaks"), [(1e-3, True), (1e-4, True), (1e-6, False)])
+def test_a_leak_is_what_is_larger_than_rounding_of_many_layers(size: float, leaks: bool) -> None:
+    """In standard deviations; a leak of a thousandth is one that a training finds."""
+    found = audit_model(toy(lambda x: x + size * x.flip(1)), vocab_size=50, length=LENGTH)
+    assert size < found.movements[-1].relative < 5 * size
+    assert found.leaks == leaks
+
+
+class Counting:
+    """Stands for an exported model: its logits tell the sum of the real tokens so far.
+
+    Args:
+        forgetful: it takes padding for tokens where it decodes with a cache.
+    """
+
+    def __init__(self, forgetful: bool) -> None:
+        self.forgetful = forgetful
+
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool, **cache: torch.Tensor
+    ) -> Any:
+        real = attention_mask[:, -input_ids.size(1) :].clone()
+        if use_cache and self.forgetful:
+            real.fill_(1)
+        sums = (input_ids * real).cumsum(1).double() + cache.get(CACHE, torch.zeros(len(input_ids), 1))
+        return Answer({CACHE: sums[:, -1:]}, torch.stack((sums, -sums), -1))
+
+
+class Answer(dict[str, torch.Tensor]):
+    def __init__(self, cache: dict[str, torch.Tensor], logits: torch.Tensor) -> None:
+        super().__init__(cache)
+        self.logits = logits
+
+
+def test_decoding_is_audited_on_padded_texts_as_well() -> None:
+    ids = torch.randint(1, 50, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    for forgetful in (False, True):
+        found = cached_decoding(Counting(forgetful), ids, [4, 9])  # type: ignore[arg-type]
+        assert (found.largest > 0) == forgetful
 
 
 def test_values_that_are_not_finite() -> None:

@@ -19,9 +19,10 @@ class CheckpointConfig:
     keep_last: int | None = None
     """Checkpoints to keep; older ones are removed once a newer one is whole. None keeps all."""
     resume: bool = True
-    """Go on from the newest complete checkpoint in the folder, if there is one."""
+    """Resume from the newest complete checkpoint in the folder, if there is one; the model must be the same."""
     init_from: str | None = None
-    """A checkpoint to take the weights from (only the weights) when the run starts anew."""
+    """A checkpoint to take the weights from (only the weights) when the run starts anew; it may route tokens in
+    another way."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "save_interval", "keep_last")

@@ -359,6 +359,8 @@ class IndexedWriter:
             sync_folder(folder)
             self._committed = True  # the old corpus is gone; discard() may remove the final names
             for suffix in SUFFIXES:
+                if suffix == MANIFEST:
+                    sync_folder(folder)  # it vouches for the others, so it must not be there without them
                 if suffix in self._files:
                     partial(self._final[suffix]).replace(self._final[suffix])
             sync_folder(folder)

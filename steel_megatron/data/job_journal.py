@@ -20,7 +20,7 @@ from steel_megatron.data.formats import check_size
 from steel_megatron.data.indexed_format import partial
 from steel_megatron.data.sources import Input
 from steel_megatron.errors import DataError
-from steel_megatron.files import disk_errors, remove, with_suffix, write_atomically
+from steel_megatron.files import disk_errors, remove, sync_folder, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 
 FORMAT = "steel-megatron-preprocess-2"
@@ -215,6 +215,7 @@ class SkippedRows:
             os.fsync(self._file.fileno())
             self._file.close()
             self._partial.replace(self.path)
+            sync_folder(self.path.parent)
         _log.warning(f"rows were skipped; they are listed in {self.path}")
 
     def close(self, keep: bool) -> None:

@@ -41,6 +41,11 @@ logger = get_logger(__name__)
 
 FORMAT = 1
 MANIFEST = "steel.json"
+NOT_COMPUTED = {"sequence_length", "init_method_std", "expert_init_method_std", "experts_alike", "routing_scale_init"}
+NOT_COMPUTED |= {"moe_aux_loss_coeff"}
+"""Settings of a model that do not change what given weights compute: these may always differ from a checkpoint's."""
+ROUTING = {"routing_mode", "routing_mix", "block_length", "moe_top_k"}
+"""How tokens reach experts: a new run may choose it anew for the weights it begins with."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +175,9 @@ def _begin(partial: Path, final: Path) -> None:
     """An empty temporary folder; what killed saves left beside it goes. (The caller holds the folder's lock.)"""
     with _disk_errors(final, partial):
         final.parent.mkdir(parents=True, exist_ok=True)
-        for left in final.parent.glob(".step_*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
+        for left in (*final.parent.glob(".step_*.partial"), *final.parent.glob(".step_*.old")):
+            if left.name != f".{final.name}.old":  # replace_folder knows what to do with that
+                shutil.rmtree(left, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
 
@@ -267,26 +273,24 @@ def newest(checkpoints: Path) -> CheckpointInfo | None:
     return None
 
 
-def check_model(info: CheckpointInfo, model: ModelConfig) -> None:
-    """Raise a CheckpointError that names the first setting in which a checkpoint's weights differ from ``model``.
+def check_model(info: CheckpointInfo, model: ModelConfig, *, resumes: bool) -> None:
+    """Raise a CheckpointError that names the first setting of a checkpoint's model that ``model`` must share.
 
-    Settings that weights do not depend on (routing mode, block length, sequence length) may differ.
+    Args:
+        info: the checkpoint.
+        model: the settings that its weights are wanted for.
+        resumes: whether a run goes on, so that nothing it computes may change; weights that a new run begins with may
+            be routed in another way.
     """
-    free = {"routing_mode", "routing_mix", "block_length", "sequence_length", "init_method_std", "norm_epsilon"}
-    free |= {"routing_scale_init", "moe_top_k", "moe_aux_loss_coeff", "expert_init_method_std", "experts_alike"}
+    free = NOT_COMPUTED if resumes else NOT_COMPUTED | ROUTING
     for field in dataclasses.fields(ModelConfig):
-        if field.name in free or field.name == "num_query_groups":
-            continue
-        saved, wanted = getattr(info.model, field.name), getattr(model, field.name)
-        if saved != wanted:
+        name = "query_groups" if field.name == "num_query_groups" else field.name
+        saved, wanted = getattr(info.model, name), getattr(model, name)
+        if field.name not in free and saved != wanted:
             raise CheckpointError(
                 f"{info.path} was saved with model.{field.name} = {saved}, this run has {wanted}; "
                 "use the checkpoint's settings or another checkpoint.directory"
             )
-    if info.model.query_groups != model.query_groups:
-        raise CheckpointError(
-            f"{info.path} was saved with {info.model.query_groups} query groups, this run has {model.query_groups}"
-        )
 
 
 @contextmanager
@@ -303,7 +307,7 @@ def load(engine: Engine, info: CheckpointInfo) -> None:
     Raises:
         CheckpointError: the checkpoint is of another model, or holds weights only.
     """
-    check_model(info, engine.run.model)
+    check_model(info, engine.run.model, resumes=True)
     if not info.has_optimizer:
         raise CheckpointError(f"{info.path} holds weights only and cannot be resumed; use checkpoint.init_from")
     # Random states belong to processes; with another number of them there is nothing to give them back to.
@@ -319,7 +323,7 @@ def load(engine: Engine, info: CheckpointInfo) -> None:
 
 def load_weights(stage: GPTModel, info: CheckpointInfo, model: ModelConfig) -> None:
     """Load a checkpoint's weights into one pipeline stage; every process calls it."""
-    check_model(info, model)
+    check_model(info, model, resumes=False)
     state = dist_checkpointing.load({"model": sharded_weights(stage)}, str(info.path), validate_access_integrity=False)
     _set_weights(stage, state["model"])
 

@@ -24,10 +24,11 @@ def write(
     dtype: type = np.uint16,
     block_bytes: int = BLOCK_BYTES,
     rows: Sequence[int] | None = None,
+    overwrite: bool = False,
     **manifest: object,
 ) -> str:
     """A corpus of the library's; ``rows`` needs ``inputs``."""
-    with IndexedWriter(prefix, dtype, block_bytes=block_bytes) as writer:
+    with IndexedWriter(prefix, dtype, overwrite, block_bytes=block_bytes) as writer:
         for number, document in enumerate(documents):
             writer.add_documents(np.array(document, np.int64), [len(document)], rows and rows[number : number + 1])
         writer.finalize(manifest)

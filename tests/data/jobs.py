@@ -15,14 +15,35 @@ from steel_megatron.data.native import helpers
 from tests.data.conftest import make_texts, write_jsonl
 
 _CODE = """
-import json, sys
+import json, sys, time
+from pathlib import Path
+from steel_megatron.data import encoding_workers
 from steel_megatron.data.preprocess import preprocess
-from steel_megatron.data.preprocess_run import Pace
+from steel_megatron.data.preprocess_run import Pace, Run
 from steel_megatron.log import exit_code
+
+def stop_after(writes, reached, released):
+    write, left = Run.write, writes
+
+    def counted(*task):
+        nonlocal left
+        left -= 1
+        full = write(*task)
+        if left == 0:
+            reached.write_text("reached")
+            while not released.exists():
+                time.sleep(0.002)
+        return full
+
+    Run.write = counted
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
     pace = Pace(**arguments.pop("pace"))
+    encoding_workers._BYTES_PER_WORKER = 1 << 16  # most of the work is yet to be handed out
+    if "hold" in arguments:
+        reached = Path(arguments.pop("hold"))
+        stop_after(3, reached, reached.with_suffix(".go"))
     sys.exit(exit_code(lambda: preprocess(**arguments, pace=pace)))
 """
 
@@ -57,7 +78,12 @@ def mixed_inputs(folder: Path, count: int) -> list[str]:
 
 
 def start_job(inputs: list[str], prefix: Path, model: Path, **options: Any) -> subprocess.Popen[str]:
-    """Start ``preprocess`` with SentencePiece, in small steps."""
+    """Start ``preprocess`` with SentencePiece, in small steps.
+
+    Args:
+        options: of ``preprocess``; and ``hold``, a file that appears when the job stands still, with a few tasks
+            written and most of them yet to come. It goes on when :func:`let_go` is called.
+    """
     arguments = {
         "inputs": inputs,
         "output_prefix": str(prefix),
@@ -69,12 +95,17 @@ def start_job(inputs: list[str], prefix: Path, model: Path, **options: Any) -> s
     return subprocess.Popen([sys.executable, "-c", _CODE, json.dumps(arguments)], stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(job: subprocess.Popen[str], path: Path, seconds: float = 30) -> None:
+def wait_for(job: subprocess.Popen[str], path: Path, seconds: float = 60) -> None:
     """Wait until a file has content; the job must still be running then."""
     deadline = time.monotonic() + seconds
     while not (path.exists() and path.stat().st_size):
         assert time.monotonic() < deadline and job.poll() is None, job.stderr and job.stderr.read()
         time.sleep(0.002)
+
+
+def let_go(hold: Path) -> None:
+    """Let a job go on that stands still."""
+    hold.with_suffix(".go").touch()
 
 
 def workers_of(job: subprocess.Popen[str]) -> list[int]:
@@ -85,7 +116,7 @@ def workers_of(job: subprocess.Popen[str]) -> list[int]:
 
 def wait_gone(pids: list[int]) -> None:
     """Wait until processes have ended."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text() for pid in pids):
         assert time.monotonic() < deadline, "workers outlived the job"
         time.sleep(0.02)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import zstandard
 
@@ -27,6 +24,7 @@ from steel_megatron.data.named_sources import Dialogue
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import exclusive_lock
 from tests.data.conftest import make_texts, write_jsonl
+from tests.data.jobs import wait_for, wait_gone
 
 SMALL = 140_000
 ROOT = Path(__file__).resolve().parents[2]
@@ -346,12 +344,30 @@ def test_an_output_is_not_overwritten_by_accident(recipe: Path, corpus: Path, tm
     assert not (tmp_path / "out" / "skypile").exists() and (tmp_path / "out" / "text").exists()
 
 
-def tool(recipe: Path, corpus: Path, output: Path, *options: str, limit: int | None = None) -> list[str]:
-    """The command line of a job; ``limit`` is the size in bytes beyond which no file can grow."""
-    begin = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n" if limit else ""
+# A stage of the job stands still before or after its third unit, in whatever process works on that.
+STILL = """
+from pathlib import Path
+from steel_megatron.data.cleaning import stages
+import os, signal
+whole = stages.{stage}.work
+
+def work(self, number):
+    done = {after} and whole(self, number)
+    if number == 2:
+        Path({reached!r}).write_text(str(os.getpid()))
+        signal.pause()
+    return done if {after} else whole(self, number)
+
+stages.{stage}.work = work
+"""
+
+
+def tool(recipe: Path, corpus: Path, output: Path, *options: str, begin: str = "") -> list[str]:
+    """The command line of a job; ``begin`` is code that each of its processes runs first."""
     script = (
-        f"{begin}import runpy, sys\nfrom steel_megatron.data import clean\nclean.UNIT_BYTES = {SMALL}\n"
-        f"if __name__ == '__main__': runpy.run_path({str(ROOT / 'tools' / 'clean_corpus.py')!r}, run_name='__main__')"
+        f"{begin}\nimport sys\nsys.path.insert(0, {str(ROOT / 'tools')!r})\nimport clean_corpus\n"
+        f"from steel_megatron.data import clean\nclean.UNIT_BYTES = {SMALL}\n"
+        "if __name__ == '__main__': sys.exit(clean_corpus.exit_code(clean_corpus.main))"
     )
     launcher = output.with_suffix(".launch.py")
     launcher.write_text(script)
@@ -361,30 +377,38 @@ def tool(recipe: Path, corpus: Path, output: Path, *options: str, limit: int | N
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-@pytest.mark.timeout(120)
+@contextmanager
+def standing_still(command: list[str], reached: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A job, and the process that stands still in it; none of them is left."""
+    job = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(job, reached)
+        worker = int(reached.read_text())
+        assert worker != job.pid
+        yield job, worker
+    finally:
+        job.kill()
+        job.communicate()
+    wait_gone([worker])
+
+
+@pytest.mark.timeout(240)
 def test_kills_leave_nothing_and_the_same_command_goes_on(
     recipe: Path, corpus: Path, whole: Path, tmp_path: Path
 ) -> None:
-    command = tool(recipe, corpus, tmp_path / "out", "--workers", "2")
-    draw = random.Random(time.time_ns())
-    moments = [draw.uniform(0.5, 3.5) for _ in range(3)]
-    killed = 0
-    for moment in moments:
-        job = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            job.wait(timeout=moment)
-        except subprocess.TimeoutExpired:
+    moments = [("SampleTexts", True), ("CleanUnits", False), ("CleanUnits", True), ("WriteKept", True)]
+    for stage, after in moments:
+        reached = tmp_path / "reached"
+        still = STILL.format(stage=stage, after=after, reached=str(reached))
+        command = tool(recipe, corpus, tmp_path / "out", "--workers", "2", begin=still)
+        with standing_still(command, reached) as (job, _):
             job.send_signal(signal.SIGKILL)
-            job.wait()
-            killed += 1
-        if (tmp_path / "out").exists():
-            break
-    assert killed, f"no kill at {moments}"
-    if not (tmp_path / "out").exists() or (tmp_path / "out.partial").exists():
-        subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=60)
-    assert content(tmp_path / "out") == content(whole), moments
+        reached.unlink()
+        assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+    clean_corpus(recipe, inputs(corpus), tmp_path / "out", workers=2)
+    assert content(tmp_path / "out") == content(whole)
     left = {path.name for path in tmp_path.iterdir()} - {"out", "recipe.yaml", "out.launch.py", "out.lock"}
-    assert not left, moments
+    assert not left
 
 
 @pytest.mark.parametrize("stage", ["sample", "clean", "deduplicate"])
@@ -453,7 +477,8 @@ def test_a_full_disk_is_an_error_and_the_job_goes_on_later(
     recipe: Path, corpus: Path, whole: Path, tmp_path: Path
 ) -> None:
     """No file can grow beyond 12 kB, as if the disk were full: the arrays of the model are larger."""
-    command = tool(recipe, corpus, tmp_path / "out", limit=12_000)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))"
+    command = tool(recipe, corpus, tmp_path / "out", begin=limit)
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "error: cannot write" in done.stderr and not (tmp_path / "out").exists()
@@ -465,18 +490,10 @@ def test_a_full_disk_is_an_error_and_the_job_goes_on_later(
 
 @pytest.mark.timeout(60)
 def test_a_killed_worker_fails_the_job(recipe: Path, corpus: Path, tmp_path: Path) -> None:
-    big = write_jsonl(tmp_path / "big.jsonl", make_texts(20_000, seed=6))
-    command = tool(recipe, corpus, tmp_path / "out", "--workers", "2", "--sources", str(big))
-    job = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        workers: list[psutil.Process] = []
-        while job.poll() is None and not workers:
-            server = psutil.Process(job.pid).children()  # of processes, which is the parent of the workers
-            workers = [worker for child in server for worker in child.children()]
-            time.sleep(0.05)
-        workers[0].kill()
-        _, said = job.communicate(timeout=30)
-    finally:
-        job.kill()
+    still = STILL.format(stage="CleanUnits", after=False, reached=str(tmp_path / "reached"))
+    command = tool(recipe, corpus, tmp_path / "out", "--workers", "2", begin=still)
+    with standing_still(command, tmp_path / "reached") as (job, worker):
+        os.kill(worker, signal.SIGKILL)
+        _, said = job.communicate(timeout=60)
     assert job.returncode == 2 and "a process that cleaned was killed" in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Callable
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,9 +14,11 @@ from steel_megatron.data import clean
 from steel_megatron.data.clean import clean_corpus
 from steel_megatron.data.cleaning import funnel, job_folder, slurm
 from steel_megatron.data.cleaning.job_folder import PLAN_FORMAT
+from steel_megatron.data.cleaning.unit_files import UnitFiles
 from steel_megatron.errors import ConfigError, DataError
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.test_clean import content
+from tests.file_system import killed_before, watched
 
 
 @pytest.fixture
@@ -144,58 +146,53 @@ def test_a_link_to_a_folder_is_that_folder(recipe: Path, raw: Path, tmp_path: Pa
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "funnel.json").exists()
 
 
-def killed_after(step: int, run: Callable[[], Any]) -> bool:
-    """Run in a child that is killed after its ``step``-th change of a folder; whether it got there."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    done = 0
-
-    def counted(change: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **named: Any) -> Any:
-            nonlocal done
-            result = change(*args, **named)
-            done += 1
-            if done == step:
-                os._exit(9)
-            return result
-
-        return call
-
-    try:
-        for name in ("replace", "unlink", "rmdir"):
-            setattr(os, name, counted(getattr(os, name)))
-        run()
-        os._exit(0)
-    except BaseException:
-        os._exit(1)
-
-
 @pytest.mark.timeout(120)
-def test_a_kill_after_each_step_of_the_end(
+def test_a_kill_at_each_step_of_the_end(
     recipe: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The result replaces an earlier one; killed anywhere, the same command ends with the whole result."""
     sources, output, publish = [f"{raw}/*.jsonl"], tmp_path / "out", clean.publish
     clean_corpus(recipe, sources, tmp_path / "whole")
+    clean_corpus(recipe, [f"{raw}/0.jsonl"], tmp_path / "old")
+    old, whole = content(tmp_path / "old"), content(tmp_path / "whole")
 
     def run() -> None:
         clean_corpus(recipe, sources, output, overwrite=True)
 
-    step, killed = 0, True
-    while killed:
-        step += 1 if step < 12 else 4  # then only the removal of many files is left
-        clean_corpus(recipe, [f"{raw}/0.jsonl"], output, overwrite=True)
-        # All but the end is done beforehand, so that the steps that are counted are those of the end.
-        monkeypatch.setattr(clean, "publish", lambda *_: os._exit(9))
-        assert killed_after(0, run)
-        monkeypatch.setattr(clean, "publish", publish)
-        killed = killed_after(step, run)
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # All but the end is done beforehand, so that the steps that are counted are those of the end.
+    shutil.copytree(tmp_path / "old", output)
+    monkeypatch.setattr(clean, "publish", killed)
+    with pytest.raises(KeyboardInterrupt):
         run()
-        assert content(output) == content(tmp_path / "whole"), step
-        left = {path.name for path in tmp_path.iterdir()} - {"raw", "recipe.yaml", "whole", "out", "out.lock"}
-        assert not left, step
+    monkeypatch.setattr(clean, "publish", publish)
+    (tmp_path / "begun").mkdir()
+    for name in ("out", "out.partial"):
+        (tmp_path / name).rename(tmp_path / "begun" / name)
+    for step in itertools.chain(range(1, 25), itertools.count(25, 5)):  # then only the removal of many files is left
+        shutil.copytree(tmp_path / "begun", tmp_path, dirs_exist_ok=True)
+        came = killed_before(step, run)
+        aside = tmp_path / ".out.old"
+        assert content(output if output.exists() else aside) in (old, whole), step
+        run()
+        assert content(output) == whole, step
+        left = {path.name for path in tmp_path.iterdir()}
+        assert not left - {"raw", "recipe.yaml", "whole", "old", "begun", "out", "out.lock"}, step
+        shutil.rmtree(output)
+        if not came:
+            break
     assert step > 20
+
+
+def test_what_a_unit_writes_is_on_the_disk_when_it_has_its_name(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    with watched(tmp_path) as watch, UnitFiles(tmp_path, "000000") as files:
+        for folder in ("output/text", "output/quarantine/x"):
+            files.write(folder, {"text": "x"})
+        files.commit()
+    assert not watch.faults and sum(call.name == "replace" for call in watch.calls) == 2
 
 
 def test_a_finished_job_is_no_other_job(

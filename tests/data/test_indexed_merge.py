@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import logging
 import tracemalloc
@@ -17,6 +19,7 @@ from steel_megatron.data.indexed_merge import merge
 from steel_megatron.data.indexed_writer import IndexedWriter
 from steel_megatron.errors import DataError
 from tests.data.corpora import DOCUMENTS, content, inputs, write, write_megatron
+from tests.file_system import killed_before
 
 
 @settings(max_examples=12, deadline=None)
@@ -116,6 +119,31 @@ def test_merge_does_not_vouch_for_damage(tmp_path: Path, suffix: str, at: int) -
     with pytest.raises(DataError, match=rf"x{suffix} "):
         merge([prefix], tmp_path / "out" / "y")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_kill_at_any_moment_of_a_merge(tmp_path: Path) -> None:
+    """What is merged stays; what comes of it is the earlier corpus, nothing that opens, or all of the new one."""
+    prefixes = [write(tmp_path / name, [[n, n]], rows=[1], inputs=inputs(1)) for n, name in enumerate("ab", start=1)]
+    before = [content(prefix) for prefix in prefixes]
+    merge(prefixes, tmp_path / "whole" / "x")
+    whole = content(tmp_path / "whole" / "x")
+    found = set()
+    for number in itertools.count(1):
+        out = tmp_path / str(number) / "x"
+        write(out, [[3, 3], [4, 4]], rows=[1, 2], inputs=inputs(2))
+        killed = killed_before(number, functools.partial(merge, prefixes, out, overwrite=True))
+        try:
+            first = tuple(open_indexed(out).document(0))
+        except DataError:
+            first = ()
+        else:
+            verify(out)
+        found.add(first)
+        merge(prefixes, out, overwrite=True)
+        assert content(out) == whole and [content(prefix) for prefix in prefixes] == before
+        if not killed:
+            break
+    assert found == {(3, 3), (), (1, 1)} and number > 10
 
 
 def test_memory_does_not_grow_with_the_corpora(tmp_path: Path) -> None:

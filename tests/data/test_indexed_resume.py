@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ from hypothesis import strategies as st
 from steel_megatron.data.indexed import open_indexed
 from steel_megatron.data.indexed_writer import IndexedWriter
 from steel_megatron.errors import DataError
+from steel_megatron.files import write_atomically
 from tests.data.corpora import content, inputs, limited, write
+from tests.file_system import killed_before, watched
 
 
 def add(writer: IndexedWriter, documents: list[list[int]], first_row: int) -> None:
@@ -72,61 +73,63 @@ def test_going_on_from_a_state_gives_the_same_bytes(
     assert content(folder / "x") == content(folder / "whole" / "x")
 
 
-def test_going_on_within_a_commit(tmp_path: Path) -> None:
-    """As above, from every state of the folder that a kill within commit leaves, also over an older corpus."""
-    with IndexedWriter(tmp_path / "new" / "x", np.uint16) as writer:
-        add(writer, [[1, 2], [3]], 1)
-        state = writer.state()
+def complete(prefix: Path, state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write three documents, or go on with them; returns the state after two."""
+    with IndexedWriter(prefix, np.uint16, overwrite=True, state=state) as writer:
+        if state is None:
+            add(writer, [[1, 2], [3]], 1)
+        noted = writer.state()
         add(writer, [[4]], 3)
         writer.finalize({"inputs": inputs(3)})
+    return noted
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_going_on_after_a_kill_at_any_moment(tmp_path: Path, old: bool) -> None:
+    """A write is killed before each of its calls, over an older corpus or none, and so is the one that goes on."""
+    with watched(tmp_path) as watch:
+        state = complete(tmp_path / "new" / "x")
+    told = watch.order().index("fsync new")  # the state is told, and on the disk
     new = content(tmp_path / "new" / "x")
-    old = content(write(tmp_path / "old" / "x", [[7, 8], [9], [9]], rows=[1, 2, 3], inputs=inputs(3)))
-    for renamed in range(5):
-        files = {".bin": old[".bin"]} | {f"{suffix}.partial": new[suffix] for suffix in new}
-        for suffix in (".bin", ".idx", ".rows.npy", ".json")[:renamed]:
-            files[suffix] = files.pop(f"{suffix}.partial")
-        folder = tmp_path / str(renamed)
-        folder.mkdir()
-        for suffix, bytes_ in files.items():
-            (folder / f"x{suffix}").write_bytes(bytes_)
-        with IndexedWriter(folder / "x", np.uint16, overwrite=True, state=state) as writer:
-            add(writer, [[4]], 3)
-            writer.finalize({"inputs": inputs(3)})
-        assert content(folder / "x") == new
-
-
-def test_going_on_after_kills_at_random_moments(tmp_path: Path) -> None:
-    """A process that notes its state now and then is ended by a timer, again and again, until it is done."""
-    code = (
-        "import json, signal, sys\n"
-        "from pathlib import Path\n"
-        "import numpy as np\n"
-        "from steel_megatron.data.indexed_writer import IndexedWriter\n"
-        "from steel_megatron.errors import DataError\n"
-        "from steel_megatron.files import write_atomically\n"
-        "note = Path(sys.argv[1]).parent / 'note' / 'state'\n"
-        "state = json.loads(note.read_text()) if note.exists() else None\n"
-        "if float(sys.argv[2]):\n"
-        "    signal.setitimer(signal.ITIMER_REAL, float(sys.argv[2]))\n"
-        "with IndexedWriter(sys.argv[1], 'uint16', state=state, block_bytes=1024) as writer:\n"
-        "    while writer.documents < 3000:\n"
-        "        ids = np.arange(writer.documents % 37)\n"
-        "        writer.add_documents(ids, [len(ids)], [writer.documents + 1])\n"
-        "        if writer.documents % 50 == 0:\n"
-        "            write_atomically(note, json.dumps(writer.state()).encode(), DataError)\n"
-        "    writer.finalize({'inputs': [{'documents': 3000}]})\n"
-        "note.unlink()\n"
-    )
-    kills = 0
-    for delay in (0.005, 0.03, 0.06, 0.0):
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x"), str(delay)], check=False, timeout=60)
-        assert done.returncode in (0, -signal.SIGALRM)
-        kills += done.returncode != 0
-        if done.returncode == 0:
+    for number in itertools.count(told + 2):
+        begun = tmp_path / str(number)
+        begun.mkdir()
+        if old:
+            write(begun / "x", [[7, 8], [9], [9]], rows=[1, 2, 3], inputs=inputs(3))
+        killed = killed_before(number, functools.partial(complete, begun / "x"))
+        again = begun / "again" / "x"
+        for number_again in itertools.count(1 + number % 3, 3):  # not each after each: that would take long
+            shutil.copytree(begun, again.parent, ignore=shutil.ignore_patterns("again"))
+            killed_again = killed_before(number_again, functools.partial(complete, again, state))
+            complete(again, state)
+            assert content(again) == new, (number, number_again)
+            shutil.rmtree(again.parent)
+            if not killed_again:
+                break
+        if not killed:
             break
-    assert kills
-    documents = [list(range(number % 37)) for number in range(3000)]
-    write(tmp_path / "whole" / "x", documents, block_bytes=1024, rows=range(1, 3001), inputs=[{"documents": 3000}])
+    assert number > 20
+
+
+def test_going_on_after_kill_upon_kill(tmp_path: Path) -> None:
+    """A job that notes its state now and then is killed again and again, a little later each time."""
+    note, documents = tmp_path / "note" / "state", [list(range(number % 37)) for number in range(400)]
+
+    def job() -> None:
+        state = json.loads(note.read_text()) if note.exists() else None
+        with IndexedWriter(tmp_path / "x", np.uint16, state=state, block_bytes=1024) as writer:
+            while writer.documents < len(documents):
+                add(writer, [documents[writer.documents]], writer.documents + 1)
+                if writer.documents % 10 == 0:
+                    write_atomically(note, json.dumps(writer.state()).encode(), DataError)
+            writer.finalize({"inputs": inputs(len(documents))})
+        note.unlink()
+
+    for calls in itertools.count(5):
+        if not killed_before(calls, job):
+            break
+    assert calls > 15
+    write(tmp_path / "whole" / "x", documents, block_bytes=1024, rows=range(1, 401), inputs=inputs(400))
     assert content(tmp_path / "x") == content(tmp_path / "whole" / "x")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from steel_megatron.data.indexed_writer import IndexedWriter
 from steel_megatron.errors import DataError
 from steel_megatron.files import exclusive_lock, write_atomically
 from tests.data.corpora import content, inputs, limited, write
+from tests.file_system import full_disk_at, killed_before, watched
 
 
 def test_nothing_is_left_without_a_commit(tmp_path: Path) -> None:
@@ -32,29 +34,73 @@ def test_nothing_is_left_without_a_commit(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def opened(prefix: Path) -> list[int] | None:
+    """The first document of a corpus; None where nothing opens."""
+    try:
+        return open_indexed(prefix).document(0).tolist()
+    except DataError:
+        return None
+
+
 @pytest.mark.parametrize("rows", [False, True])
-def test_every_moment_of_a_commit_leaves_nothing_that_opens(tmp_path: Path, rows: bool) -> None:
-    """Replays the states of the folder that a crash during commit can leave over an older corpus."""
+def test_a_kill_at_any_moment_leaves_the_old_corpus_or_nothing_or_the_new(tmp_path: Path, rows: bool) -> None:
+    """The old corpus has the sizes of the new one: only the order of the names keeps them apart."""
     about: dict[str, Any] = {"rows": [1], "inputs": inputs(1)} if rows else {}
     new = content(write(tmp_path / "new" / "x", [[1, 2]], **about))
-    # The same sizes: only the order of the renames keeps them apart.
-    state = content(write(tmp_path / "old" / "x", [[3, 4]], rows=[5], inputs=inputs(1)))
-    state |= {f"{suffix}.partial": new[suffix] for suffix in new}
-    steps: list[tuple[str, str | None]] = [(".json", None), (".idx", None), (".rows.npy", None)]
-    steps += [(f"{suffix}.partial", suffix) for suffix in (".bin", ".idx", ".rows.npy", ".json") if suffix in new]
-    for number, (gone, appears) in enumerate(steps):
-        moved = state.pop(gone)
-        if appears is not None:
-            state[appears] = moved
-        folder = tmp_path / f"state{number}"
-        folder.mkdir()
-        for suffix, bytes_ in state.items():
-            (folder / f"x{suffix}").write_bytes(bytes_)
-        if number == len(steps) - 1:
-            assert open_indexed(folder / "x").document(0).tolist() == [1, 2]
-        else:
-            with pytest.raises(DataError):
-                open_indexed(folder / "x")
+    old = content(write(tmp_path / "old" / "x", [[3, 4]], rows=[5], inputs=inputs(1)))
+    found: list[list[int] | None] = []
+    for number in itertools.count(1):
+        prefix = tmp_path / str(number) / "x"
+        prefix.parent.mkdir()
+        for suffix, bytes_ in old.items():
+            Path(f"{prefix}{suffix}").write_bytes(bytes_)
+        killed = killed_before(number, lambda prefix=prefix: write(prefix, [[1, 2]], overwrite=True, **about))  # type: ignore[misc]
+        found.append(opened(prefix))
+        write(prefix, [[1, 2]], overwrite=True, **about)
+        assert content(prefix) == new, number
+        if not killed:
+            break
+    order = [[3, 4], None, [1, 2]]
+    assert [order.index(one) for one in found] == sorted(order.index(one) for one in found)
+    assert {order.index(one) for one in found} == {0, 1, 2} and len(found) > 10
+
+
+def test_what_vouches_for_a_corpus_goes_first_and_comes_last(tmp_path: Path) -> None:
+    """After a power failure as well: each step is on the disk before the next one."""
+    write(tmp_path / "x", [[3, 4]], rows=[5], inputs=inputs(1))
+    with IndexedWriter(tmp_path / "x", np.uint16, overwrite=True) as writer, watched(tmp_path) as watch:
+        writer.add_documents(np.array([1, 2]), [2], [1])
+        writer.prepare({"inputs": inputs(1)})
+        assert not watch.unsynced()
+        prepared = len(watch.calls)
+        writer.commit()
+    assert not watch.faults
+    assert watch.order()[prepared:] == [
+        *("unlink x.json", "unlink x.idx", "unlink x.rows.npy", "fsync ."),
+        *("replace x.bin", "replace x.idx", "replace x.rows.npy", "fsync .", "replace x.json", "fsync ."),
+        *("unlink x.bin.partial", "unlink x.idx.partial", "unlink x.rows.npy.partial", "unlink x.json.partial"),
+        "unlink x.lock",
+    ]
+
+
+def test_a_state_is_on_the_disk_when_it_is_told(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "x", np.uint16) as writer, watched(tmp_path) as watch:
+        for row in (1, 2):
+            writer.add_documents(np.array([1, 2]), [2], [row])
+            writer.state()
+            assert watch.unsynced() == [] and watch.order()[-1] == "fsync ."
+
+
+def test_a_full_disk_at_any_sync_or_rename_leaves_nothing_of_a_corpus(tmp_path: Path) -> None:
+    for number in itertools.count(1):
+        try:
+            with full_disk_at(number):
+                write(tmp_path / "x", [[1, 2]], rows=[1], inputs=inputs(1))
+        except DataError as error:
+            assert "No space left on device" in str(error) and not list(tmp_path.iterdir())
+            continue
+        break
+    assert number > 7
 
 
 def test_existing_corpora_are_only_replaced_when_asked(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,11 +242,18 @@ def test_what_came_meanwhile_is_compared_too(folder: Folder) -> None:
 @pytest.mark.timeout(60)
 def test_a_ledger_that_is_being_changed_is_waited_for(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     context = multiprocessing.get_context("fork")
+    waits = context.Event()
+
+    def remove() -> None:
+        from steel_megatron import files
+
+        files.logger.info = lambda message: waits.set() if "waiting for another job" in message else None  # type: ignore[method-assign]
+        os._exit(data("remove", "l.json", "a"))
+
     with exclusive_lock("l.json", ledger_module.DataError):
-        process = context.Process(target=lambda: os._exit(data("remove", "l.json", "a")))
+        process = context.Process(target=remove)
         process.start()
-        time.sleep(1)
-        assert process.is_alive()
+        assert waits.wait(30) and process.is_alive()
     process.join(timeout=30)
     assert process.exitcode == 0 and last() == Event(None, remove=("a",))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from steel_megatron.data.named_sources import SOURCES, Dialogue, get_source
 from steel_megatron.data.sources import Document, Input, SkippedRow, parse_inputs, read_documents
 from steel_megatron.errors import DataError
 from tests.data.conftest import KINDS, REAL
+from tests.data.growth import is_linear
 from tests.fixtures.make_samples import LAYOUTS, Sample, make_samples
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -98,11 +98,12 @@ def test_dialogues(name: str, row: dict[str, Any], turns: list[tuple[str, str]])
 
 
 def test_moss_takes_linear_time() -> None:
-    said = "<|Human|>:  a" + " " * 200_000 + "b <eoh> \n"
-    begin = time.process_time()
-    document = get_source("moss").text({"conversation": [{"Human": said, "MOSS": "ok"}]})
-    assert time.process_time() - begin < 2
-    assert document == Dialogue.of([("a" + " " * 200_000 + "b", "ok")])
+    def read(spaces: int) -> None:
+        said = "<|Human|>:  a" + " " * spaces + "b <eoh> \n"
+        document = get_source("moss").text({"conversation": [{"Human": said, "MOSS": "ok"}]})
+        assert document == Dialogue.of([("a" + " " * spaces + "b", "ok")])
+
+    assert is_linear(read, 2_500)
 
 
 def test_the_template_is_the_published_tokenizer_s(qwen_by_transformers: PreTrainedTokenizerBase) -> None:

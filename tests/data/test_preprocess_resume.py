@@ -11,14 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steel_megatron.data.encoding import Documents, Encoded, Position
-from steel_megatron.data.job_journal import Journal
+from steel_megatron.data.encoding import Documents, Encoded, Position, Skipped
+from steel_megatron.data.job_journal import Journal, SkippedRows
 from steel_megatron.data.preprocess import PreprocessReport, preprocess
 from steel_megatron.data.preprocess_run import Pace, Run
 from steel_megatron.data.shards import ShardedWriter
+from steel_megatron.data.sources import SkippedRow
 from steel_megatron.errors import DataError
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.jobs import files_in, mixed_inputs
+from tests.file_system import watched
 
 FILES = ("bin", "idx", "json", "rows.npy")
 
@@ -278,6 +280,35 @@ def test_an_input_that_grows_meanwhile_is_noticed(
     monkeypatch.setattr(Run, "write", grow)
     with pytest.raises(DataError, match=r"corpus\.jsonl changed while it was read"):
         preprocess([str(source)], tmp_path / "out" / "c", "sentencepiece", sp_model, pace=Pace(100))
+
+
+def test_what_is_noted_is_on_the_disk_and_so_is_the_result(
+    tmp_path: Path, sp_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each note vouches for the files beside it; a power failure must not leave it without them."""
+    inputs, note, noted = mixed_inputs(tmp_path, 60), Journal.write, 0
+    (tmp_path / "out").mkdir()
+    with watched(tmp_path / "out") as watch:
+
+        def checked(journal: Journal, content: Any) -> None:
+            nonlocal noted
+            noted += 1
+            assert [name for name in watch.unsynced() if not name.endswith(".lock")] == []
+            note(journal, content)
+
+        monkeypatch.setattr(Journal, "write", checked)
+        run_with(inputs, tmp_path / "out" / "c", sp_model, pace=Pace(4000, 4000))
+    assert watch.faults == [] and noted > 4
+    gone = [place for place, call in enumerate(watch.order()) if call == "unlink c.progress.json"]
+    assert gone[0] > max(place for place, call in enumerate(watch.order()) if call.startswith("replace"))
+
+
+def test_the_list_of_skipped_rows_is_synced_before_it_gets_its_name(tmp_path: Path) -> None:
+    with watched(tmp_path) as watch:
+        rows = SkippedRows(str(tmp_path / "c"))
+        rows.add([Skipped(0, "text", SkippedRow("a.jsonl", 1, "broken"))])
+        rows.commit()
+    assert not watch.faults and watch.order()[-1] == "fsync ."
 
 
 def test_what_a_kill_left_of_the_journal_goes(tmp_path: Path) -> None:

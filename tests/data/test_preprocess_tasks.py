@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -37,6 +38,8 @@ class _Slow:
     """Stands for an encoder; the first task is quick."""
 
     unwanted: threading.Event | None = None
+    begun: ClassVar = threading.Event()
+    waited: ClassVar[list[bool]] = []
 
     def __init__(self, by_threads: bool) -> None:
         self.by_threads = by_threads
@@ -50,19 +53,25 @@ class _Slow:
         if task.end.input and self.unwanted is None:
             time.sleep(60)
         elif task.end.input and self.unwanted is not None:
-            self.unwanted.wait(60)
+            self.begun.set()
+            self.waited.append(self.unwanted.wait(60))
         return Encoded({}, [])
 
 
 @pytest.mark.parametrize("by_threads", [True, False])
 def test_nobody_waits_for_workers_whose_results_are_thrown_away(by_threads: bool) -> None:
     tasks = (Task((), Position(number)) for number in range(4))
+    others = active_children()
     results = encoded(tasks, _Slow(by_threads), workers=2)  # type: ignore[arg-type]
     assert next(results)[0] == Position(0)
-    begun = time.monotonic()
+    workers = [child for child in active_children() if child not in others]
+    assert not by_threads or _Slow.begun.wait(60)
     with pytest.raises(KeyboardInterrupt):
         results.throw(KeyboardInterrupt)
-    assert time.monotonic() - begun < 20, "a scheduler kills after 30 seconds"
+    if by_threads:
+        assert all(_Slow.waited) and not workers  # they were told, and did not come to the end of their wait
+    else:
+        assert [worker.exitcode for worker in workers] == [-signal.SIGKILL] * 2
 
 
 def test_a_long_text_is_given_up_when_nobody_wants_it(tmp_path: Path, hf_folder: Path) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from steel_megatron.config import CheckpointConfig, ModelConfig, ParallelConfig
-from steel_megatron.errors import CheckpointError, SteelError
+from steel_megatron.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig
+from steel_megatron.errors import CheckpointError
 from steel_megatron.files import sha256_of
 from steel_megatron.train import checkpoint
 from tests.distributed import run_distributed
-from tests.train.small_run import LAYOUTS, MODEL, PROCESSES, small_run, train
+from tests.file_system import full_disk_at, killed_before, watched
+from tests.train.small_run import LAYOUTS, MODEL, PROCESSES, own_batches, small_run, train
 
 ALONE = ParallelConfig()
 
@@ -57,18 +60,35 @@ def test_resume_equals_no_stop(
             assert ours == pytest.approx(theirs, rel=1e-5), f"step {step}"
 
 
+def save_twice(run: RunConfig) -> None:
+    from steel_megatron.parallel.topology import initialize
+    from steel_megatron.train.engine import Engine
+
+    topology = initialize(run.parallel)
+    engine = Engine(run, topology)
+    for step in (1, 2, 3, 4):
+        engine.step(own_batches(run, step, topology))
+        if step % 2 == 0:
+            checkpoint.save(engine, step * run.training.global_batch_size)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's checkpoints after steps 2 and 4."""
     directory = tmp_path_factory.mktemp("run")
-    run_distributed(train, 1, small_run(ALONE, str(directory)), 1, 2, True)
-    run_distributed(train, 1, small_run(ALONE, str(directory)), 3, 4, True, True)
+    run_distributed(save_twice, 1, small_run(ALONE, str(directory)))
     return directory / "checkpoints"
 
 
 @pytest.fixture
 def checkpoints(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
 
 
 def newest_step(checkpoints: Path) -> int | None:
@@ -84,7 +104,7 @@ def test_whole_checkpoints_are_found(checkpoints: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".metadata", "common.pt", "__0_0.distcp", "run.yaml", "steel.json"])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped bit"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "first bit", "last bit"])
 def test_damaged_checkpoints_are_passed_over(checkpoints: Path, name: str, damage: str) -> None:
     file = checkpoints / "step_00000004" / name
     content = file.read_bytes()
@@ -93,8 +113,13 @@ def test_damaged_checkpoints_are_passed_over(checkpoints: Path, name: str, damag
     elif damage == "truncated":
         file.write_bytes(content[:-1])
     else:
-        file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        flip(file, 0 if damage == "first bit" else -1)
     assert newest_step(checkpoints) == 2
+    if damage in ("missing", "truncated") and name != "steel.json":
+        with pytest.raises(
+            CheckpointError, match=rf"{file} (is missing|has {len(content) - 1:,} bytes); the checkpoint"
+        ):
+            checkpoint.read_info(file.parent)  # without reading all of it
 
 
 def test_unfinished_folders_are_no_checkpoints(checkpoints: Path) -> None:
@@ -145,18 +170,6 @@ def test_an_index_that_would_execute_something_is_refused(checkpoints: Path, con
         checkpoint.verify(folder)
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 64}, {"num_experts": 2}, {"vocab_size": 90}])
-def test_another_model_is_refused_by_name(checkpoints: Path, change: dict[str, int]) -> None:
-    info = checkpoint.read_info(checkpoints / "step_00000004")
-    with pytest.raises(CheckpointError, match=next(iter(change))):
-        checkpoint.check_model(info, dataclasses.replace(MODEL, **change))
-
-
-def test_what_weights_do_not_depend_on_may_change(checkpoints: Path) -> None:
-    info = checkpoint.read_info(checkpoints / "step_00000004")
-    checkpoint.check_model(info, dataclasses.replace(MODEL, routing_mode="merged", block_length=4, sequence_length=8))
-
-
 def test_not_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         checkpoint.read_info(tmp_path / "missing")
@@ -183,12 +196,154 @@ def test_tensors_can_be_read_without_the_model(saved: Path) -> None:
     }
 
 
-def failure_of_save(engine: Any) -> str:
+def message_of(action: Callable[[], Any]) -> str:
     try:
-        checkpoint.save(engine, 0)
-    except SteelError as error:
-        return str(error)
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def failure_of_save(engine: Any) -> str:
+    return message_of(lambda: checkpoint.save(engine, 0))
+
+
+def read_with_a_flipped_bit(run: RunConfig, folder: Path) -> dict[str, str]:
+    """What everything that reads weights says of a checkpoint with a flipped bit in them."""
+    from types import SimpleNamespace
+
+    from steel_megatron import generate
+    from steel_megatron.audit.sources import open_subject
+    from steel_megatron.hf.convert import export_hf
+    from steel_megatron.parallel.topology import initialize
+    from steel_megatron.train import loop
+    from steel_megatron.train.engine import Engine
+
+    topology = initialize(run.parallel)
+    engine, begun = Engine(run, topology), SimpleNamespace(begin=lambda *_: None)
+    subject = open_subject(folder, 0)
+    readers: dict[str, Callable[[], Any]] = {
+        "start": lambda: loop._start(run, topology, engine, begun),  # type: ignore[arg-type]
+        "export": lambda: export_hf(folder, folder.parent / "exported"),
+        "generate": lambda: generate._load_checkpoint(checkpoint.read_info(folder)),
+        "audit": subject.load,
+        "audit without an exported form": lambda: subject.fill(engine.stage),
+    }
+    return {name: message_of(read) for name, read in readers.items()}
+
+
+def test_whoever_reads_weights_compares_them_with_their_checksums(checkpoints: Path, tmp_path: Path) -> None:
+    folder = checkpoints / "step_00000004"
+    file = folder / "__0_0.distcp"
+    flip(file, file.stat().st_size // 2)
+    run = small_run(ALONE, str(tmp_path / "new"))
+    run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, init_from=str(folder)))
+    said = run_distributed(read_with_a_flipped_bit, 1, run, folder)[0]
+    assert said == dict.fromkeys(
+        said, f"CheckpointError: {file} is damaged: its checksum is not the one it was saved with"
+    )
+    assert not (checkpoints / "exported").exists() and not (tmp_path / "new").exists()
+
+
+def save_and_load(run: RunConfig) -> dict[str, Any]:
+    """What saves do to the folder, also where the disk is full, and what a load brings back."""
+    import torch
+
+    from steel_megatron.parallel.topology import initialize
+    from steel_megatron.train.engine import Engine
+
+    folder, seen = run.checkpoints_dir, {}
+    engine = Engine(run, initialize(run.parallel))
+    folder.mkdir(parents=True)
+    for name in ("first", "again"):
+        for left in ("partial", "old"):  # of saves that were killed
+            (folder / f".step_00000099.{left}").mkdir()
+            (folder / f".step_00000099.{left}" / "x").touch()
+        with watched(folder) as watch:
+            checkpoint.save(engine, 16)
+        seen[name] = (watch.faults, watch.order()[-1], names(folder))
+    failures = []
+    for number in range(1, 1000):
+        with full_disk_at(number):
+            failures.append((failure_of_save(engine), names(folder), newest_step(folder)))
+        if failures[-1][0] == "no error":
+            break
+    seen["failures"] = failures
+    torch.manual_seed(5)
+    torch.rand(3)
+    state = torch.get_rng_state()
+    checkpoint.save(engine, 24)
+    torch.rand(3)
+    info = checkpoint.newest(folder)
+    assert info is not None and info.consumed_samples == 24
+    for change in ({"rotary_base": 10_000}, {"routing_mode": "merged"}):
+        other = dataclasses.replace(info, model=dataclasses.replace(info.model, **change))
+        seen[f"load {change}"] = message_of(lambda: checkpoint.load(engine, other))  # noqa: B023
+        seen[f"begin {change}"] = message_of(lambda: checkpoint.load_weights(engine.stage, other, run.model))  # noqa: B023
+    checkpoint.load(engine, info)
+    seen["random state"] = torch.equal(state, torch.get_rng_state())
+    return seen
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_saves_and_loads_do(tmp_path: Path) -> None:
+    run = small_run(ALONE, str(tmp_path), num_layers=1)
+    seen = run_distributed(save_and_load, 1, run)[0]
+    step = "step_00000000"
+    assert seen["first"] == ([], "fsync .", [step])
+    assert seen["again"][0] == [] and seen["again"][2] == [step]
+    *failures, last = seen["failures"]
+    assert len(failures) > 5 and last == ("no error", [step], 0)
+    for message, left, newest in failures:
+        assert message.startswith(f"CheckpointError: could not write the checkpoint {tmp_path}/checkpoints/{step}: ")
+        # The old one is aside between two renames, and until the second one is on the disk.
+        assert (left, newest) in (([step], 0), ([f".{step}.old"], None), ([f".{step}.old", step], 0))
+    assert seen["random state"]
+    assert "model.rotary_base" in seen["load {'rotary_base': 10000}"]
+    assert "model.rotary_base" in seen["begin {'rotary_base': 10000}"]
+    assert "model.routing_mode" in seen["load {'routing_mode': 'merged'}"]
+    assert seen["begin {'routing_mode': 'merged'}"] == "no error"
+
+
+def test_a_save_begins_in_an_empty_folder(tmp_path: Path) -> None:
+    """Under any name: an import may be called otherwise than a run's checkpoints."""
+    (tmp_path / ".start.partial" / "inner").mkdir(parents=True)
+    checkpoint._begin(tmp_path / ".start.partial", tmp_path / "start")
+    assert list((tmp_path / ".start.partial").iterdir()) == []
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_kill_at_any_moment_leaves_whole_checkpoints(saved: Path, tmp_path: Path, step: int) -> None:
+    """A save in place of a checkpoint, or a new one, is killed before each of its calls, and done again."""
+    final, whole = tmp_path / f"step_{step:08d}", saved / "step_00000004"
+    partial, manifest = final.with_name(f".{final.name}.partial"), json.loads((whole / "steel.json").read_text())
+    manifest = {key: value for key, value in manifest.items() if key not in ("files", "sha256")} | {"step": step}
+
+    def save() -> None:
+        checkpoint._begin(partial, final)
+        for file in whole.iterdir():
+            if file.name != "steel.json":
+                shutil.copy(file, partial)
+        checkpoint._finish(partial, final, manifest, None, None)
+
+    for number in itertools.count(1):
+        shutil.rmtree(tmp_path)
+        shutil.copytree(saved, tmp_path)
+        killed = killed_before(number, save)
+        found = sorted(tmp_path.glob("step_*"))
+        for path in found:
+            assert checkpoint.read_info(path).step == int(path.name[-8:])
+            checkpoint.verify(path)
+        assert len(found) >= 2 - (step == 4)
+        save()
+        assert newest_step(tmp_path) == step
+        assert names(tmp_path) == sorted({"step_00000002", "step_00000004", final.name})
+        if not killed:
+            break
+    assert number > 7
 
 
 def save_on_full_disk(run: CheckpointConfig) -> str:
@@ -207,7 +362,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint(checkpoints: Path) -> N
     config = CheckpointConfig(directory=str(checkpoints.parent))
     message = run_distributed(save_on_full_disk, 1, config)[0]
     assert "could not write the checkpoint" in message
-    assert newest_step(checkpoints) == 4
+    assert newest_step(checkpoints) == 4 and names(checkpoints) == ["step_00000002", "step_00000004"]
 
 
 def save_with_a_first_process_that_cannot(directory: str) -> str:

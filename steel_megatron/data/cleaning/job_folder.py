@@ -220,6 +220,8 @@ def publish(job: Job, final: Path, overwrite: bool) -> dict[str, Any]:
     content = json.dumps(report, indent=1, ensure_ascii=False).encode()
     write_atomically(job.output / "funnel.json", content, DataError)
     with disk_errors("write", final, DataError):
+        for left in job.output.rglob("*.partial"):  # of files that were being written when an earlier call was killed
+            left.unlink()
         funnel.draw(report, job.output / "funnel.png")
         write_atomically(_finished(job), hashlib.sha256(content).hexdigest().encode(), DataError)
         check_replaceable(final, overwrite)  # it may have come while the job ran

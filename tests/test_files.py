@@ -1,0 +1,125 @@
+"""Files and folders that are there whole or not at all: after a kill, a full disk, a power failure."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+
+from steel_megatron.errors import DataError
+from steel_megatron.files import replace_folder, sha256_of, write_atomically
+from tests.file_system import full_disk_at, killed_before, watched
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_file_is_synced_before_it_gets_its_name(tmp_path: Path, old: bytes | None) -> None:
+    if old is not None:
+        (tmp_path / "x").write_bytes(old)
+    with watched(tmp_path) as watch:
+        write_atomically(tmp_path / "x", b"new", DataError)
+    assert not watch.faults
+    assert [call.name for call in watch.calls if call.name != "mkdir"] == ["fsync", "replace", "fsync", "unlink"]
+    assert (tmp_path / "x").read_bytes() == b"new"
+
+
+def test_a_write_that_is_killed_or_fails_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    for number in itertools.count(1):
+        path.write_bytes(b"old")
+        killed = killed_before(number, lambda: write_atomically(path, b"new", DataError))
+        assert path.read_bytes() in (b"old", b"new") and (killed or path.read_bytes() == b"new")
+        if not killed:
+            break
+    assert number > 4
+    for left in tmp_path.glob("x.*.partial"):
+        left.unlink()
+    for number in (1, 2, 3):
+        path.write_bytes(b"old")
+        with full_disk_at(number), pytest.raises(DataError, match=r"cannot write .*x: No space left on device"):
+            write_atomically(path, b"new", DataError)
+        assert names(tmp_path) == ["x"] and path.read_bytes() == (b"old" if number < 3 else b"new")
+
+
+def folder_of(content: bytes, at: Path) -> Path:
+    """A folder with folders."""
+    for name in ("file", "inner/file", "inner/deep/file"):
+        (at / name).parent.mkdir(parents=True, exist_ok=True)
+        (at / name).write_bytes(content)
+    return at
+
+
+def content_of(folder: Path) -> set[bytes] | None:
+    """What its files hold; None if it is not there, or not whole."""
+    found = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    return set(found) if len(found) == 3 else None
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_folder_is_synced_before_it_gets_its_name(tmp_path: Path, old: bool) -> None:
+    if old:
+        folder_of(b"old", tmp_path / "final")
+    partial = folder_of(b"new", tmp_path / "partial")
+    with watched(tmp_path) as watch:
+        # What is in it now was written just now: none of it is on the disk.
+        watch.forget(partial)
+        replace_folder(partial, tmp_path / "final")
+    assert not watch.faults
+    assert names(tmp_path) == ["final"] and content_of(tmp_path / "final") == {b"new"}
+    if old:  # the old one goes when the new one's name is on the disk
+        calls = watch.order()
+        assert calls.index("fsync .") < min(place for place, call in enumerate(calls) if call.startswith("unlink"))
+
+
+def one_is_whole(work: Path, old: bool) -> bool:
+    """Whether the old or the new folder is whole, under its own name or under that of the moment between."""
+    final, aside = work / "final", work / ".final.old"
+    if final.exists():
+        return content_of(final) in ({b"old"}, {b"new"})
+    return content_of(work / "partial") == {b"new"} and (not old or content_of(aside) == {b"old"})
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_kill_while_a_folder_is_replaced(tmp_path: Path, old: bool) -> None:
+    """The name is free for a moment, with the old folder beside it; the next call brings either to its end."""
+
+    def killed(work: Path, number: int) -> bool:
+        return killed_before(number, lambda: replace_folder(work / "partial", work / "final"))
+
+    for number in itertools.count(1):
+        work = tmp_path / str(number)
+        folder_of(b"new", work / "partial")
+        if old:
+            folder_of(b"old", work / "final")
+        came = killed(work, number)
+        assert one_is_whole(work, old) and (came or content_of(work / "final") == {b"new"})
+        if old and not (work / "final").exists():  # the next call may be killed as well
+            for again in itertools.count(1):
+                second = shutil.copytree(work, work / "again" / str(again), ignore=lambda *_: ["again"])
+                came_again = killed(second, again)
+                assert one_is_whole(second, old)
+                if not came_again:
+                    break
+            assert again > 7
+            shutil.rmtree(work / "again")
+        replace_folder(folder_of(b"newer", work / "partial"), work / "final")
+        assert names(work) == ["final"] and content_of(work / "final") == {b"newer"}
+        if not came:
+            break
+    assert number > 7
+
+
+def test_a_hash_is_of_all_of_a_file(tmp_path: Path) -> None:
+    content = bytearray(range(256)) * (3 << 12)
+    digests = set()
+    for place in (0, len(content) // 2, len(content) - 1):
+        (tmp_path / "x").write_bytes(content)
+        digests.add(sha256_of(tmp_path / "x"))
+        content[place] ^= 1
+    (tmp_path / "x").write_bytes(content)
+    assert len(digests | {sha256_of(tmp_path / "x")}) == 4
