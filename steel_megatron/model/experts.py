@@ -17,7 +17,6 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
@@ -26,7 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from steel_megatron.config import Activation
 from steel_megatron.model.merged import gated, merged_experts
-from steel_megatron.parallel.collectives import gather_rows, scatter_sums, sum_both_ways
+from steel_megatron.parallel.collectives import gather_rows, scatter_sums, sum_both_ways, sum_gradients
 
 Rows = Literal["copied", "own", "common"]
 """What tensor-parallel processes bring to an expert that they share.
@@ -119,9 +118,7 @@ class Experts(MegatronModule):
         """Vectors before matrices that are cut over the tensor-parallel processes."""
         if self.tp_group.size() == 1 or rows == "common":
             return x
-        return (
-            gather_rows(x, self.tp_group) if rows == "own" else copy_to_tensor_model_parallel_region(x, self.tp_group)
-        )
+        return gather_rows(x, self.tp_group) if rows == "own" else sum_gradients(x, self.tp_group)
 
     def _leave(self, partial: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The sums over the tensor-parallel processes, of the vectors that :meth:`_enter` was given."""

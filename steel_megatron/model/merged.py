@@ -25,12 +25,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.tensor_parallel.mappings import all_to_all
 from torch.autograd.function import once_differentiable
+
+from steel_megatron.parallel.collectives import sum_gradients
 
 # Bound of the memory for merged matrices: 20 segments of a matrix of Steel-LLM's experts in bfloat16.
 CHUNK_BYTES = 256 * 2**20
@@ -79,8 +78,8 @@ def merged_experts(
         [M, N, d]
     """
     # Each tensor-parallel process sees its own part of the matrices: the gradients of tokens and shares add up.
-    x = copy_to_tensor_model_parallel_region(x, tp_group)
-    shares = copy_to_tensor_model_parallel_region(shares, tp_group).unsqueeze(0)
+    x = sum_gradients(x, tp_group)
+    shares = sum_gradients(shares, tp_group).unsqueeze(0)
     ranks = 1 if ep_group is None else ep_group.size()
     if equal_segments and sums_travel(x.size(0), shares.size(2), ranks):
         # Every process gets the shares of its own experts in all processes' segments: [R source, M, E / R].

@@ -110,3 +110,30 @@ def sum_both_ways(partial: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
     """The sum of all processes' tensors, on each; for results whose gradient is partial on each."""
     total: torch.Tensor = _SumBothWays.apply(partial, group)
     return total
+
+
+class _SumGradients(torch.autograd.Function):
+    """The same forward, a sum over processes backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def sum_gradients(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """What all processes have before matrices that are cut over them; backward sums their partial gradients.
+
+    megatron-core's copy_to_tensor_model_parallel_region does not sum a gradient that does not lie contiguous in memory:
+    it reduces a copy and returns the gradient as it was.
+    """
+    if group.size() == 1:
+        return x
+    same: torch.Tensor = _SumGradients.apply(x, group)
+    return same

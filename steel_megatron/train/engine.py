@@ -100,7 +100,8 @@ class Engine:
     def _scheduler(self) -> OptimizerParamScheduler:
         settings = self.run.optimizer
         # One unit is one step. The course ends at decay_steps, wherever the run stops.
-        decay_steps = max(settings.decay_steps or self.run.training.train_steps, settings.warmup_steps + 1)
+        end = self.run.training.train_steps if settings.decay_steps is None else settings.decay_steps
+        decay_steps = max(end, settings.warmup_steps + 1)
         return OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,

@@ -14,7 +14,7 @@ from steel_megatron.config import ModelConfig, ParallelConfig, RunConfig
 from steel_megatron.errors import CheckpointError, ConfigError
 from steel_megatron.hf.mapping import config_to_hf, rules
 from tests.distributed import run_distributed
-from tests.train.small_run import LAYOUTS, PROCESSES, small_run, train
+from tests.train.small_run import LAYOUTS, PROCESSES, compare, small_run, train
 
 TOP_2: dict[str, Any] = {"ffn": "top_k_moe", "ffn_activation": "swiglu", "routing_mode": None}
 ATTENTION: dict[str, Any] = {"ffn": "none", "routing_mode": None}
@@ -86,19 +86,14 @@ def test_top_k_is_what_it_says(k: int) -> None:
 )
 def test_layouts_train_alike(layout: str, model: dict[str, Any]) -> None:
     whole = run_distributed(train, 1, small_run(ParallelConfig(), steps=4, **model))[0]
-    parts = run_distributed(train, PROCESSES[layout], small_run(LAYOUTS[layout], steps=4, **model))
-    for part in parts:
-        for expected, found in zip(whole, part, strict=True):
-            assert found == pytest.approx(expected, rel=1e-5)
+    compare(run_distributed(train, PROCESSES[layout], small_run(LAYOUTS[layout], steps=4, **model)), whole)
 
 
 def test_top_k_over_data_parallel_processes_trains_alike_without_its_balancing_loss() -> None:
     """That loss is over the tokens that one process sees at a time, so it depends on how they are spread."""
     model = {**TOP_2, "moe_aux_loss_coeff": 0.0}
     whole = run_distributed(train, 1, small_run(ParallelConfig(), steps=4, **model))[0]
-    for part in run_distributed(train, 2, small_run(LAYOUTS["dp2"], steps=4, **model)):
-        for expected, found in zip(whole, part, strict=True):
-            assert found == pytest.approx(expected, rel=1e-5)
+    compare(run_distributed(train, 2, small_run(LAYOUTS["dp2"], steps=4, **model)), whole)
 
 
 @pytest.mark.parametrize("model", [ATTENTION, TOP_2], ids=["none", "top_k_moe"])
@@ -108,9 +103,7 @@ def test_checkpoints_go_on_under_another_layout(model: dict[str, Any], tmp_path:
     )
     whole = run_distributed(train, 1, small_run(ParallelConfig(), steps=4, **model))[0]
     run_distributed(train, 1, alone, 1, 2, True)
-    resumed = run_distributed(train, 2, pipeline, 3, 4, False, True)[0]
-    for expected, found in zip(whole[2:], resumed, strict=True):
-        assert found == pytest.approx(expected, rel=1e-5)
+    compare(run_distributed(train, 2, pipeline, 3, 4, False, True), whole[2:])
 
 
 @pytest.mark.parametrize("layout", ["tp2", "ep2"])

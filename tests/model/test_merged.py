@@ -20,7 +20,7 @@ from steel_megatron.model.merged import CHUNK_BYTES, merged_experts, merged_line
 from steel_megatron.ops import merge_weights
 from steel_megatron.ops.plan import segment_plan
 from tests.distributed import run_distributed
-from tests.train.small_run import small_run, train
+from tests.train.small_run import compare, small_run, train
 
 F64 = torch.float64
 
@@ -348,9 +348,7 @@ def test_training_equals_one_process(layout: str, case: str) -> None:
     parallel, processes = LAYOUTS[layout]
     assert sums_travel(2 * 24 // SEGMENTS[case], 8, 2) == (case == "sums travel")
     run = small_run(parallel, steps=3, block_length=SEGMENTS[case], **MERGED)
-    for together in run_distributed(train, processes, run):
-        for ours, theirs in zip(together, trained_alone(SEGMENTS[case]), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5)
+    compare(run_distributed(train, processes, run), trained_alone(SEGMENTS[case]))
 
 
 # --- documents -----------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from steel_megatron.config import (
@@ -15,6 +17,7 @@ from steel_megatron.config import (
     RunConfig,
     TrainingConfig,
 )
+from tests.hf.launched import gather_gradients
 
 MODEL = ModelConfig(
     num_layers=4,
@@ -110,11 +113,76 @@ def own_batches(run: RunConfig, step: int, topology: Any) -> list[Any]:
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What one process saw of a step: loss, gradient norm, and what each part of the weights that it holds had of it.
+
+    ``parts`` are the sums of the squared gradient, clipped as the update used it, by the weight's name and the part's
+    place in it.
+    """
+
+    loss: float
+    grad_norm: float
+    parts: dict[str, float]
+
+
+def compare(ranks: Sequence[Sequence[Any]], one: Sequence[Any], rel: float = 1e-5) -> None:
+    """Steps of all processes of a layout, and those of one process alone: the same, and the gradient of every tensor.
+
+    Args:
+        ranks: what :func:`train` gave, by rank; an evaluation at its end is compared as well.
+        one: the same of one process.
+        rel: relative error that is rounding; of one tensor's gradient ten times that, and a ten thousandth of the
+            whole gradient's: terms cancel in the one number of a routing's scale.
+    """
+    for step, (theirs, *ours) in enumerate(zip(one, *ranks, strict=True), start=1):
+        if not isinstance(theirs, Trained):
+            assert all(evaluated == pytest.approx(theirs, rel=rel) for evaluated in ours), "evaluation"
+            continue
+        for rank in ours:
+            assert (rank.loss, rank.grad_norm) == pytest.approx((theirs.loss, theirs.grad_norm), rel=rel), step
+        together, expected = norms_of_tensors(ours), norms_of_tensors([theirs])
+        assert together.keys() == expected.keys()
+        for name, norm in expected.items():
+            assert norm > 0, f"step {step}: nothing reaches {name}"
+            near = pytest.approx(norm, rel=10 * rel, abs=1e-4 * rel * theirs.grad_norm)
+            assert together[name] == near, f"step {step}: the gradient of {name}"
+
+
+def norms_of_tensors(ranks: Sequence[Trained]) -> dict[str, float]:
+    """The gradient's norm of each tensor of each layer; copies on several processes are the same, and count once."""
+    parts: dict[str, float] = {}
+    for rank in ranks:
+        for place, square in rank.parts.items():
+            first = parts.setdefault(place, square)
+            assert first == pytest.approx(square, rel=1e-6), (place, first, square)
+    norms: dict[str, float] = {}
+    for place, square in parts.items():
+        name = place.split(" at ")[0]
+        norms[name] = norms.get(name, 0.0) + square
+    return {name: square**0.5 for name, square in norms.items()}
+
+
+def _squares(engine: Any) -> dict[str, float]:
+    from steel_megatron.model.weights import sharded_weights
+
+    gather_gradients(engine.model)
+    by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in engine.stage.parameters()}
+    squares = {}
+    for sharded in sharded_weights(engine.stage).values():
+        layer = sharded.global_offset[: sharded.prepend_axis_num]
+        name = f"{sharded.key} of layer {layer[0] + 1}" if layer else sharded.key
+        squares[f"{name} at {sharded.global_offset}"] = float(
+            by_storage[sharded.data.data_ptr()].double().square().sum()
+        )
+    return squares
+
+
 def train(run: RunConfig, first: int = 1, last: int | None = None, save: bool = False, load: bool = False) -> list[Any]:
     """Train steps ``first`` to ``last``.
 
     Returns:
-        the (loss, gradient norm) of each step, and at the end the (loss, labels) of an evaluation.
+        a :class:`Trained` of each step, and at the end the (loss, labels) of an evaluation.
     """
     from steel_megatron.parallel.topology import initialize
 
@@ -131,7 +199,7 @@ def train(run: RunConfig, first: int = 1, last: int | None = None, save: bool = 
     results = []
     for step in range(first, (last or run.training.train_steps) + 1):
         result = engine.step(own_batches(run, step, topology))
-        results.append((result.loss, result.grad_norm))
+        results.append(Trained(result.loss, result.grad_norm, _squares(engine)))
     results.append(engine.evaluate(own_batches(run, 0, topology)))
     if save:
         checkpoint.save(engine, engine.step_number * run.training.global_batch_size)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from steel_megatron.config import DataConfig, ParallelConfig, RunConfig
-from steel_megatron.data.indexed_writer import IndexedWriter
 from steel_megatron.errors import ConfigError
 from tests.distributed import run_distributed
-from tests.train.small_run import LAYOUTS, PROCESSES, small_run, train
-from tests.train.test_loop import make_run, outcome
+from tests.train.small_run import LAYOUTS, PROCESSES, compare, small_run, train
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "block_causal": {"block_length": 4},
@@ -63,35 +59,14 @@ def test_a_packed_document_is_computed_as_if_alone(variant: str) -> None:
 
 
 @cache
-def alone(variant: str) -> list[tuple[float, float]]:
+def alone(variant: str) -> list[Any]:
     return run_distributed(train, 1, packed_run(ParallelConfig(), variant))[0]
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "ep2", "tp2 ep2"])
 @pytest.mark.parametrize("variant", ["block_causal", "sequence", "merged"])
 def test_layouts_equal_one_process(layout: str, variant: str) -> None:
-    for together in run_distributed(train, PROCESSES[layout], packed_run(LAYOUTS[layout], variant)):
-        for ours, theirs in zip(together, alone(variant), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5)
-
-
-def write(prefix: Path) -> str:
-    random = np.random.default_rng(0)
-    with IndexedWriter(prefix, np.uint16) as writer:
-        for _ in range(60):
-            writer.add_document(np.append(random.integers(1, 90, random.integers(5, 30)), 0))
-        writer.finalize({})
-    return str(prefix)
-
-
-def test_a_run_keeps_documents_apart(tmp_path: Path) -> None:
-    corpus = write(tmp_path / "corpus")
-    losses = []
-    for reset in (True, False):
-        data = DataConfig(train=[corpus], validation=[corpus], reset_at_eod=reset)
-        summary = run_distributed(outcome, 1, make_run(data, tmp_path / str(reset), train_steps=2))[0]
-        losses.append(summary.validation_loss)
-    assert losses[0] != losses[1]
+    compare(run_distributed(train, PROCESSES[layout], packed_run(LAYOUTS[layout], variant)), alone(variant))
 
 
 @pytest.mark.parametrize("layout", ["cp2", "tp2 sp"])
