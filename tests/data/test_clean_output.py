@@ -14,6 +14,7 @@ from steel_megatron.data import clean
 from steel_megatron.data.clean import clean_corpus
 from steel_megatron.data.cleaning import funnel, job_folder, slurm
 from steel_megatron.data.cleaning.job_folder import PLAN_FORMAT
+from steel_megatron.data.cleaning.unit_files import UnitFiles, rows_of
 from steel_megatron.errors import ConfigError, DataError
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.test_clean import content
@@ -221,7 +222,7 @@ def test_a_finished_job_is_no_other_job(
     assert result.documents_kept == 0
 
 
-@pytest.mark.parametrize("change", ["model", "package"])
+@pytest.mark.parametrize("change", ["age", "model", "package"])
 def test_an_interrupted_job_goes_on_only_with_what_decides_the_result(
     recipe: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -233,7 +234,16 @@ def test_an_interrupted_job_goes_on_only_with_what_decides_the_result(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(job_folder, "replace_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         clean_corpus(recipe, [str(raw)], tmp_path / "out")
-    if change == "model":
+    refused = pytest.raises(
+        DataError, match="holds an interrupted job with another recipe, other options or inputs or packages"
+    )
+    options: list[dict[str, Any]] = [{"on_bad_row": "skip"}, {"text_key": "content"}]
+    for option in options:
+        with refused:
+            clean_corpus(recipe, [str(raw)], tmp_path / "out", **option)
+    if change == "age":
+        os.utime(raw / "1.jsonl", (0, 0))
+    elif change == "model":
         weights = model / "0_1_weights.npy"
         content_before = weights.read_bytes()
         weights.write_bytes(content_before[:-1] + bytes([content_before[-1] ^ 1]))
@@ -242,10 +252,35 @@ def test_an_interrupted_job_goes_on_only_with_what_decides_the_result(
         monkeypatch.setattr(
             job_folder.importlib.metadata, "version", lambda name: "0" if name == "ftfy" else version(name)
         )
-    with pytest.raises(
-        DataError, match="holds an interrupted job with another recipe, other options or inputs or pack"
-    ):
+    with refused:
         clean_corpus(recipe, [str(raw)], tmp_path / "out")
+
+
+def test_files_of_a_unit_are_on_disk_before_they_have_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, replace = os.fsync, os.replace
+    synced: dict[str, int] = {}
+
+    def recorded(descriptor: int) -> None:
+        synced[os.readlink(f"/proc/self/fd/{descriptor}")] = os.fstat(descriptor).st_size
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        assert synced[str(source)] == source.stat().st_size > 0
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(os, "replace", renamed)
+    with UnitFiles(tmp_path, "000000") as files:
+        for number in range(2000):
+            files.write("text" if number % 2 else "quarantine/read", {"row": number, "text": f"{number:0>300}"})
+        assert not (tmp_path / "text").exists()
+        files.commit()
+    assert {str(tmp_path / "text"), str(tmp_path / "quarantine" / "read")} <= set(synced)
+    for folder, first in (("text", 1), ("quarantine/read", 0)):
+        rows = list(rows_of(tmp_path / folder / "000000.jsonl.zst"))
+        assert [row["row"] for row in rows] == list(range(first, 2000, 2))
 
 
 def test_a_name_that_is_not_utf_8(recipe: Path, raw: Path, tmp_path: Path) -> None:
