@@ -199,6 +199,8 @@ def test_epochs_are_counted_exactly(data: st.DataObject) -> None:
 
 def test_epochs_are_the_decimal_numbers_that_were_written() -> None:
     assert [samples_in(epochs, 10) for epochs in (0.1, 0.3, 0.7, 2.5, 1, 0.05)] == [1, 3, 7, 25, 10, 0]
+    # Products that fall just below the whole number in binary.
+    assert [samples_in(epochs, 100) for epochs in (0.29, 0.57, 1.15)] == [29, 57, 115]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
