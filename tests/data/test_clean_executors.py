@@ -125,10 +125,26 @@ def test_a_controller_that_does_not_answer_is_asked_again(
     assert next(answers, None) is None and (tmp_path / "out" / "funnel.json").exists()
 
 
-def test_a_failure_of_an_earlier_call_is_not_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    units = tuple(Unit({f"{number}.jsonl": number}, "text", 1) for number in range(2))
-    stage = Stage(Job(Recipe(kind="text", operators=()), units, tmp_path))
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """A stage of two units, which cannot be done."""
     monkeypatch.setattr(Stage, "name", "clean", raising=False)
+    units = tuple(Unit({f"{number}.jsonl": number}, "text", 1) for number in range(2))
+    return Stage(Job(Recipe(kind="text", operators=()), units, tmp_path))
+
+
+@pytest.mark.parametrize(("needed", "asked"), [(1, 4), (4 << 30, 4), ((4 << 30) + 1, 5)])
+def test_slurm_is_asked_for_enough_memory(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, asked: int
+) -> None:
+    monkeypatch.setattr(Stage, "memory", lambda self: needed)
+    execution = executors.Execution(executor="slurm", slurm_partition="cpu")
+    assert executors._executor(stage, execution, 1, tmp_path / "logs").mem_per_cpu_gb == asked
+
+
+def test_a_failure_of_an_earlier_call_is_not_told_again(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "failures").mkdir()
     (tmp_path / "failures" / "clean-000000.json").write_text('{"message": "the disk is full"}')
 
