@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -96,7 +97,7 @@ def run_pytest(tree: Path, tests: Iterable[str], timeout: float | None, *options
     if (tree / "tests/mutants/no_shrinking.py").is_file():
         options = ("-p", "tests.mutants.no_shrinking", *options)
     fixed = ["-q", "-p", "no:cacheprovider", "-o", "timeout=0", f"--basetemp={tree.parent / 'tmp'}"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "pytest", *fixed, *options, *tests],
         cwd=tree,
         # Before everything installed, also for processes that the tests start.
@@ -106,12 +107,14 @@ def run_pytest(tree: Path, tests: Iterable[str], timeout: float | None, *options
         text=True,
         errors="replace",
         start_new_session=True,
-    )
-    try:
-        output = process.communicate(timeout=timeout)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return None, process.communicate()[0]
+    ) as process:
+        try:
+            output = process.communicate(timeout=timeout)[0]
+        except subprocess.TimeoutExpired:
+            return None, ""
+        finally:
+            with suppress(ProcessLookupError):  # nothing that a test started outlives it
+                os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, output
 
 
