@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test check bench setup clean help
+.PHONY: demo test check mutants bench setup clean help
 
 help:
 	@echo "make demo    the whole pipeline on two cores: corpus, tokenizer, training, Hugging Face export, text"
 	@echo "make test    the tests"
 	@echo "make check   ruff, mypy and the test of the layers"
+	@echo "make mutants whether the tests notice small edits of the sources (ONLY=model: one list of them)"
 	@echo "make bench   the benchmarks that need no GPU"
 	@echo "make clean   removes what was built (.venv and runs/ too)"
 
@@ -26,6 +27,9 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
+
+mutants: setup
+	$(BIN)/python -m tests.mutants.run --only "$(ONLY)"
 
 bench: setup
 	@set -e; for benchmark in $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python "$$benchmark"; done

@@ -87,6 +87,13 @@ def test_optimizer_settings() -> None:
         OptimizerConfig(lr=0.01, min_lr=0.1)
 
 
+def test_the_bounds_themselves_are_allowed() -> None:
+    assert OptimizerConfig(lr=0.01, min_lr=0.01).min_lr == 0.01  # a constant learning rate
+    assert TrainingConfig(train_steps=3, stop_after_step=3).stop_after_step == 3
+    top_k = {"ffn": "top_k_moe", "ffn_activation": "swiglu", "num_experts": 4}
+    assert ModelConfig(**top_k, moe_top_k=4, moe_aux_loss_coeff=0.0).moe_top_k == 4
+
+
 def test_unknown_keys_are_named() -> None:
     with pytest.raises(ConfigError, match=r"here: unknown key 'hiden_size' in ModelConfig"):
         from_dict(RunConfig, {"model": {"hiden_size": 3}}, "here")

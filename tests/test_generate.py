@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from steel_megatron.cli import main
 from steel_megatron.config import DataConfig, ParallelConfig
 from steel_megatron.data.preprocess import preprocess
 from steel_megatron.data.sentencepiece_training import train_sentencepiece
 from steel_megatron.data.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import CheckpointError, ConfigError
-from steel_megatron.generate import Generation, Sampling, generate, with_cache
+from steel_megatron.generate import Generation, Sampling, _choose, _continue, generate, with_cache
 from steel_megatron.hf.configuration_steel import SteelConfig
 from steel_megatron.hf.convert import export_hf, read_config
 from steel_megatron.hf.mapping import config_from_hf
@@ -108,6 +112,54 @@ def test_draws_follow_the_seed(trained: Path) -> None:
     first, again, other = (by_library(trained / "hf", Sampling(**settings, seed=seed)) for seed in (1, 1, 2))
     assert first == again
     assert [one.new_tokens for one in first] != [one.new_tokens for one in other]
+
+
+def test_draws_have_the_probabilities_of_the_best_logits() -> None:
+    logits, draws = torch.tensor([0.5, 2.0, -1.0, 1.0]), 4000
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (0.5, 2.0):
+        sampling = Sampling(temperature=temperature, top_k=3)
+        counts = Counter(_choose(logits, sampling, generator) for _ in range(draws))
+        weights = {token: math.exp(logits[token].item() / temperature) for token in (0, 1, 3)}
+        assert set(counts) == set(weights)
+        for token, weight in weights.items():
+            share = weight / sum(weights.values())
+            deviation = math.sqrt(share * (1 - share) / draws)
+            assert abs(counts[token] / draws - share) < 5 * deviation, (temperature, token)
+
+
+def test_a_text_ends_with_its_end_or_when_it_is_long_enough() -> None:
+    asked: list[list[int]] = []
+
+    def next_logits(tokens: torch.Tensor) -> torch.Tensor:
+        """3, 1, the end, and 2 from then on; the three rows of padding are likelier than all."""
+        asked.append(tokens[0].tolist())
+        following = [3, 1, 4, 2][min(len(asked[-1]) - 2, 3)]
+        return torch.tensor([float(token == following) for token in range(5)] + [9.0] * 3)
+
+    assert _continue([0, 2], next_logits, 5, 4, Sampling(max_new_tokens=9)) == [3, 1]
+    assert asked == [[0, 2], [0, 2, 3], [0, 2, 3, 1]]
+    assert _continue([0, 2], next_logits, 5, 4, Sampling(max_new_tokens=1)) == [3]
+    drawn = [
+        _continue([0], lambda tokens: torch.zeros(90), 90, 90, Sampling(max_new_tokens=20, temperature=1.0, seed=seed))
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_command_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given: list[object] = []
+
+    def generated(*arguments: object) -> list[Generation]:
+        given.extend(arguments)
+        return [Generation("a", "a b", [7])]
+
+    monkeypatch.setattr("steel_megatron.generate.generate", generated)
+    options = "--temperature 0.5 --top_k 3 --seed 7 --max_new_tokens 9 --tokenizer_path t"
+    assert main(["generate", "--model", "m", "--prompts", "a", "b", *options.split(), "--json_output=true"]) == 0
+    sampling = Sampling(max_new_tokens=9, temperature=0.5, top_k=3, seed=7)
+    assert given == [Path("m"), ["a", "b"], sampling, ("huggingface", "t")]
+    assert json.loads(capsys.readouterr().out) == {"prompt": "a", "text": "a b", "new_tokens": [7]}
 
 
 def test_texts_that_do_not_fit(trained: Path) -> None:

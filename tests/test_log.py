@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from steel_megatron.log import get_logger, launched_rank, progress, setup_logging
+from steel_megatron.errors import ConfigError
+from steel_megatron.log import exit_code, get_logger, launched_rank, progress, setup_logging
 
 
 @pytest.fixture(params=["torchrun", "slurm"])
@@ -52,3 +53,16 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         bar.advance(10, note="done")
     drawn = capsys.readouterr().err
     assert "reading" in drawn and "10/10" in drawn and "done" in drawn
+
+
+def test_exit_codes(rank_variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: BaseException) -> None:
+        raise error
+
+    monkeypatch.setenv(rank_variable, "1")
+    assert exit_code(lambda: None) == 0
+    assert exit_code(lambda: fail(ConfigError("no such file"))) == 2
+    assert exit_code(lambda: fail(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "[rank 1] error: no such file\nstopped\n"
+    with pytest.raises(ValueError, match="a bug"):
+        exit_code(lambda: fail(ValueError("a bug")))

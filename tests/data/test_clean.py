@@ -411,11 +411,20 @@ def test_kills_leave_nothing_and_the_same_command_goes_on(
     assert not left
 
 
-@pytest.mark.parametrize("stage", ["sample", "clean", "deduplicate"])
+@pytest.mark.parametrize(("stage", "tasks"), [("sample", None), ("clean", 2), ("deduplicate", None)])
 def test_completed_tasks_are_not_done_again(
-    recipe: Path, corpus: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    recipe: Path,
+    corpus: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    tasks: int | None,
 ) -> None:
-    """Interrupted after the second task of a stage, datatrove's markers stand for it and the rest is done."""
+    """Interrupted after the second task of a stage, datatrove's markers stand for it and the rest is done.
+
+    datatrove knows nothing of these where the units are shared out among another number of tasks; their own markers do.
+    """
     kind = {"sample": SampleTexts, "clean": CleanUnits, "deduplicate": WriteKept}[stage]
     work = kind.work
     done: list[int] = []
@@ -434,7 +443,7 @@ def test_completed_tasks_are_not_done_again(
     assert [path.name for path in completed] == ["00000", "00001"]
     done.clear()
     monkeypatch.setattr(kind, "work", lambda self, number: (work(self, number), done.append(number))[0])
-    clean_corpus(recipe, inputs(corpus), tmp_path / "out")
+    clean_corpus(recipe, inputs(corpus), tmp_path / "out", tasks=tasks)
     assert done == [2, 3]
     assert content(tmp_path / "out") == content(whole)
 

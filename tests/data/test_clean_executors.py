@@ -14,6 +14,8 @@ import pytest
 from steel_megatron.data import clean
 from steel_megatron.data.clean import clean_corpus
 from steel_megatron.data.cleaning import executors, stages
+from steel_megatron.data.cleaning.job import Job, Stage, Unit
+from steel_megatron.data.cleaning.recipe import Recipe
 from steel_megatron.errors import DataError
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.test_clean import content
@@ -119,6 +121,37 @@ def test_a_controller_that_does_not_answer_is_asked_again(
     options = {"executor": "slurm", "slurm_partition": "cpu", "tasks": 1, "slurm_poll_seconds": 0.01}
     clean_corpus(recipe, sources, tmp_path / "out", **options)  # type: ignore[arg-type]
     assert next(answers, None) is None and (tmp_path / "out" / "funnel.json").exists()
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """A stage of two units, which cannot be done."""
+    monkeypatch.setattr(Stage, "name", "clean", raising=False)
+    units = tuple(Unit({f"{number}.jsonl": number}, "text", 1) for number in range(2))
+    return Stage(Job(Recipe(kind="text", operators=()), units, tmp_path))
+
+
+@pytest.mark.parametrize(("needed", "asked"), [(1, 4), (4 << 30, 4), ((4 << 30) + 1, 5)])
+def test_slurm_is_asked_for_enough_memory(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, asked: int
+) -> None:
+    monkeypatch.setattr(Stage, "memory", lambda self: needed)
+    execution = executors.Execution(executor="slurm", slurm_partition="cpu")
+    assert executors._executor(stage, execution, 1, tmp_path / "logs").mem_per_cpu_gb == asked
+
+
+def test_a_failure_of_an_earlier_call_is_not_told_again(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failures").mkdir()
+    (tmp_path / "failures" / "clean-000000.json").write_text('{"message": "the disk is full"}')
+
+    def fails(*_: object) -> None:  # in another process, as over Slurm
+        (tmp_path / "failures" / "clean-000001.json").write_text('{"message": "row 3 is broken"}')
+
+    monkeypatch.setattr(executors, "_run", fails)
+    with pytest.raises(DataError, match="row 3 is broken"):
+        executors.run_stage(stage, executors.Execution())
 
 
 def test_no_slurm(recipe: Path, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from steel_megatron.data import clean
 from steel_megatron.data.clean import clean_corpus
 from steel_megatron.data.cleaning import funnel, job_folder, slurm
 from steel_megatron.data.cleaning.job_folder import PLAN_FORMAT
-from steel_megatron.data.cleaning.unit_files import UnitFiles
+from steel_megatron.data.cleaning.unit_files import UnitFiles, rows_of
 from steel_megatron.errors import ConfigError, DataError
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.test_clean import content
@@ -188,11 +189,16 @@ def test_a_kill_at_each_step_of_the_end(
 
 def test_what_a_unit_writes_is_on_the_disk_when_it_has_its_name(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
+    folders = ("output/text", "output/quarantine/x")
     with watched(tmp_path) as watch, UnitFiles(tmp_path, "000000") as files:
-        for folder in ("output/text", "output/quarantine/x"):
-            files.write(folder, {"text": "x"})
+        for number in range(2000):
+            files.write(folders[number % 2], {"row": number, "text": f"{number:0>300}"})
+        assert not (tmp_path / "output").exists()
         files.commit()
     assert not watch.faults and sum(call.name == "replace" for call in watch.calls) == 2
+    for first, folder in enumerate(folders):
+        rows = list(rows_of(tmp_path / folder / "000000.jsonl.zst"))
+        assert [row["row"] for row in rows] == list(range(first, 2000, 2))
 
 
 def test_a_finished_job_is_no_other_job(
@@ -216,7 +222,7 @@ def test_a_finished_job_is_no_other_job(
     assert result.documents_kept == 0
 
 
-@pytest.mark.parametrize("change", ["model", "package"])
+@pytest.mark.parametrize("change", ["age", "model", "package"])
 def test_an_interrupted_job_goes_on_only_with_what_decides_the_result(
     recipe: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -227,7 +233,16 @@ def test_an_interrupted_job_goes_on_only_with_what_decides_the_result(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(job_folder, "replace_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         clean_corpus(recipe, [str(raw)], tmp_path / "out")
-    if change == "model":
+    refused = pytest.raises(
+        DataError, match="holds an interrupted job with another recipe, other options or inputs or packages"
+    )
+    options: list[dict[str, Any]] = [{"on_bad_row": "skip"}, {"text_key": "content"}]
+    for option in options:
+        with refused:
+            clean_corpus(recipe, [str(raw)], tmp_path / "out", **option)
+    if change == "age":
+        os.utime(raw / "1.jsonl", (0, 0))
+    elif change == "model":
         weights = model / "0_1_weights.npy"
         content_before = weights.read_bytes()
         weights.write_bytes(content_before[:-1] + bytes([content_before[-1] ^ 1]))
@@ -236,9 +251,7 @@ def test_an_interrupted_job_goes_on_only_with_what_decides_the_result(
         monkeypatch.setattr(
             job_folder.importlib.metadata, "version", lambda name: "0" if name == "ftfy" else version(name)
         )
-    with pytest.raises(
-        DataError, match="holds an interrupted job with another recipe, other options or inputs or pack"
-    ):
+    with refused:
         clean_corpus(recipe, [str(raw)], tmp_path / "out")
 
 

@@ -199,6 +199,8 @@ def test_epochs_are_counted_exactly(data: st.DataObject) -> None:
 
 def test_epochs_are_the_decimal_numbers_that_were_written() -> None:
     assert [samples_in(epochs, 10) for epochs in (0.1, 0.3, 0.7, 2.5, 1, 0.05)] == [1, 3, 7, 25, 10, 0]
+    # Products that fall just below the whole number in binary.
+    assert [samples_in(epochs, 100) for epochs in (0.29, 0.57, 1.15)] == [29, 57, 115]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -260,6 +262,10 @@ def test_endless_corpora_come_in_rounds() -> None:
     assert located(ledger, 15, 1015) == [(0, 1 + n // 10, n % 10) for n in range(1000)]
     assert ledger.cursors(10**9).tolist() == [10**9 - 5, 5]
     assert tuple(ledger.locate(10**9)) == located(ledger, 10**9, 10**9 + 1)[0]
+    # Each round is mixed in an order of its own.
+    both = ledger_of(corpus("a", 20), corpus("b", 20), epochs=None)
+    rounds = {tuple(number for number, *_ in located(both, begin, begin + 40)) for begin in range(0, 160, 40)}
+    assert len(rounds) == 4 and all(sum(numbers) == 20 for numbers in rounds)
     # What comes in when an epoch is half read: the round is what is left of it.
     halfway = ledger_of(corpus("web", 10), epochs=None).add([corpus("book", 5)]).activate(4)
     assert Counter(number for number, *_ in located(halfway, 4, 15)) == {0: 6, 1: 5}
@@ -270,7 +276,8 @@ def test_a_mixture_is_held_until_a_corpus_is_used_up() -> None:
     ledger = ledger.set_mixture({"zh": 3, "en": 1}, at=0)
     assert ledger.capacity() == 533  # 400 of zh are three quarters of it
     corpora = np.array([number for number, *_ in located(ledger, 0, 533)])
-    assert np.abs(np.bincount(corpora) - [300, 100, 133]).max() <= 1
+    # Quotas are 299.8125, 99.9375 and 133.25: the two largest remainders are rounded up.
+    assert np.bincount(corpora).tolist() == [300, 100, 133]
     for number, share in ((0, 9 / 16), (1, 3 / 16), (2, 1 / 4)):
         assert np.abs(np.cumsum(corpora == number) - share * np.arange(1, 534)).max() < 3
     with pytest.raises(DataError, match=r"has 533 samples, and 534 were asked for: the mixture used up domain 'zh'"):

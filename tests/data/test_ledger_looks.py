@@ -82,9 +82,9 @@ def test_what_cannot_be_taken_in_waits(caplog: pytest.LogCaptureFixture) -> None
     waiting = left(pending, own(), place(40, 80))
     assert waiting.events == pending.events and (waiting.reached, waiting.reserved) == (40, 80)
     # Planned for the stretch that is read next: it cannot hold there.
-    planned = own().add([corpus("soon", 9, "en")], at=50).remove(["b"], at=90)
+    planned = own().add([corpus("soon", 9, "en")], at=50).remove(["b"], at=80)
     waiting = left(planned, own(), place(40, 80))
-    assert events(waiting)[-3:] == [(60, ["late"], (), []), (None, ["soon"], (), []), (90, [], ("b",), [])]
+    assert events(waiting)[-3:] == [(60, ["late"], (), []), (None, ["soon"], (), []), (80, [], ("b",), [])]
     assert located(waiting, 0, 80) == located(own(), 0, 80)
     # Taken back, but read all the same; its number went to another corpus.
     cancelled = own().cancel(60).add([corpus("other", 30, "en")], at=70)

@@ -53,7 +53,9 @@ def test_each_token_of_an_epoch_is_predicted_once(prefixes: list[str], tmp_path:
 
 def test_starts_are_those_of_the_documents(prefixes: list[str], tmp_path: Path) -> None:
     firsts = {0, 3, 20, 21, 61, 69, 71, 76, 136, 137}  # the first tokens of documents that have one
-    for stream in (samples_of(prefixes, tmp_path), SequentialSamples(prefixes, LENGTH, 150)):
+    # With samples of 10 tokens and one more, a document begins with a sample's last token.
+    sequential = [SequentialSamples(prefixes, length, 150) for length in (LENGTH, 10)]
+    for stream in (samples_of(prefixes, tmp_path), *sequential):
         for number in range(8):
             tokens, starts = stream.sample_with_starts(number)
             assert np.array_equal(tokens, stream.sample(number))

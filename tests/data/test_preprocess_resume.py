@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -12,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steel_megatron.data.encoding import Documents, Encoded, Position, Skipped
-from steel_megatron.data.job_journal import Journal, SkippedRows
+from steel_megatron.data.job_journal import Journal, SkippedRows, examine
 from steel_megatron.data.preprocess import PreprocessReport, preprocess
 from steel_megatron.data.preprocess_run import Pace, Run
 from steel_megatron.data.shards import ShardedWriter
-from steel_megatron.data.sources import SkippedRow
+from steel_megatron.data.sources import Input, SkippedRow
 from steel_megatron.errors import DataError
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.jobs import files_in, mixed_inputs
@@ -232,14 +233,21 @@ def test_overwrite_of_the_same_job_begins_anew_only_when_it_was_not_begun_so(
         assert expected in caplog.text
 
 
-@pytest.mark.parametrize("failing", [10, 11])
+@pytest.mark.parametrize("failing", [1, 2])
 def test_a_write_to_one_of_two_outputs_is_not_noted(tmp_path: Path, sp_model: Path, failing: int) -> None:
-    inputs, add, calls = mixed_inputs(tmp_path, 60), ShardedWriter.add, 0
+    """In a task with documents for both, the first output fails, or the second when the first has its part already."""
+    inputs, add, write = mixed_inputs(tmp_path, 60), ShardedWriter.add, Run.write
+    calls = tasks = 0
+
+    def counted(run: Run, result: Encoded, end: Position) -> bool:
+        nonlocal calls, tasks
+        calls, tasks = 0, tasks + (len(result.documents) == 2)
+        return write(run, result, end)
 
     def fail_later(writer: ShardedWriter, documents: Documents) -> bool:
         nonlocal calls
         calls += 1
-        if calls == failing:  # the other output has its part of the task already, or never gets it
+        if tasks == 2 and calls == failing:
             raise DataError("no room")
         return add(writer, documents)
 
@@ -247,6 +255,7 @@ def test_a_write_to_one_of_two_outputs_is_not_noted(tmp_path: Path, sp_model: Pa
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(DataError, match=r"no room\. What is written so far is kept"),
     ):
+        patch.setattr(Run, "write", counted)
         patch.setattr(ShardedWriter, "add", fail_later)
         run_with(inputs, tmp_path / "out" / "c", sp_model, valid_fraction=0.5, pace=Pace(8000, 0))
     run_with(inputs, tmp_path / "out" / "c", sp_model, valid_fraction=0.5)
@@ -309,6 +318,16 @@ def test_the_list_of_skipped_rows_is_synced_before_it_gets_its_name(tmp_path: Pa
         rows.add([Skipped(0, "text", SkippedRow("a.jsonl", 1, "broken"))])
         rows.commit()
     assert not watch.faults and watch.order()[-1] == "fsync ."
+
+
+def test_a_fingerprint_is_of_size_and_both_ends(tmp_path: Path) -> None:
+    path, sample = tmp_path / "a.jsonl", 1 << 16
+    for size in (0, 5, sample, sample + 7, 2 * sample, 2 * sample + 9):
+        content = bytes(range(251)) * (size // 251 + 1)
+        path.write_bytes(content[:size])
+        tail = content[max(size - sample, sample) : size]  # what the head has not
+        expected = hashlib.sha256(b"%d\n" % size + content[: min(size, sample)] + tail)
+        assert examine(Input(path, "text")).fingerprint == expected.hexdigest(), size
 
 
 def test_what_a_kill_left_of_the_journal_goes(tmp_path: Path) -> None:

@@ -42,8 +42,14 @@ def earlier_logits(model: ModelConfig, precision: str) -> tuple[torch.Tensor, to
     tokens = torch.randint(0, model.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     tokens[1] = tokens[0]
     tokens[1, 13:] = (tokens[0, 13:] + 7) % model.vocab_size
+    rotated: list[torch.dtype] = []
+    for layer in stage.decoder.layers:
+        layer.self_attention.core_attention.register_forward_pre_hook(
+            lambda _, arguments: rotated.extend(tensor.dtype for tensor in arguments[:2])
+        )
     with torch.no_grad():
         logits = stage(tokens, torch.arange(24).expand(2, 24), None)
+    assert rotated == [torch.float32] * 2 * model.num_layers  # queries and keys (Steel-LLM, section 4)
     return logits[0, :13], logits[1, :13]
 
 

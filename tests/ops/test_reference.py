@@ -207,6 +207,10 @@ def test_parameters_of_another_type_are_computed_in_float32(dtype: torch.dtype) 
     mixed, _ = dispatch(x.to(dtype), phi, scale.half(), mode="block_causal", mix="raw", block_length=4)
     same, _ = dispatch(x.to(dtype), phi.float(), scale.float(), mode="block_causal", mix="raw", block_length=4)
     torch.testing.assert_close(mixed, same)
+    rounded = [tensor.to(dtype) for tensor in (x, phi, scale)]
+    shares, exact = expert_weights(*rounded), expert_weights(*(tensor.double() for tensor in rounded))
+    assert shares.dtype == torch.float32
+    torch.testing.assert_close(shares.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_without_the_extension_everything_works_and_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

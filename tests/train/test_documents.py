@@ -48,6 +48,8 @@ def together_and_alone(variant: str, lengths: list[int]) -> list[tuple[torch.Ten
     documents = [torch.randint(0, 90, (1, length), generator=generator) for length in lengths]
     firsts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     starts = firsts.repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
+    # A micro batch of other documents comes first: nothing that was made for it is used again.
+    logits(torch.cat(documents, dim=1), (torch.arange(sum(lengths)) // 5 * 5).unsqueeze(0))
     packed = logits(torch.cat(documents, dim=1), starts).split(lengths)
     return [(ours, logits(document, None)) for ours, document in zip(packed, documents, strict=True)]
 
