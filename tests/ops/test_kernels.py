@@ -460,7 +460,7 @@ def test_an_empty_batch_and_nan() -> None:
 def test_narrower_vectors_compute_the_same(capability: str) -> None:
     """What machines with less than this one run: the variable is read once, so in a process of its own."""
     root = Path(__file__).resolve().parents[2]
-    check = "import torch\nfrom tests.ops import test_kernels as t\n"
+    check = "import torch\nfrom tests.ops import test_kernels as t\nassert t.kernels.available()\n"
     check += "for case in t.CASES: t.test_float32_is_the_reference(case)"
     run = subprocess.run(
         [sys.executable, "-c", check + "\nt.test_16_bit_types_are_no_worse_than_eager(16, True, torch.bfloat16)"],
