@@ -31,7 +31,10 @@ def where_forward_fails(stage: GPTModel, forward: Callable[[], object]) -> str:
             found.append((3 * number, f"the weight {name} of layer {number}" if number else f"the weight {name}"))
     with _watching(stage, found):
         forward()
-    return _earliest(found) or "not found again: computing the same batch a second time gave finite numbers"
+    return _earliest(found) or (
+        "in no weight and no layer: the sum of the losses overflows, or computing the same batch again gave finite "
+        "numbers"
+    )
 
 
 def where_backward_fails(stage: GPTModel) -> str:

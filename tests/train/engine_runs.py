@@ -110,7 +110,7 @@ def _gradients(engine: Any, batches: list[Any]) -> Pieces:
     engine.accumulate_gradients(batches)
     by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in engine.stage.parameters()}
     return {
-        sharded.key: by_storage[sharded.data.data_ptr()].double() for sharded in sharded_weights(engine.stage).values()
+        name: by_storage[sharded.data.data_ptr()].double() for name, sharded in sharded_weights(engine.stage).items()
     }
 
 
