@@ -112,11 +112,11 @@ class Counting:
     def __call__(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool, **cache: torch.Tensor
     ) -> Any:
-        real = attention_mask[:, -input_ids.size(1) :].clone()
-        if use_cache and self.forgetful:
-            real.fill_(1)
-        sums = (input_ids * real).cumsum(1).double() + cache.get(CACHE, torch.zeros(len(input_ids), 1))
-        return Answer({CACHE: sums[:, -1:]}, torch.stack((sums, -sums), -1))
+        real = attention_mask[:, -input_ids.size(1) :]
+        counted = torch.ones_like(real) if use_cache and self.forgetful else real
+        sums = (input_ids * counted).cumsum(1).double() + cache.get(CACHE, torch.zeros(len(input_ids), 1))
+        shown = sums.where(real.bool(), float(use_cache))  # what a model computes for padding is of no interest
+        return Answer({CACHE: sums[:, -1:]}, torch.stack((shown, -shown), -1))
 
 
 class Answer(dict[str, torch.Tensor]):
