@@ -120,7 +120,7 @@ def train(run: RunConfig, first: int = 1, last: int | None = None, save: bool = 
 
     topology = initialize(run.parallel)
     from steel_megatron.train import checkpoint
-    from steel_megatron.train.engine import Engine
+    from steel_megatron.train.engine import Engine, minimised
 
     engine = Engine(run, topology)
     if load:
@@ -132,7 +132,7 @@ def train(run: RunConfig, first: int = 1, last: int | None = None, save: bool = 
     for step in range(first, (last or run.training.train_steps) + 1):
         result = engine.step(own_batches(run, step, topology))
         results.append((result.loss, result.grad_norm))
-    results.append(engine.evaluate(own_batches(run, 0, topology)))
+    results.append(tuple(minimised(engine.evaluate(own_batches(run, 0, topology)))))
     if save:
         checkpoint.save(engine, engine.step_number * run.training.global_batch_size)
     return results
