@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from steel_megatron.config.checks import at_least
+from steel_megatron.errors import ConfigError
 
 TokenizerKind = Literal["huggingface", "sentencepiece"]
 MEGATRON_TOKENIZER_TYPES: dict[str, TokenizerKind] = {
@@ -27,8 +29,9 @@ class DataConfig:
     """The ledger of the run; if not given, ledger.json in its folder. See ``steel-megatron data --help``."""
     num_workers: int = 0
     """Processes that read ahead, for each training process; 0 reads when a step needs it. The samples are the same."""
-    validation: list[str] = field(default_factory=list)
-    """Prefixes of indexed corpora to validate on; none for no validation."""
+    validation: list[str] | dict[str, list[str]] = field(default_factory=list)
+    """Prefixes of indexed corpora to validate on, or such lists by name, each reported by itself; none for no
+    validation."""
     tokenizer_kind: TokenizerKind = "huggingface"
     """Which tokenizer made the corpora."""
     tokenizer_path: str | None = None
@@ -39,3 +42,19 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least(0, self, "num_workers")
+        if isinstance(self.validation, dict):
+            for name, prefixes in self.validation.items():
+                if not re.fullmatch(r"[\w.-]+", name):
+                    raise ConfigError(
+                        f"DataConfig.validation names a set {name!r}; use letters, digits, '.', '_' and '-', as it "
+                        "becomes part of a metric's name"
+                    )
+                if not prefixes:
+                    raise ConfigError(f"DataConfig.validation.{name} is empty; name a corpus, or leave the set out")
+
+    @property
+    def validation_sets(self) -> dict[str, list[str]]:
+        """The corpora to validate on by name; the name is empty where they were given as one list."""
+        if isinstance(self.validation, dict):
+            return self.validation
+        return {"": self.validation} if self.validation else {}

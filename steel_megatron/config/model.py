@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from steel_megatron.config.checks import at_least, divides, one_of
 from steel_megatron.errors import ConfigError
@@ -67,6 +67,8 @@ class ModelConfig:
     deviation by sqrt(E), which init_method_std * sqrt(E) makes up for."""
     experts_alike: bool = False
     """Start the experts of a layer as copies of one (sparse upcycling); routing then makes them different."""
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """Further fields of megatron-core's TransformerConfig, by name."""
 
     def __post_init__(self) -> None:
         one_of(("soft_moe", "dense", "none", "top_k_moe"), self, "ffn")

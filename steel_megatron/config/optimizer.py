@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
-from steel_megatron.config.checks import at_least
+from steel_megatron.config.checks import at_least, one_of
 from steel_megatron.errors import ConfigError
+
+LrSchedule = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
+WsdDecay = Literal["linear", "cosine", "exponential", "minus_sqrt"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and the learning rate's course (Steel-LLM, section 5)."""
+    """AdamW and the learning rate schedule (Steel-LLM, section 5)."""
 
     lr: float = 3e-4
     """Highest learning rate."""
     min_lr: float = 0.0
-    """Learning rate at the end of the decay."""
+    """Learning rate at the end of the decay, and the lowest of inverse_sqrt."""
+    lr_schedule: LrSchedule = "cosine"
+    """How the learning rate falls after the warm-up: cosine, linear, constant, wsd (stable, then a short decay), or
+    inverse_sqrt (lr * sqrt(warmup_steps / step))."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from 0."""
     decay_steps: int | None = None
-    """Steps until the cosine ends; none means training.train_steps."""
+    """Step at which the decay ends; none means training.train_steps."""
+    wsd_decay_steps: int | None = None
+    """Steps of the decay at the end of wsd; none means a tenth of decay_steps."""
+    wsd_decay_style: WsdDecay = "minus_sqrt"
+    """Shape of that decay."""
     weight_decay: float = 0.05
     """Decoupled weight decay, on matrices only."""
     beta1: float = 0.9
@@ -30,8 +41,13 @@ class OptimizerConfig:
     """Added to the root of the squared gradient's mean."""
     clip_grad: float = 1.0
     """The gradient's global norm is scaled down to this; 0 for no clipping."""
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """Further fields of megatron-core's OptimizerConfig, by name."""
 
     def __post_init__(self) -> None:
+        one_of(get_args(LrSchedule), self, "lr_schedule")
+        one_of(get_args(WsdDecay), self, "wsd_decay_style")
+        at_least(1, self, "wsd_decay_steps")
         at_least(0, self, "lr", "min_lr", "warmup_steps", "decay_steps", "weight_decay", "epsilon", "clip_grad")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:

@@ -34,6 +34,24 @@ class RunConfig:
                 "documents can be kept apart only where each process has whole sequences"
             )
 
+        decay, warmup = self.decay_steps, self.optimizer.warmup_steps
+        if self.optimizer.lr_schedule == "wsd" and warmup + self.wsd_decay_steps > decay:
+            raise ConfigError(
+                f"optimizer.warmup_steps = {warmup} and wsd_decay_steps = {self.wsd_decay_steps} are more than the "
+                f"{decay} steps of the schedule; shorten them, or raise optimizer.decay_steps or training.train_steps"
+            )
+
+    @property
+    def decay_steps(self) -> int:
+        """The step at which the learning rate's decay ends, wherever the run stops."""
+        steps = self.optimizer.decay_steps
+        return max(self.training.train_steps if steps is None else steps, self.optimizer.warmup_steps + 1)
+
+    @property
+    def wsd_decay_steps(self) -> int:
+        """Steps of the decay at the end of schedule wsd."""
+        return self.optimizer.wsd_decay_steps or max(1, self.decay_steps // 10)
+
     @property
     def tensorboard_dir(self) -> Path:
         """Where the run's TensorBoard log is."""

@@ -15,6 +15,8 @@ Precision = Literal["float32", "bfloat16"]
 class TrainingConfig:
     """Steps, batches and what happens between them."""
 
+    objective: str = "next_token"
+    """What is minimised."""
     train_steps: int = 100
     """Optimizer steps of the whole run."""
     stop_after_step: int | None = None
@@ -32,14 +34,22 @@ class TrainingConfig:
     eval_interval: int = 100
     """Steps between two validations; the last step is always validated."""
     eval_steps: int = 10
-    """Global batches of one validation, at most."""
+    """Global batches of one validation of each corpus, at most."""
+    routing_metrics_interval: int | None = None
+    """Steps between two measurements of the routing (entropies, loads, slot similarity) for TensorBoard; none for no
+    measurement."""
 
     def __post_init__(self) -> None:
         one_of(("float32", "bfloat16"), self, "precision")
         at_least(1, self, "train_steps", "stop_after_step", "micro_batch_size", "global_batch_size")
-        at_least(1, self, "log_interval", "eval_interval", "eval_steps")
+        at_least(1, self, "log_interval", "eval_interval", "eval_steps", "routing_metrics_interval")
         at_least(0, self, "seed")
         if self.stop_after_step is not None and self.stop_after_step > self.train_steps:
             raise ConfigError(
                 f"TrainingConfig.stop_after_step = {self.stop_after_step} is over train_steps = {self.train_steps}"
             )
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this launch leaves."""
+        return self.stop_after_step or self.train_steps

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from steel_megatron.config import ModelConfig, ParallelConfig, Precision
 from steel_megatron.model.attention import Float32, RMSNorm, ScaledDotProductAttention
 from steel_megatron.model.documents import PackedDocuments
+from steel_megatron.model.megatron_fields import with_further_fields
 from steel_megatron.model.soft_moe import DenseFeedForward, SoftMoE
 from steel_megatron.model.top_k_moe import TopKMoE, top_k_moe_settings
 from steel_megatron.model.weights import initialize_weights
@@ -42,44 +43,45 @@ def transformer_config(
 ) -> TransformerConfig:
     """The settings as megatron-core wants them."""
     dtype = DTYPES[precision]
-    return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.query_groups,
-        kv_channels=model.head_dim,
-        ffn_hidden_size=model.ffn_hidden_size,
+    own = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.query_groups,
+        "kv_channels": model.head_dim,
+        "ffn_hidden_size": model.ffn_hidden_size,
         # megatron-core asks for its own MoE's number of experts before it allows expert parallelism.
         **({"num_moe_experts": model.num_experts} if parallel.expert_model_parallel_size > 1 else {}),
         **top_k_moe_settings(model),
-        normalization="RMSNorm",
-        layernorm_epsilon=model.norm_epsilon,
-        init_method_std=model.init_method_std,
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        add_qkv_bias=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        context_parallel_size=parallel.context_parallel_size,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_epsilon,
+        "init_method_std": model.init_method_std,
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "context_parallel_size": parallel.context_parallel_size,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "calculate_per_token_loss": True,
+        "deallocate_pipeline_outputs": True,
         # The weights are set by initialize_weights, whose result does not depend on the layout.
-        perform_initialization=False,
-        use_cpu_initialization=device.type != "cuda",
+        "perform_initialization": False,
+        "use_cpu_initialization": device.type != "cuda",
         # Fusions of transformer-engine and apex that torch does not have.
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-    )
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+    }
+    return with_further_fields(TransformerConfig, own, model.megatron, "model.megatron")
 
 
 def layer_spec(model: ModelConfig, groups: ProcessGroupCollection, documents: PackedDocuments) -> ModuleSpec:

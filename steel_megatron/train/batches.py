@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from steel_megatron.log import get_logger
 from steel_megatron.parallel.agreement import first_process_says, on_first_process, together
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.platform import probe
-from steel_megatron.train.objective import Batch
+from steel_megatron.train.objective.base import objective_of
 
 logger = get_logger(__name__)
 
@@ -50,6 +51,7 @@ class Batches:
 
     Attributes:
         ledger: which corpora the run reads, and in which order; None before :meth:`begin` of a new run.
+        validation_sets: the samples to validate on, by the name of the set.
 
     Raises:
         ConfigError: no training corpus is named, or the batch does not fit the launch.
@@ -59,6 +61,7 @@ class Batches:
     def __init__(self, run: RunConfig, topology: Topology) -> None:
         run.num_micro_batches(topology.launch.world_size)  # checks the batch before anything is read
         self._run, self._topology = run, topology
+        self._batch = objective_of(run).batch
         self._stream: LedgerSamples | None = None
         self._ahead: Iterator[list[Arrays]] = iter(())
         self._next = self._last = -1
@@ -77,15 +80,13 @@ class Batches:
         self._new = None
         if self.ledger is None:
             self._new = on_first_process(lambda: new_ledger(path.parent, train, length, run.training.seed))
-        self._validation = None
-        if run.data.validation:
-            vocab_size = run.model.vocab_size
-            self._validation = together(lambda: SequentialSamples(run.data.validation, length, vocab_size))
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether there is anything to validate on."""
-        return self._validation is not None
+        vocab_size = run.model.vocab_size
+        self.validation_sets = together(
+            lambda: {
+                name: SequentialSamples(prefixes, length, vocab_size)
+                for name, prefixes in run.data.validation_sets.items()
+            }
+        )
 
     def begin(
         self, step: int = 0, consumed_samples: int = 0, check: Callable[[Ledger], None] = lambda ledger: None
@@ -173,7 +174,7 @@ class Batches:
     def _cache(self) -> Path:
         return self._run.ledger_path.with_suffix(".cache")
 
-    def training(self, consumed_samples: int) -> list[Batch]:
+    def training(self, consumed_samples: int) -> list[Any]:
         """This process's micro batches of the step that begins after ``consumed_samples`` samples."""
         assert self._stream is not None, "begin() comes first"
         training = self._run.training
@@ -192,16 +193,17 @@ class Batches:
                 )
             )
         self._next = consumed_samples + training.global_batch_size
-        return [self._batch(*arrays) for arrays in next(self._ahead)]
+        return [self._batch(samples, starts, None, self._topology) for samples, starts in next(self._ahead)]
 
-    def validation(self) -> list[Batch]:
-        """This process's micro batches of one validation; the same samples each time, under any layout.
+    def validation(self) -> Iterator[tuple[str, list[Any]]]:
+        """This process's micro batches of one validation, by set; the same samples each time, under any layout."""
+        for name, samples in self.validation_sets.items():
+            yield name, self._validation_batches(samples)
 
-        The last ones are filled up with samples that do not count, so that none is left out.
-        """
-        assert self._validation is not None
+    def _validation_batches(self, samples: SequentialSamples) -> list[Any]:
+        """The last ones are filled up with samples that do not count, so that none is left out."""
         training = self._run.training
-        count = min(len(self._validation), training.eval_steps * training.global_batch_size)
+        count = min(len(samples), training.eval_steps * training.global_batch_size)
         together = training.micro_batch_size * self._topology.data_parallel_size
         first = self._topology.data_parallel_rank * training.micro_batch_size
         batches = []
@@ -209,21 +211,10 @@ class Batches:
             own = range(start, start + training.micro_batch_size)
             numbers = [min(number, count - 1) for number in own]
             counts = torch.tensor([[float(number < count)] for number in own])
-            arrays = read_samples(self._validation, numbers, self._run.data.reset_at_eod)
-            batches.append(self._batch(*arrays, counts))
+            batches.append(
+                self._batch(*read_samples(samples, numbers, self._run.data.reset_at_eod), counts, self._topology)
+            )
         return batches
-
-    def _batch(self, samples: np.ndarray, starts: np.ndarray | None, counts: torch.Tensor | None = None) -> Batch:
-        tokens = torch.from_numpy(samples)
-        mask = torch.ones(tokens.size(0), tokens.size(1) - 1)
-        if starts is not None:  # no document says how another one begins
-            mask = torch.from_numpy(starts[:, 1:] != np.arange(1, starts.shape[1])).float()
-        return Batch(
-            tokens=tokens[:, :-1].contiguous(),
-            labels=tokens[:, 1:].contiguous(),
-            loss_mask=mask if counts is None else mask * counts,
-            segment_starts=None if starts is None else torch.from_numpy(starts[:, :-1]).contiguous(),
-        ).part(self._topology)
 
 
 def _as_they_are(arrays: list[Arrays]) -> list[Arrays]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import queue
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -38,6 +40,10 @@ from steel_megatron.train.engine import Engine
 from steel_megatron.train.optimizer_state import sharded_state
 
 logger = get_logger(__name__)
+
+# A save's results come back to the process that made it, so a queue of this process is enough. megatron-core's own is
+# in a manager process, which imports the main script again (this fails without a main guard) and outlives a killed run.
+filesystem_async._results_queue = queue.Queue()
 
 FORMAT = 1
 MANIFEST = "steel.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,11 +18,22 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from steel_megatron.config import RunConfig
 from steel_megatron.errors import TrainingError
+from steel_megatron.model.megatron_fields import with_further_fields
 from steel_megatron.model.spec import DTYPES, build_model
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.diagnosis import where_backward_fails, where_forward_fails
-from steel_megatron.train.objective import Batch, NextToken, infer_shape
+from steel_megatron.train.objective import Term
+from steel_megatron.train.objective.base import objective_of
 from steel_megatron.train.optimizer_state import OptimizerState, allocate_state, load_state
+
+_DECAY_STYLES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "wsd": "WSD",
+    "inverse_sqrt": "inverse-square-root",
+}
+"""What megatron-core calls the schedules."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +42,30 @@ class StepResult:
 
     Attributes:
         step: number of the step, from 1.
-        loss: mean over the labels of the global batch, in nats per token.
+        terms: what the objective reports, over the global batch. The first is what was minimised.
         grad_norm: global norm of the gradient, before clipping.
         lr: learning rate that the step used.
-        tokens: labels that counted.
     """
 
     step: int
-    loss: float
+    terms: dict[str, Term]
     grad_norm: float
     lr: float
-    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """What was minimised: for next tokens, the mean over the labels of the global batch, in nats per token."""
+        return minimised(self.terms).mean
+
+    @property
+    def tokens(self) -> int:
+        """How many labels counted."""
+        return minimised(self.terms).items
+
+
+def minimised(terms: dict[str, Term]) -> Term:
+    """The term that an objective minimises."""
+    return next(iter(terms.values()))
 
 
 class Engine:
@@ -57,7 +82,7 @@ class Engine:
         self.groups = topology.groups
         self.stage = stage or build_model(run.model, topology, run.training.precision, seed=run.training.seed)
         self.config = self.stage.config
-        self.objective = NextToken(run.model.vocab_size, self.groups, self.stage.documents)
+        self.objective = objective_of(run).build(run, topology, self.stage)
         self.step_number = 0
         self.model = DistributedDataParallel(
             config=self.config,
@@ -78,30 +103,27 @@ class Engine:
     def _optimizer(self) -> MegatronOptimizer:
         settings = self.run.optimizer
         dtype = DTYPES[self.run.training.precision]
-        optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                min_lr=settings.min_lr,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.beta1,
-                adam_beta2=settings.beta2,
-                adam_eps=settings.epsilon,
-                clip_grad=settings.clip_grad,
-                bf16=dtype is torch.bfloat16,
-                params_dtype=dtype,
-                use_distributed_optimizer=True,
-            ),
-            [self.model],
-        )
+        own = {
+            "optimizer": "adam",
+            "lr": settings.lr,
+            "min_lr": settings.min_lr,
+            "weight_decay": settings.weight_decay,
+            "adam_beta1": settings.beta1,
+            "adam_beta2": settings.beta2,
+            "adam_eps": settings.epsilon,
+            "clip_grad": settings.clip_grad,
+            "bf16": dtype is torch.bfloat16,
+            "params_dtype": dtype,
+            "use_distributed_optimizer": True,
+        }
+        config = with_further_fields(MegatronOptimizerConfig, own, settings.megatron, "optimizer.megatron")
+        optimizer = get_megatron_optimizer(config, [self.model])
         allocate_state(optimizer)
         return optimizer
 
     def _scheduler(self) -> OptimizerParamScheduler:
-        settings = self.run.optimizer
-        # One unit is one step. The course ends at decay_steps, wherever the run stops.
-        end = self.run.training.train_steps if settings.decay_steps is None else settings.decay_steps
-        decay_steps = max(end, settings.warmup_steps + 1)
+        settings, decay_steps = self.run.optimizer, self.run.decay_steps
+        # One unit is one step.
         return OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -109,25 +131,27 @@ class Engine:
             min_lr=settings.min_lr,
             lr_warmup_steps=settings.warmup_steps,
             lr_decay_steps=decay_steps,
-            lr_decay_style="cosine",
+            lr_decay_style=_DECAY_STYLES[settings.lr_schedule],
+            wsd_decay_steps=self.run.wsd_decay_steps,
+            lr_wsd_decay_style=settings.wsd_decay_style,
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,
             wd_incr_steps=decay_steps,
             wd_incr_style="constant",
         )
 
-    def accumulate_gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def accumulate_gradients(self, batches: Sequence[Any]) -> dict[str, Term]:
         """Forward and backward over this process's micro batches; gradients end up reduced and averaged.
 
         Returns:
-            mean loss of the global batch in nats per token, and the number of labels that counted.
+            the objective's terms over the global batch.
         """
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._run(batches, forward_only=False)
 
-    def step(self, batches: Sequence[Batch]) -> StepResult:
+    def step(self, batches: Sequence[Any]) -> StepResult:
         """Train on one global batch.
 
         Args:
@@ -136,7 +160,8 @@ class Engine:
         Raises:
             TrainingError: the loss or the gradient is not finite. No weight has been changed.
         """
-        loss, tokens = self.accumulate_gradients(batches)
+        terms = self.accumulate_gradients(batches)
+        loss = minimised(terms).mean
         step = self.step_number + 1
         if not math.isfinite(loss):
             where = where_forward_fails(self.stage, lambda: self.evaluate(batches))
@@ -155,7 +180,7 @@ class Engine:
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         self.optimizer.step()
         self.step_number = step
-        return StepResult(step=step, loss=loss, grad_norm=norm, lr=lr, tokens=tokens)
+        return StepResult(step=step, terms=terms, grad_norm=norm, lr=lr)
 
     def resume_at(self, step: int, optimizer_state: OptimizerState) -> None:
         """Go on after ``step`` steps, with the optimizer state that a checkpoint held."""
@@ -164,25 +189,27 @@ class Engine:
         self.scheduler.num_steps = step
         self.scheduler.step(increment=0)
 
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Mean loss over the global batch of all processes' micro batches, and the labels that counted."""
+    def evaluate(self, batches: Sequence[Any]) -> dict[str, Term]:
+        """The objective's terms over all processes' micro batches, without training on them."""
         self.model.eval()
         with torch.no_grad():
             return self._run(batches, forward_only=True)
 
-    def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> tuple[float, int]:
+    def _run(self, batches: Sequence[Any], *, forward_only: bool) -> dict[str, Term]:
         reports = get_forward_backward_func()(
             forward_step_func=self.objective.forward_step,
             data_iterator=iter(batches),
             model=[self.model],
             num_microbatches=len(batches),
             forward_only=forward_only,
-            **infer_shape(batches[0], self.config.context_parallel_size),
+            **self.objective.sizes(batches[0]),
         )
         # Only the last stage has reports; the others add nothing.
-        device = self.topology.device
-        totals = torch.stack(reports).sum(0) if reports else torch.zeros(2, dtype=torch.float64, device=device)
+        names, device = self.objective.terms, self.topology.device
+        totals = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+        if reports:
+            totals += torch.stack(reports).sum(0)
         dist.all_reduce(totals, group=self.groups.dp_cp)
         dist.all_reduce(totals, group=self.groups.pp)
-        total, count = totals.tolist()
-        return total / max(count, 1), int(count)
+        sums = zip(names, totals.tolist(), strict=True)
+        return {name: Term(total / max(count, 1), int(count)) for name, (total, count) in sums}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from steel_megatron.config import RunConfig, dump_yaml
@@ -11,13 +13,14 @@ from steel_megatron.data.ledger import Ledger
 from steel_megatron.data.run_ledger import check_past
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import exclusive_lock, write_atomically
-from steel_megatron.log import get_logger, progress
+from steel_megatron.log import get_logger
 from steel_megatron.parallel.agreement import any_process, first_process_says, on_first_process, together
 from steel_megatron.parallel.topology import Topology, initialize, shutdown
 from steel_megatron.train import checkpoint
 from steel_megatron.train.batches import Batches
-from steel_megatron.train.engine import Engine
-from steel_megatron.train.hooks import Metrics, StopSignal
+from steel_megatron.train.callbacks import Callback, RunView, callbacks_of
+from steel_megatron.train.engine import Engine, minimised
+from steel_megatron.train.stop_signal import StopSignal
 
 logger = get_logger(__name__)
 
@@ -29,7 +32,9 @@ class TrainingSummary:
     Attributes:
         step: optimizer steps done.
         loss: of the last step, in nats per token; None when there was no step left to do.
-        validation_loss: of the last validation; None without validation data.
+        validation_loss: of the last validation, the mean over its sets; None without validation data.
+        validation_losses: the same for each set by name; the name is empty where there is one without a name.
+        losses: of each step of this call, in order; the last one is ``loss``.
         checkpoint: the newest checkpoint's folder.
         finished: whether all of the run's steps are done.
     """
@@ -39,59 +44,85 @@ class TrainingSummary:
     validation_loss: float | None
     checkpoint: Path
     finished: bool
+    validation_losses: Mapping[str, float] = field(default_factory=dict)
+    losses: Sequence[float] = ()
 
 
-def pretrain(run: RunConfig) -> TrainingSummary:
+def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSummary:
     """Train a model from where its folder stands; every process of the launch calls it.
+
+    It works in a script, in a notebook and in a thread; only in the main thread it notices signals.
+
+    Args:
+        run: the run's settings.
+        callbacks: what is called around the loop's steps, after the library's own.
 
     Raises:
         SteelError: settings, data, checkpoints or the loss do not allow to go on.
     """
     topology = initialize(run.parallel)
     with ExitStack() as stack:
+        stack.callback(shutdown)
         lock = exclusive_lock(Path(run.checkpoint.directory) / "run", CheckpointError)
         on_first_process(lambda: stack.enter_context(lock))
-        summary = _train(run, topology)
-    shutdown()
-    return summary
+        return _train(run, topology, [*callbacks_of(run), *callbacks])
 
 
-def _train(run: RunConfig, topology: Topology) -> TrainingSummary:
+def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) -> TrainingSummary:
     training = run.training
     batches = Batches(run, topology)
     engine = Engine(run, topology)
     consumed, saved = _start(run, topology, engine, batches)
-    metrics = together(lambda: Metrics(run, topology, engine))
-    validation_loss = result = None
-    last_step = training.stop_after_step or training.train_steps
-    remaining = max(0, last_step - engine.step_number)
-    bar_of_steps = progress("training", remaining, "steps", plain=False)
-    with closing(metrics), StopSignal() as signal, bar_of_steps as bar:
-        while engine.step_number < last_step:
+    view = RunView(run, topology, engine)
+    validation: dict[str, float] = {}
+    losses = array("d")
+    with _started(callbacks, view), StopSignal() as signal:
+        while engine.step_number < training.last_step:
+            for callback in callbacks:
+                callback.before_step(view)
             result = engine.step(batches.training(consumed))
             consumed += training.global_batch_size
-            metrics.record(result)
-            bar.advance(note=f"{run.model.loss_name} {result.loss:.4f}")
+            losses.append(result.loss)
+            for callback in callbacks:
+                callback.after_step(view, result)
             stopping = any_process(signal.received)
-            if batches.has_validation and (result.step % training.eval_interval == 0 or result.step == last_step):
-                validation_loss = engine.evaluate(batches.validation())[0]
-                metrics.record_validation(result.step, validation_loss)
-            if result.step % run.checkpoint.save_interval == 0 or result.step == last_step or stopping:
-                batches.look(result.step, consumed, goes_on=not stopping and result.step < last_step)
+            is_last = result.step == training.last_step
+            if batches.validation_sets and (result.step % training.eval_interval == 0 or is_last):
+                validation = {name: minimised(engine.evaluate(own)).mean for name, own in batches.validation()}
+                for callback in callbacks:
+                    callback.after_validation(view, validation)
+            if result.step % run.checkpoint.save_interval == 0 or is_last or stopping:
+                batches.look(result.step, consumed, goes_on=not stopping and not is_last)
                 saved = checkpoint.save(engine, consumed, batches.ledger)
-                logger.info(f"saved {saved}")
-                metrics.restart_clock()
+                for callback in callbacks:
+                    callback.after_save(view, saved)
             if stopping:
                 logger.warning(f"asked to stop: step {result.step} is saved; the same command goes on from there")
                 break
     assert saved is not None, "a run has at least one step, done now or before"
     return TrainingSummary(
         step=engine.step_number,
-        loss=result.loss if result else None,
-        validation_loss=validation_loss,
+        loss=losses[-1] if losses else None,
+        validation_loss=sum(validation.values()) / len(validation) if validation else None,
         checkpoint=saved,
         finished=engine.step_number >= training.train_steps,
+        validation_losses=validation,
+        losses=losses,
     )
+
+
+@contextmanager
+def _started(callbacks: Sequence[Callback], view: RunView) -> Iterator[None]:
+    """Start all callbacks; stop those that started, the last one first."""
+    with ExitStack() as stack:
+
+        def start() -> None:
+            for callback in callbacks:
+                callback.start(view)
+                stack.callback(callback.stop, view)
+
+        together(start)
+        yield
 
 
 def _start(run: RunConfig, topology: Topology, engine: Engine, batches: Batches) -> tuple[int, Path | None]:

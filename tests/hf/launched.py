@@ -61,7 +61,7 @@ def training_gradients(
 
     topology = initialize(parallel)
     from steel_megatron.model.spec import build_model
-    from steel_megatron.train.engine import Engine
+    from steel_megatron.train.engine import Engine, minimised
     from steel_megatron.train.objective import Batch
 
     results = {}
@@ -78,7 +78,7 @@ def training_gradients(
         engine = Engine(run, topology, stage)
         # Data-parallel processes all see the same batch: their mean is the fixture's.
         ids, labels = given["input_ids"], given["labels"]
-        loss, _ = engine.accumulate_gradients([Batch(ids, labels, torch.ones(labels.shape))])
+        loss = minimised(engine.accumulate_gradients([Batch(ids, labels, torch.ones(labels.shape))])).mean
         gather_gradients(engine.model)
         by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in stage.parameters()}
         results[name] = (loss, pieces(stage, lambda weight, of=by_storage: of[weight.data_ptr()].clone()))

@@ -180,3 +180,9 @@ def test_settings_in_other_words() -> None:
     model = mapping.config_from_hf({**plain, "num_key_value_heads": None}, "here")
     assert (model.routing_mode, model.routing_mix) == ("sequence", "normalized")
     assert model.query_groups == 4 and model.shared_expert_intermediate_size == 0
+
+
+def test_settings_that_the_exported_code_does_not_know() -> None:
+    with pytest.raises(CheckpointError, match=r"model\.megatron\.qk_layernorm = True has no published form"):
+        mapping.config_to_hf(dataclasses.replace(BASE, megatron={"qk_layernorm": True}))
+    mapping.config_to_hf(dataclasses.replace(BASE, megatron={"recompute_granularity": "full"}))

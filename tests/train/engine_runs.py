@@ -82,7 +82,7 @@ def _follow(pickled: bytes) -> dict[str, Record]:
 
     cases: dict[str, Case] = pickle.loads(pickled)
     topology = initialize(next(iter(cases.values())).run.parallel)
-    from steel_megatron.train.engine import Engine
+    from steel_megatron.train.engine import Engine, minimised
 
     records = {}
     for name, case in cases.items():
@@ -91,7 +91,8 @@ def _follow(pickled: bytes) -> dict[str, Record]:
 
         def evaluate(engine: Engine = engine, case: Case = case, record: Record = record) -> None:
             if case.validation:
-                record.validation.append(engine.evaluate(own_batches(case.validation, case.run, topology)))
+                terms = engine.evaluate(own_batches(case.validation, case.run, topology))
+                record.validation.append(tuple(minimised(terms)))
 
         evaluate()
         for number, samples in enumerate(case.batches, start=1):
@@ -181,7 +182,7 @@ def validation_batches(runs: list[RunConfig]) -> list[list[list[tuple[list[int],
 
     topology, found = initialize(runs[0].parallel), []
     for run in runs:
-        batches = Batches(run, topology).validation()
+        ((_, batches),) = Batches(run, topology).validation()
         found.append(
             [
                 [(row.tolist(), bool(mask.all())) for row, mask in zip(one.tokens, one.loss_mask, strict=True)]

@@ -188,7 +188,7 @@ def train(run: RunConfig, first: int = 1, last: int | None = None, save: bool = 
 
     topology = initialize(run.parallel)
     from steel_megatron.train import checkpoint
-    from steel_megatron.train.engine import Engine
+    from steel_megatron.train.engine import Engine, minimised
 
     engine = Engine(run, topology)
     if load:
@@ -200,7 +200,7 @@ def train(run: RunConfig, first: int = 1, last: int | None = None, save: bool = 
     for step in range(first, (last or run.training.train_steps) + 1):
         result = engine.step(own_batches(run, step, topology))
         results.append(Trained(result.loss, result.grad_norm, _squares(engine)))
-    results.append(engine.evaluate(own_batches(run, 0, topology)))
+    results.append(tuple(minimised(engine.evaluate(own_batches(run, 0, topology)))))
     if save:
         checkpoint.save(engine, engine.step_number * run.training.global_batch_size)
     return results

@@ -1,21 +1,25 @@
-"""What training minimises, as the function that megatron-core's schedules call for every micro batch."""
+"""Next-token prediction: the objective of pretraining."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+from steel_megatron.config import RunConfig
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.parallel.sequence import SequenceSplit
 from steel_megatron.parallel.topology import Topology
+from steel_megatron.train.objective.base import OBJECTIVES, LossFunction
 
-LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,44 @@ class NextToken:
     """Next-token cross entropy in float32, summed over the labels that count.
 
     Args:
+        loss_name: what its loss is called in a report.
         vocab_size: ids from here on are padding of the embedding matrix and get no probability.
         groups: the process groups.
         documents: what the stage's modules look at to keep packed documents apart.
     """
 
-    def __init__(self, vocab_size: int, groups: ProcessGroupCollection, documents: PackedDocuments) -> None:
+    def __init__(
+        self, loss_name: str, vocab_size: int, groups: ProcessGroupCollection, documents: PackedDocuments
+    ) -> None:
+        self.terms = (loss_name,)
         self.vocab_size, self.documents = vocab_size, documents
         self.tp_group, self.cp_group = groups.tp, groups.cp
+
+    @classmethod
+    def build(cls, run: RunConfig, topology: Topology, stage: GPTModel) -> NextToken:
+        """The objective of a run, for one pipeline stage."""
+        return cls(run.model.loss_name, run.model.vocab_size, topology.groups, stage.documents)
+
+    @classmethod
+    def batch(
+        cls, samples: np.ndarray, starts: np.ndarray | None, counts: torch.Tensor | None, topo: Topology
+    ) -> Batch:
+        """This process's part of a micro batch; arguments as for every objective."""
+        tokens = torch.from_numpy(samples)
+        mask = torch.ones(tokens.size(0), tokens.size(1) - 1)
+        if starts is not None:  # no document says how another one begins
+            mask = torch.from_numpy(starts[:, 1:] != np.arange(1, starts.shape[1])).float()
+        return Batch(
+            tokens=tokens[:, :-1].contiguous(),
+            labels=tokens[:, 1:].contiguous(),
+            loss_mask=mask if counts is None else mask * counts,
+            segment_starts=None if starts is None else torch.from_numpy(starts[:, :-1]).contiguous(),
+        ).part(topo)
+
+    def sizes(self, batch: Batch) -> dict[str, int]:
+        """Tokens of whole sequences, and sequences."""
+        batch_size, length = batch.tokens.shape
+        return {"seq_length": length * self.cp_group.size(), "micro_batch_size": batch_size}
 
     def forward_step(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
         """One forward of one pipeline stage; signature and result as megatron-core's schedules want them."""
@@ -86,12 +120,10 @@ class NextToken:
         return vocab_parallel_cross_entropy(logits, labels)
 
     def loss(self, batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sum of losses, number of labels that count, and both in one tensor for the report."""
+        """Sum of losses, number of labels that count, and the report of both: float64 [1, 2]."""
         total = (self.token_losses(logits, batch.labels) * batch.loss_mask).sum()
         count = batch.loss_mask.sum()
-        return total, count.int(), torch.stack((total.detach(), count)).double()
+        return total, count.int(), torch.stack((total.detach(), count)).double().unsqueeze(0)
 
 
-def infer_shape(batch: Batch, context_parallel_size: int) -> dict[str, Any]:
-    """The sizes that megatron-core's schedules ask for: those of whole sequences."""
-    return {"seq_length": batch.tokens.size(1) * context_parallel_size, "micro_batch_size": batch.tokens.size(0)}
+OBJECTIVES["next_token"] = NextToken

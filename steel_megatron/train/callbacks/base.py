@@ -1,0 +1,65 @@
+"""What happens next to training: a few hooks around the loop's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steel_megatron.config import RunConfig
+from steel_megatron.parallel.topology import Topology
+from steel_megatron.train.engine import Engine, StepResult
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as callbacks see it. It is for reading: what a callback changes in the model changes the run."""
+
+    config: RunConfig
+    topology: Topology
+    engine: Engine
+
+    @property
+    def is_rank0(self) -> bool:
+        """Whether this process logs and writes for all."""
+        return self.topology.is_first_process
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.engine.step_number
+
+    @property
+    def model(self) -> GPTModel:
+        """This process's pipeline stage."""
+        return self.engine.stage
+
+
+class Callback:
+    """Base of all callbacks; every hook does nothing.
+
+    Hooks run on every process, in the order of the callbacks. A hook may use collectives as long as all processes
+    do, except in :meth:`start`, whose errors are raised on all processes together.
+    """
+
+    def start(self, run: RunView) -> None:
+        """Before the first step, after a resume."""
+
+    def before_step(self, run: RunView) -> None:
+        """Before an optimizer step; ``run.step`` are done."""
+
+    def after_step(self, run: RunView, result: StepResult) -> None:
+        """After an optimizer step."""
+
+    def after_validation(self, run: RunView, losses: Mapping[str, float]) -> None:
+        """After a validation; ``losses`` by the name of the validation set, nats per token."""
+
+    def after_save(self, run: RunView, path: Path) -> None:
+        """After a checkpoint was saved as the folder ``path``."""
+
+    def stop(self, run: RunView) -> None:
+        """At the end, also after an error: close what :meth:`start` opened."""
