@@ -34,11 +34,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # n
 from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 from megatron.core.datasets.utils import Split  # noqa: E402
 
-from steel_megatron.data.indexed import open_indexed  # noqa: E402
-from steel_megatron.data.indexed_writer import IndexedWriter  # noqa: E402
-from steel_megatron.data.ledger import Ledger  # noqa: E402
-from steel_megatron.data.loader import LedgerSamples, micro_batches, read_samples  # noqa: E402
-from steel_megatron.data.mixing import Interleave  # noqa: E402
+from steel_megatron.data.indexed.dataset import open_indexed  # noqa: E402
+from steel_megatron.data.indexed.writer import IndexedWriter  # noqa: E402
+from steel_megatron.data.ledger.ledger import Ledger  # noqa: E402
+from steel_megatron.data.ledger.loader import LedgerSamples, micro_batches, read_samples  # noqa: E402
+from steel_megatron.data.sampling.interleave import Interleave  # noqa: E402
 
 LENGTH = 2048
 VOCABULARY = 151_936
@@ -193,9 +193,9 @@ def build_large(folder: str, total: int) -> dict[str, float]:
 
 def sparse_corpus(prefix: Path, documents: int, size: int) -> str:
     """Documents of one size whose tokens are all 0, in a file that takes no room on disk, and their manifest."""
-    from steel_megatron.data.block_hashes import BLOCK_BYTES
-    from steel_megatron.data.indexed_format import HEADER, MAGIC
-    from steel_megatron.data.indexed_manifest import FORMAT, content_of
+    from steel_megatron.data.indexed.checksums import BLOCK_BYTES
+    from steel_megatron.data.indexed.format import HEADER, MAGIC
+    from steel_megatron.data.indexed.manifest import FORMAT, content_of
 
     lengths = np.full(documents, size, np.int32)
     with Path(f"{prefix}.idx").open("wb") as file:

@@ -42,7 +42,7 @@ import numpy as np
 import psutil
 import tokenizers
 
-from steel_megatron.data.indexed import open_indexed
+from steel_megatron.data.indexed.dataset import open_indexed
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 2
@@ -93,14 +93,14 @@ def train_tokenizer(folder: Path) -> None:
 
 
 def ours(corpus: str, tokenizer: str, output: str) -> None:
-    from steel_megatron.data.preprocess import preprocess
+    from steel_megatron.data.preprocessing.pipeline import preprocess
 
     preprocess([corpus], output, "huggingface", tokenizer, workers=WORKERS, valid_fraction=0.01)
 
 
 def ours_whole(corpus: str, tokenizer: str, output: str) -> None:
     """Without a split: one file, to be compared byte for byte."""
-    from steel_megatron.data.preprocess import preprocess
+    from steel_megatron.data.preprocessing.pipeline import preprocess
 
     preprocess([corpus], output, "huggingface", tokenizer, workers=WORKERS)
 
@@ -110,7 +110,7 @@ _of_worker: tokenizers.Tokenizer | None = None
 
 def _start(folder: str) -> None:
     global _of_worker
-    from steel_megatron.data.tokenizer import HuggingFaceTokenizer
+    from steel_megatron.data.tokenizing.tokenizer import HuggingFaceTokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _of_worker = HuggingFaceTokenizer(folder)._tokenizer
@@ -129,8 +129,8 @@ def megatron_style(corpus: str, tokenizer: str, output: str) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from steel_megatron.data.indexed import token_dtype
-    from steel_megatron.data.tokenizer import HuggingFaceTokenizer
+    from steel_megatron.data.indexed.dataset import token_dtype
+    from steel_megatron.data.tokenizing.tokenizer import HuggingFaceTokenizer
 
     facts = HuggingFaceTokenizer(tokenizer)
     dtype = token_dtype(facts.vocab_size).type
@@ -296,7 +296,7 @@ def prepared(arguments: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     else:
         write_corpus(corpus, arguments.megabytes * 1_000_000)
     if arguments.tokenizer:
-        from steel_megatron.data.tokenizer import HuggingFaceTokenizer
+        from steel_megatron.data.tokenizing.tokenizer import HuggingFaceTokenizer
 
         HuggingFaceTokenizer(arguments.tokenizer).save_pretrained(tokenizer)  # tokenizer.json, which all ways read
     else:

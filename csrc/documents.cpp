@@ -1,4 +1,4 @@
-// Each function has a numpy reference of the same numbers in steel_megatron/data/stored_documents.py; see documents.h.
+// Each function has a numpy reference of the same numbers in steel_megatron/data/preprocessing/stored_documents.py; see documents.h.
 
 #include "documents.h"
 

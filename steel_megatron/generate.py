@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from steel_megatron.config import ModelConfig, TokenizerKind
-from steel_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import CheckpointError, ConfigError, DataError
 from steel_megatron.hf.convert import read_config, read_weights
 from steel_megatron.hf.mapping import check_tensors, config_from_hf, config_to_hf

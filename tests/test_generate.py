@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steel_megatron.cli import main
 from steel_megatron.config import DataConfig, ParallelConfig
-from steel_megatron.data.preprocess import preprocess
-from steel_megatron.data.sentencepiece_training import train_sentencepiece
-from steel_megatron.data.tokenizer import SentencePieceTokenizer
+from steel_megatron.data.preprocessing.pipeline import preprocess
+from steel_megatron.data.tokenizing.sentencepiece_training import train_sentencepiece
+from steel_megatron.data.tokenizing.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import CheckpointError, ConfigError
 from steel_megatron.generate import Generation, Sampling, _choose, _continue, generate, with_cache
 from steel_megatron.hf.configuration_steel import SteelConfig

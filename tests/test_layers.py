@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "steel_megatron"
 # From the bottom up. Parts of one layer do not know each other, but for the files within a folder.
 LAYERS = (
-    ("errors", "log", "config", "files"),
+    ("errors", "log", "config", "files", "signals"),
     ("platform",),
     ("data",),
     ("ops", "parallel"),
@@ -22,6 +22,8 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
+# The same within data/.
+ROOMS = ("native", "reading", "tokenizing", "cleaning", "indexed", "preprocessing", "sampling", "ledger")
 # At the bottom, everybody may use errors; the configuration and the log may not know each other.
 SIBLINGS = {("log", "errors"), ("config", "errors"), ("files", "errors"), ("files", "log")}
 # These travel in exported folders: they know nothing of the library.
@@ -72,6 +74,14 @@ def test_imports_point_down(name: str) -> None:
         if top == other_top or (top, other_top) in SIBLINGS:
             continue
         assert layer(other) < layer(name), f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in NAMES if name.startswith("data.")))
+def test_rooms_of_data_import_to_the_left(name: str) -> None:
+    room = ROOMS.index(name.split(".")[1])
+    for other in imports(name, MODULES[name], NAMES):
+        if other.startswith("data."):
+            assert ROOMS.index(other.split(".")[1]) <= room, f"{name} imports {other}"
 
 
 def test_no_circles() -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from steel_megatron.data.clean import clean_corpus
 from steel_megatron.data.cleaning.funnel import table
+from steel_megatron.data.cleaning.pipeline import clean_corpus
 from steel_megatron.log import exit_code
 
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from steel_megatron.config import MEGATRON_TOKENIZER_TYPES
-from steel_megatron.data.inspection import inspect_corpus, verify_corpus
+from steel_megatron.data.indexed.inspection import inspect_corpus, verify_corpus
 from steel_megatron.log import exit_code
 
 

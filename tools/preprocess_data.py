@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 from steel_megatron.config import MEGATRON_TOKENIZER_TYPES, TokenizerKind
-from steel_megatron.data.huggingface_tokenizer import GPT2_EOD, save_gpt2
-from steel_megatron.data.preprocess import PreprocessReport, preprocess
+from steel_megatron.data.preprocessing.pipeline import PreprocessReport, preprocess
+from steel_megatron.data.tokenizing.huggingface import GPT2_EOD, save_gpt2
 from steel_megatron.errors import ConfigError
 from steel_megatron.log import exit_code, get_logger
 

@@ -11,8 +11,8 @@ import argparse
 import json
 import sys
 
-from steel_megatron.data.tokenizer import DIALOGUE_MARKS
-from steel_megatron.data.tokenizer_training import train_tokenizer
+from steel_megatron.data.tokenizing.tokenizer import DIALOGUE_MARKS
+from steel_megatron.data.tokenizing.training import train_tokenizer
 from steel_megatron.errors import DataError
 from steel_megatron.files import write_atomically
 from steel_megatron.log import exit_code

@@ -28,9 +28,9 @@ from steel_megatron.config import (
     RunConfig,
     TrainingConfig,
 )
-from steel_megatron.data.loader import SequentialSamples
-from steel_megatron.data.preprocess import preprocess
-from steel_megatron.data.tokenizer import load_tokenizer
+from steel_megatron.data.ledger.loader import SequentialSamples
+from steel_megatron.data.preprocessing.pipeline import preprocess
+from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
 from steel_megatron.errors import DataError, TrainingError
 from steel_megatron.files import write_atomically
 from steel_megatron.log import setup_logging

@@ -44,8 +44,8 @@ def clean(
         slurm_setup: shell command that sets this environment up on a node.
         overwrite: whether to replace an earlier result, or begin anew an interrupted job of other settings.
     """
-    from steel_megatron.data.clean import clean_corpus
     from steel_megatron.data.cleaning.funnel import table
+    from steel_megatron.data.cleaning.pipeline import clean_corpus
 
     result = clean_corpus(
         recipe,
@@ -103,7 +103,7 @@ def preprocess(
         report: file for the counts, as JSON.
         eod_token: the token that ends a document; the tokenizer's own if not given.
     """
-    from steel_megatron.data.preprocess import preprocess as run
+    from steel_megatron.data.preprocessing.pipeline import preprocess as run
 
     result = run(
         inputs,
@@ -141,7 +141,7 @@ def inspect_corpora(
         samples: documents to show, evenly spread.
         json_output: whether to write JSON.
     """
-    from steel_megatron.data.inspection import inspect_corpus
+    from steel_megatron.data.indexed.inspection import inspect_corpus
 
     inspect_corpus(prefixes, tokenizer_path, tokenizer_kind, samples, json_output)
 
@@ -154,7 +154,7 @@ def verify_corpora(prefixes: list[str], vocab_size: int | None = None, workers: 
         vocab_size: all ids must be below it; what the corpus' manifest says if not given.
         workers: threads that read; one per processor, up to 8, if not given.
     """
-    from steel_megatron.data.inspection import verify_corpus
+    from steel_megatron.data.indexed.inspection import verify_corpus
 
     verify_corpus(prefixes, vocab_size, workers)
 
@@ -167,6 +167,6 @@ def merge_corpora(prefixes: list[str], output: str, overwrite: bool = False) -> 
         output: where the new corpus goes, without .bin or .idx.
         overwrite: whether to replace an earlier corpus of that name.
     """
-    from steel_megatron.data.inspection import merge_corpora as run
+    from steel_megatron.data.indexed.inspection import merge_corpora as run
 
     run(prefixes, output, overwrite)

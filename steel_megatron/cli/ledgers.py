@@ -12,8 +12,8 @@ from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.log import get_logger
 
 if TYPE_CHECKING:
-    from steel_megatron.data.ledger import Ledger
-    from steel_megatron.data.run_ledger import DocumentPart
+    from steel_megatron.data.ledger.ledger import Ledger
+    from steel_megatron.data.ledger.session import DocumentPart
 
 logger = get_logger(__name__)
 
@@ -43,8 +43,8 @@ def create(
         domain: by which mixtures call them all.
         epochs: how often each corpus is read in the whole run, such as 1 or 2.5; without end if not given.
     """
-    from steel_megatron.data.ledger import edit
-    from steel_megatron.data.run_ledger import new_ledger
+    from steel_megatron.data.ledger.ledger import edit
+    from steel_megatron.data.ledger.session import new_ledger
 
     path = Path(ledger)
     if path.exists():
@@ -82,8 +82,8 @@ def append(
         mixture: weights from then on, such as zh=0.8 en=0.2; as before if not given.
         stopped: that no run is under way; frees what a killed one had still planned to read.
     """
-    from steel_megatron.data.ledger import Ledger, edit
-    from steel_megatron.data.run_ledger import names_of
+    from steel_megatron.data.ledger.ledger import Ledger, edit
+    from steel_megatron.data.ledger.session import names_of
 
     path, weights, called = Path(ledger), _weights(mixture) if mixture else None, names or names_of(prefixes)
     while True:
@@ -162,7 +162,7 @@ def _weights(words: list[str]) -> dict[str, float]:
 
 
 def _change(path: str, stopped: bool, change: Callable[[Ledger], Ledger]) -> None:
-    from steel_megatron.data.ledger import edit
+    from steel_megatron.data.ledger.ledger import edit
 
     with edit(path) as file:
         file.ledger = change(file.ledger.stopped() if stopped else file.ledger)
@@ -171,7 +171,7 @@ def _change(path: str, stopped: bool, change: Callable[[Ledger], Ledger]) -> Non
 
 def _summary(path: Path, ledger: Ledger) -> str:
     """The corpora with how far they are read where the run last looked, and what changes when."""
-    from steel_megatron.data.ledger_records import in_words
+    from steel_megatron.data.ledger.records import in_words
 
     lines = [f"{path}: samples of {ledger.sequence_length:,} tokens, seed {ledger.seed}, run at {ledger.reached:,}"]
     if ledger.reserved > ledger.reached:
@@ -215,10 +215,10 @@ def show(
     import dataclasses
     import json
 
-    from steel_megatron.data.ledger import Ledger
-    from steel_megatron.data.loader import LedgerSamples
-    from steel_megatron.data.run_ledger import parts_of
-    from steel_megatron.data.tokenizer import load_tokenizer
+    from steel_megatron.data.ledger.ledger import Ledger
+    from steel_megatron.data.ledger.loader import LedgerSamples
+    from steel_megatron.data.ledger.session import parts_of
+    from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
 
     path = Path(ledger)
     loaded = Ledger.load(path)

@@ -1,5 +1,5 @@
 """From raw corpora to training samples: sources, tokenizers, the indexed format, preprocessing, loading.
 
-The modules are imported one by one (``from steel_megatron.data.preprocess import preprocess``), so that a
+The modules are imported one by one (``from steel_megatron.data.preprocessing.pipeline import preprocess``), so that a
 worker process that only tokenizes starts without torch.
 """

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from steel_megatron.config import ModelConfig, TokenizerKind
-from steel_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import exclusive_lock, replace_folder
 from steel_megatron.hf import mapping

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from steel_megatron.config import RunConfig
-from steel_megatron.data.ledger import LOOK_SECONDS, Ledger, dumps, edit
-from steel_megatron.data.loader import LedgerSamples, SequentialSamples, micro_batches, read_samples
-from steel_megatron.data.run_ledger import Place, begun, continued, leave, new_ledger, place_of, read_ledger, tidy
+from steel_megatron.data.ledger.ledger import LOOK_SECONDS, Ledger, dumps, edit
+from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, micro_batches, read_samples
+from steel_megatron.data.ledger.session import Place, begun, continued, leave, new_ledger, place_of, read_ledger, tidy
 from steel_megatron.errors import ConfigError, SteelError
 from steel_megatron.log import get_logger
 from steel_megatron.parallel.agreement import first_process_says, on_first_process, together

@@ -29,7 +29,7 @@ from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from steel_megatron.config import ModelConfig, RunConfig, dump_yaml, from_dict, to_dict
-from steel_megatron.data.ledger import Ledger, dumps
+from steel_megatron.data.ledger.ledger import Ledger, dumps
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import replace_folder, sha256_of
 from steel_megatron.log import get_logger

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from steel_megatron.config import RunConfig, dump_yaml
-from steel_megatron.data.ledger import Ledger
-from steel_megatron.data.run_ledger import check_past
+from steel_megatron.data.ledger.ledger import Ledger
+from steel_megatron.data.ledger.session import check_past
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import exclusive_lock, write_atomically
 from steel_megatron.log import get_logger

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steel_megatron.data.native import helpers
-from steel_megatron.data.stored_documents import count_ids, stored_documents, stored_documents_by_numpy
+from steel_megatron.data.preprocessing.stored_documents import count_ids, stored_documents, stored_documents_by_numpy
 from tests import needs
 
 pytestmark = needs.compiled.mark

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steel_megatron.data.duplicates import drop_bits
-from steel_megatron.data.mixing import counts_below_by_numpy, merge_keys_by_numpy
+from steel_megatron.data.indexed.exact_duplicates import drop_bits
 from steel_megatron.data.native import helpers
-from steel_megatron.data.packing import pack_by_numpy
-from steel_megatron.data.permutation import Permutation
+from steel_megatron.data.sampling.interleave import counts_below_by_numpy, merge_keys_by_numpy
+from steel_megatron.data.sampling.packing import pack_by_numpy
+from steel_megatron.data.sampling.permutation import Permutation
 from tests import needs
 
 pytestmark = needs.compiled.mark

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steel_megatron.data.fast_encoding import unsure, unsure_by_numpy
-from steel_megatron.data.formats import Place, RawChunk
-from steel_megatron.data.named_sources import Row, SkyPile, Source, Text
 from steel_megatron.data.native import helpers
-from steel_megatron.data.sources import SkippedRow, documents_of, joined_documents, plain_texts
+from steel_megatron.data.reading.documents import SkippedRow, documents_of, joined_documents, plain_texts
+from steel_megatron.data.reading.formats import Place, RawChunk
+from steel_megatron.data.reading.sources import Row, SkyPile, Source, Text
+from steel_megatron.data.tokenizing.gigatoken_engine import unsure, unsure_by_numpy
 from steel_megatron.errors import DataError
 from tests import needs
 

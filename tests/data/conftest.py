@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from steel_megatron.data.sentencepiece_training import train_sentencepiece
-from steel_megatron.data.tokenizer import SentencePieceTokenizer
+from steel_megatron.data.tokenizing.sentencepiece_training import train_sentencepiece
+from steel_megatron.data.tokenizing.tokenizer import SentencePieceTokenizer
 from tests.fixtures.make_samples import Sample, make_samples
 from tests.fixtures.make_tokenizer import VOCABULARY, make_tokenizer
 

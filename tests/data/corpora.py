@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from steel_megatron.data.block_hashes import BLOCK_BYTES
-from steel_megatron.data.indexed_writer import IndexedWriter
+from steel_megatron.data.indexed.checksums import BLOCK_BYTES
+from steel_megatron.data.indexed.writer import IndexedWriter
 
 DOCUMENTS = [[5, 6, 7], [1], [], [65_000, 2, 3, 4], list(range(3000))]
 

@@ -17,9 +17,9 @@ from tests.data.conftest import make_texts, write_jsonl
 _CODE = """
 import json, sys, time
 from pathlib import Path
-from steel_megatron.data import encoding_workers
-from steel_megatron.data.preprocess import preprocess
-from steel_megatron.data.preprocess_run import Pace, Run
+from steel_megatron.data.preprocessing import workers as encoding_workers
+from steel_megatron.data.preprocessing.pipeline import preprocess
+from steel_megatron.data.preprocessing.job import Pace, Run
 from steel_megatron.log import exit_code
 
 def stop_after(writes, reached, released):

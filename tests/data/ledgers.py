@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from steel_megatron.data.ledger import Ledger
-from steel_megatron.data.ledger_records import Corpus, Dropped
+from steel_megatron.data.ledger.ledger import Ledger
+from steel_megatron.data.ledger.records import Corpus, Dropped
 
 LENGTH = 8
 

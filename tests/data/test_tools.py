@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from steel_megatron.data.indexed import open_indexed
-from steel_megatron.data.tokenizer import SentencePieceTokenizer
+from steel_megatron.data.indexed.dataset import open_indexed
+from steel_megatron.data.tokenizing.tokenizer import SentencePieceTokenizer
 from tests.data.conftest import make_texts, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,13 +15,13 @@ import pytest
 
 from steel_megatron.cli import main
 from steel_megatron.config import DataConfig, dump_yaml
-from steel_megatron.data import clean
-from steel_megatron.data.clean import clean_corpus
-from steel_megatron.data.ledger import Ledger
+from steel_megatron.data.cleaning import pipeline as clean
+from steel_megatron.data.cleaning.pipeline import clean_corpus
+from steel_megatron.data.ledger.ledger import Ledger
 from steel_megatron.errors import DataError
 from tests import needs
+from tests.data.cleaning.test_pipeline import content
 from tests.data.conftest import make_texts, write_jsonl
-from tests.data.test_clean import content
 from tests.slurm.cluster import Cluster, cluster
 from tests.train.small_run import LAYOUTS
 from tests.train.test_loop import make_run, write_corpus

@@ -18,9 +18,9 @@ import pytest
 
 from steel_megatron.cli import main
 from steel_megatron.config import DataConfig, RunConfig
-from steel_megatron.data.indexed_writer import IndexedWriter
-from steel_megatron.data.ledger import Ledger
-from steel_megatron.data.loader import LedgerSamples
+from steel_megatron.data.indexed.writer import IndexedWriter
+from steel_megatron.data.ledger.ledger import Ledger
+from steel_megatron.data.ledger.loader import LedgerSamples
 from tests.distributed import run_distributed
 from tests.train.small_run import LAYOUTS
 from tests.train.test_loop import losses, make_run, one
@@ -203,7 +203,7 @@ def test_appended_data_is_taken_in_at_a_checkpoint(tmp_path: Path) -> None:
 
 def _prepared(run: RunConfig) -> list[str]:
     """What is in the caches when a run has begun and read nothing yet."""
-    from steel_megatron.data import packing
+    from steel_megatron.data.sampling import packing
     from steel_megatron.parallel.topology import initialize
     from steel_megatron.train.batches import Batches
 
@@ -250,7 +250,7 @@ def test_what_a_run_cannot_take_in_does_not_end_it(tmp_path: Path) -> None:
 
 def _without_room_at_16(run: RunConfig, commands: dict[int, list[list[str]]]) -> Any:
     """:func:`live`, where the index cannot be written at sample 16."""
-    from steel_megatron.data.loader import LedgerSamples
+    from steel_megatron.data.ledger.loader import LedgerSamples
     from steel_megatron.errors import DataError
 
     prepare = LedgerSamples.prepare
@@ -321,7 +321,7 @@ def test_a_refused_start_leaves_the_ledger_as_it_was(tmp_path: Path) -> None:
 
 def _read_beside(run: RunConfig, first_step: int, last_step: int, prefix: str) -> Any:
     """The second process would find a ledger that was changed a moment later."""
-    from steel_megatron.data import ledger
+    from steel_megatron.data.ledger import ledger
 
     plain = ledger.Ledger.load.__func__  # type: ignore[attr-defined]
     if os.environ["RANK"] == "1":

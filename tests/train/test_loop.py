@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from steel_megatron.config import DataConfig, ParallelConfig, RunConfig
-from steel_megatron.data.indexed_writer import IndexedWriter
+from steel_megatron.data.indexed.writer import IndexedWriter
 from steel_megatron.errors import SteelError, TrainingError
 from steel_megatron.report import plot_loss, read_scalars
 from steel_megatron.train.loop import TrainingSummary, pretrain

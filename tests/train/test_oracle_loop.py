@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from steel_megatron.config import CheckpointConfig, ParallelConfig, RunConfig
-from steel_megatron.data.indexed_writer import IndexedWriter
-from steel_megatron.data.ledger import Ledger
-from steel_megatron.data.loader import LedgerSamples
+from steel_megatron.data.indexed.writer import IndexedWriter
+from steel_megatron.data.ledger.ledger import Ledger
+from steel_megatron.data.ledger.loader import LedgerSamples
 from tests.distributed import run_distributed
 from tests.hf.test_convert import assemble
 from tests.train.engine_runs import LoopRecord, through_the_loop, validation_batches

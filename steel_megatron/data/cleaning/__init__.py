@@ -1,1 +1,1 @@
-"""The parts of :mod:`steel_megatron.data.clean`."""
+"""The parts of :mod:`steel_megatron.data.cleaning.pipeline`."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from steel_megatron.data.cleaning.language_model import LanguageModel
-from steel_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import ConfigError
 
 Tokenization = Literal["jieba", "space", "tokenizer"]

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from steel_megatron.data.cleaning.recipe import Recipe
-from steel_megatron.data.formats import read_chunks
-from steel_megatron.data.named_sources import get_source
-from steel_megatron.data.sources import BadRowPolicy, Document, SkippedRow, documents_of
+from steel_megatron.data.reading.documents import BadRowPolicy, Document, SkippedRow, documents_of
+from steel_megatron.data.reading.formats import read_chunks
+from steel_megatron.data.reading.sources import get_source
 from steel_megatron.errors import DataError, SteelError
 from steel_megatron.files import disk_errors, write_atomically
 

@@ -25,7 +25,7 @@ from steel_megatron.data.cleaning.filters import Perplexity, tokenizer_at
 from steel_megatron.data.cleaning.job import Job
 from steel_megatron.data.cleaning.slurm import live_jobs
 from steel_megatron.data.cleaning.stages import STAGES, CleanUnits, WriteKept
-from steel_megatron.data.sources import Input
+from steel_megatron.data.reading.documents import Input
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, replace_folder, sha256_of, write_atomically
 from steel_megatron.log import get_logger

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from steel_megatron.data.cleaning.duplicates import ExactDeduplicator, SimhashDeduplicator
+from steel_megatron.data.cleaning.deduplication import ExactDeduplicator, SimhashDeduplicator
 from steel_megatron.data.cleaning.filters import FILTERS, Alphanumeric, Filter, Perplexity, WordRepetition, WordsNum
 from steel_megatron.data.cleaning.mappers import MAPPERS, Mapper
 from steel_megatron.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from steel_megatron.data.cleaning.duplicates import (
+from steel_megatron.data.cleaning.deduplication import (
     BYTES_A_DOCUMENT,
     EXACT,
     KEPT,
@@ -25,7 +25,7 @@ from steel_megatron.data.cleaning.language_model import LanguageModel
 from steel_megatron.data.cleaning.mappers import Mapper
 from steel_megatron.data.cleaning.texts import Lost, Text
 from steel_megatron.data.cleaning.unit_files import UnitFiles, rows_of, save_array, storable
-from steel_megatron.data.sources import Document, SkippedRow
+from steel_megatron.data.reading.documents import Document, SkippedRow
 
 LONGEST = 2_000_000
 """Characters of a document beyond which it is dropped, unread or behind the mapper that made it so long: counting its

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from steel_megatron.data.cleaning.filters import Resources, Sample
-from steel_megatron.data.named_sources import MARKS
+from steel_megatron.data.reading.sources import MARKS
 
 _TURN_MARKS = re.compile(r"(<\|im_start\|>\w+\n|<\|im_end\|>\n?)")
 _SYSTEM = "<|im_start|>system\n"

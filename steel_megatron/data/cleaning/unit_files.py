@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 import zstandard
 
-from steel_megatron.data.formats import parse_chunk, read_chunks
+from steel_megatron.data.reading.formats import parse_chunk, read_chunks
 from steel_megatron.errors import DataError
 from steel_megatron.files import sync_folder, write_atomically
 

@@ -1,0 +1,230 @@
+"""Cleaning: raw corpora -> documents that a recipe's operators keep, without duplicates, and a report of what went.
+
+A recipe (:mod:`~steel_megatron.data.cleaning.recipe`) is a list of operators. A job cleans its input unit by unit,
+compares the signatures of what is left, and writes what is no duplicate. datatrove runs the stages on this machine,
+over Slurm or over Ray. The result is the same bytes for any number of tasks and workers; after a kill at any moment the
+same command goes on. The output folder appears under its name only when all of it is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steel_megatron.data.cleaning.filters import WordRepetition, WordsNum, tokenizer_at
+from steel_megatron.data.cleaning.job import Job, Stage, Unit
+from steel_megatron.data.cleaning.job_folder import check_places, finished_report, plan_of, prepare, publish
+from steel_megatron.data.cleaning.language_model import LanguageModel
+from steel_megatron.data.cleaning.mappers import ChineseConvert, CleanHtml, FixUnicode
+from steel_megatron.data.cleaning.recipe import Recipe, load_recipe
+from steel_megatron.data.cleaning.stages import CleanUnits, FindDuplicates, SampleTexts, TrainModel, WriteKept
+from steel_megatron.data.reading.documents import BadRowPolicy, Input, parse_inputs
+from steel_megatron.data.reading.formats import PARQUET_SUFFIX
+from steel_megatron.errors import ConfigError, DataError
+from steel_megatron.files import disk_errors, exclusive_lock, with_suffix
+from steel_megatron.log import get_logger
+
+if TYPE_CHECKING:
+    from steel_megatron.data.cleaning.executors import ExecutorName
+
+logger = get_logger(__name__)
+
+UNIT_BYTES = 32 << 20
+"""A file of more bytes, as stored, is cleaned in parts; smaller ones are put together up to as many."""
+_MOST_PARTS = 64
+
+
+@dataclass(frozen=True)
+class CleaningResult:
+    """What a job did."""
+
+    output: Path
+    """The folder with the cleaned documents, ``quarantine``, ``funnel.json`` and ``funnel.png``."""
+    documents_in: int
+    documents_kept: int
+    documents_dropped: int
+    report: dict[str, Any]
+    """The content of ``funnel.json``."""
+
+
+def clean_corpus(
+    recipe: str | Path,
+    sources: Sequence[str] | None = None,
+    output: str | Path | None = None,
+    *,
+    tokenizer: str | None = None,
+    text_key: str = "text",
+    on_bad_row: BadRowPolicy = "stop",
+    executor: ExecutorName = "local",
+    workers: int = 1,
+    tasks: int | None = None,
+    slurm_partition: str | None = None,
+    slurm_time: str = "24:00:00",
+    slurm_memory_gb: int = 4,
+    slurm_qos: str | None = None,
+    slurm_setup: str | None = None,
+    slurm_poll_seconds: float = 30.0,
+    overwrite: bool = False,
+) -> CleaningResult:
+    """Clean corpora by a recipe; the same call goes on after a kill.
+
+    Args:
+        recipe: the recipe's YAML file.
+        sources: files, folders or patterns, each alone or as SOURCE=PATTERN; the recipe's if None.
+        output: folder of the result; the recipe's if None.
+        tokenizer: folder of a Hugging Face tokenizer or a SentencePiece model, for operators that count tokens; the
+            recipe's if None.
+        text_key: which value of a row is the text, for inputs without a source's name.
+        on_bad_row: whether a broken row stops the job or is dropped, counted and quarantined.
+        executor: where the tasks run.
+        workers: tasks that run at the same time.
+        tasks: tasks of a stage; one for each unit of input if None.
+        slurm_partition: partition of the Slurm jobs.
+        slurm_time: time limit of a Slurm task.
+        slurm_memory_gb: memory of a Slurm task; the comparison of documents gets more where it needs more.
+        slurm_qos: quality of service of the Slurm jobs; the cluster's default if None.
+        slurm_setup: shell command that sets this environment up on a node; this Python is put on the path if None.
+        slurm_poll_seconds: how often Slurm is asked.
+        overwrite: whether to replace an earlier result, or begin anew an interrupted job of other settings; nothing
+            else is ever replaced.
+
+    Raises:
+        ConfigError: the recipe or an option is wrong.
+        DataError: an input or an output cannot be used, a package is missing, a row is broken, or a task failed.
+    """
+    loaded = load_recipe(
+        recipe,
+        sources=list(sources) if sources is not None else None,
+        output=os.fspath(output) if output is not None else None,
+        tokenizer=tokenizer,
+    )
+    if not loaded.sources:
+        raise ConfigError(f"{recipe} names no sources; name them with --sources, or sources: in the recipe")
+    if not loaded.output:
+        raise ConfigError(f"{recipe} names no output folder; name it with --output, or output: in the recipe")
+    for name, value in (("workers", workers), ("tasks", tasks), ("slurm_memory_gb", slurm_memory_gb)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    inputs = parse_inputs(loaded.sources)
+    packages = check_packages(loaded, inputs)
+    from steel_megatron.data.cleaning.executors import Execution, run_stage
+
+    execution = Execution(
+        executor=executor,
+        workers=workers,
+        tasks=tasks,
+        slurm_partition=slurm_partition,
+        slurm_time=slurm_time,
+        slurm_memory_gb=slurm_memory_gb,
+        slurm_qos=slurm_qos,
+        slurm_setup=slurm_setup,
+        slurm_poll_seconds=slurm_poll_seconds,
+    )
+    final = Path(os.path.realpath(loaded.output))
+    job = Job(loaded, _units(inputs), with_suffix(final, ".partial"), text_key, on_bad_row)
+    check_places(job, loaded.sources, inputs, final)
+    _check_resources(job)
+    plan = plan_of(job, inputs, packages)
+    with exclusive_lock(final, DataError):
+        report = finished_report(job, plan, final)
+        if report is None:
+            prepare(job, plan, final, overwrite, executor == "slurm")
+            for stage in _stages(job):
+                run_stage(stage, execution)
+            report = publish(job, final, overwrite)
+    totals = report["totals"]
+    logger.info(
+        f"{final}: {totals['documents_in']:,} documents in = {totals['documents_kept']:,} kept + "
+        f"{totals['documents_dropped']:,} dropped"
+    )
+    return CleaningResult(final, totals["documents_in"], totals["documents_kept"], totals["documents_dropped"], report)
+
+
+def _stages(job: Job) -> list[Stage]:
+    stages: list[Stage] = []
+    operator = job.recipe.perplexity
+    if operator is not None and operator.model == "train":
+        stages += [SampleTexts(job), TrainModel(job)]
+    stages.append(CleanUnits(job))
+    if job.deduplicates:
+        stages += [FindDuplicates(job), WriteKept(job)]
+    return stages
+
+
+def check_packages(recipe: Recipe, inputs: Sequence[Input]) -> list[str]:
+    """Refuse a recipe whose operators, or inputs whose format, need a package that is not installed.
+
+    Nothing is ever installed on the way.
+
+    Returns:
+        the packages whose versions decide what operators make of a text.
+
+    Raises:
+        DataError: names the packages and how to install them.
+    """
+    deciding: dict[str, str] = {}
+    for operator in recipe.operators:
+        for kind, package in ((ChineseConvert, "opencc"), (FixUnicode, "ftfy"), (CleanHtml, "selectolax")):
+            if isinstance(operator, kind):
+                deciding[package] = operator.name
+        if isinstance(operator, (WordsNum, WordRepetition)) and operator.tokenization == "jieba":
+            deciding["rjieba"] = operator.name
+    needed = {"datatrove": "the engine", **deciding}
+    parquet = next((given.path for given in inputs if given.path.name.endswith(PARQUET_SUFFIX)), None)
+    if parquet is not None:
+        needed["pyarrow"] = parquet.name
+    missing = {package: name for package, name in needed.items() if not _is_installed(package)}
+    if missing:
+        what = ", ".join(f"{package} (for {name})" for package, name in missing.items())
+        raise DataError(f"cleaning needs packages that are not installed: {what}; pip install 'steel-megatron[data]'")
+    return list(deciding)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _units(inputs: Sequence[Input]) -> tuple[Unit, ...]:
+    units: list[Unit] = []
+    for number, given in enumerate(inputs):
+        with disk_errors("read", given.path, DataError):
+            size = given.path.stat().st_size
+        file = {str(given.path): number}
+        parts = min(math.ceil(size / UNIT_BYTES), _MOST_PARTS)
+        last = units[-1] if units else None
+        if parts > 1:
+            units += [Unit(file, given.source, size // parts, part, parts) for part in range(parts)]
+        elif last and last.parts == 1 and last.source == given.source and last.size + size <= UNIT_BYTES:
+            last.files.update(file)
+            units[-1] = dataclasses.replace(last, size=last.size + size)
+        else:
+            units.append(Unit(file, given.source, size))
+    return tuple(units)
+
+
+def _check_resources(job: Job) -> None:
+    """Load what the operators will need, so that what is wrong with it is said before anything is read."""
+    if job.recipe.tokenizer is not None:
+        tokenizer_at(job.recipe.tokenizer)
+    operator = job.recipe.perplexity
+    if operator is None:
+        return
+    if operator.model != "train":
+        LanguageModel.load(Path(operator.model))
+        return
+    known = {unit.source for unit in job.units}
+    for name in filter(None, map(str.strip, operator.train_on.split(","))):
+        if name not in known:
+            raise ConfigError(
+                f"{operator.name}: train_on names {name!r}, which is no source of this job; it has "
+                f"{', '.join(sorted(known))}"
+            )

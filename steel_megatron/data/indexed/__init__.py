@@ -1,0 +1,1 @@
+"""Megatron's indexed format: read, written, merged, verified."""

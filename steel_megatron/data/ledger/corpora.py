@@ -1,0 +1,156 @@
+"""The corpora of a ledger on disk: described when they come in, held against that when they are opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from steel_megatron.data.indexed.dataset import IndexedCorpus, content_hash, open_indexed, refuse_ids
+from steel_megatron.data.indexed.exact_duplicates import duplicate_documents
+from steel_megatron.data.ledger.records import Corpus, Dropped, is_name
+from steel_megatron.errors import DataError
+from steel_megatron.files import disk_errors, sha256_of
+from steel_megatron.log import get_logger
+
+logger = get_logger(__name__)
+
+_CHUNK = 1 << 20
+"""Ids that are looked at at a time."""
+
+
+def describe(prefix: str | Path, name: str | None = None, domain: str = "default") -> Corpus:
+    """What a ledger says of a corpus. One without a manifest is read in full.
+
+    Args:
+        prefix: path without a suffix.
+        name: by which commands call it; None for the last part of the prefix.
+        domain: by which mixtures call it.
+
+    Raises:
+        DataError: the corpus cannot be used, or a name is empty.
+    """
+    prefix = os.path.abspath(prefix)
+    name = Path(prefix).name if name is None else name
+    for value, what in ((name, "name"), (domain, "domain")):
+        if not is_name(value):
+            raise DataError(f"the {what} of {prefix} is {value!r}; it must be a text that is not empty")
+    corpus = open_indexed(prefix)
+    tokenizer = (corpus.manifest or {}).get("tokenizer", {}).get("fingerprint")
+    fingerprint = tokenizer if is_name(tokenizer) else None
+    max_id = None if corpus.manifest is not None else _largest_id(corpus)
+    counts = corpus.documents, corpus.tokens
+    return Corpus(name, prefix, content_hash(corpus), domain, *counts, fingerprint, max_id=max_id)
+
+
+def _largest_id(corpus: IndexedCorpus) -> int:
+    """The largest token id, after a look at all of them.
+
+    Raises:
+        DataError: one is negative.
+    """
+    low = high = 0
+    for begin in range(0, corpus.tokens, _CHUNK):
+        ids = corpus.flat[begin : begin + _CHUNK]
+        low, high = min(low, int(ids.min())), max(high, int(ids.max()))
+    if low < 0:
+        refuse_ids(corpus, None)
+    return high
+
+
+def open_corpus(record: Corpus, folder: Path, vocab_size: int | None = None) -> IndexedCorpus:
+    """Open a corpus and hold it against what a ledger recorded; the content as its manifest says it, if it has one.
+
+    Of one without a manifest only the counts are compared, and its largest id is the recorded one: it is not read.
+
+    Args:
+        record: what was recorded.
+        folder: the ledger's.
+        vocab_size: every token id must be below it; None to leave ids unchecked.
+
+    Raises:
+        DataError: it is missing, damaged, or not what it was.
+    """
+    corpus = open_indexed(folder / record.prefix)
+    found: dict[str, object] = {"documents": corpus.documents, "tokens": corpus.tokens}
+    if corpus.manifest is not None:
+        found["content"] = corpus.manifest["content"]
+    for field, value in found.items():
+        if value != getattr(record, field):
+            raise DataError(
+                f"corpus {record.name} has changed since it came into the ledger: {field} of {corpus.prefix} is "
+                f"{value}, recorded is {getattr(record, field)}; bring the old files back, or remove the corpus and "
+                "append the new one under another name"
+            )
+    if vocab_size is not None:
+        largest = record.max_id if corpus.manifest is None else corpus.manifest["max_id"]
+        if largest is None or largest >= vocab_size:
+            refuse_ids(corpus, vocab_size)
+    return corpus
+
+
+class Other(NamedTuple):
+    """A corpus that new ones are compared with."""
+
+    corpus: IndexedCorpus
+    ignored: np.ndarray | None
+    """Bits of the documents that do not count, as they are not read; None for none."""
+    content: str | None
+    """Which corpus it is; None when all documents that count were read, so that nothing depends on it any more."""
+
+
+def without_duplicates(new: Sequence[Corpus], others: Sequence[Other]) -> tuple[list[Corpus], dict[str, bytes]]:
+    """Corpora without the documents that are exactly the same as others, or as earlier ones of the new corpora.
+
+    Returns:
+        the corpora, and the files that say which documents are left out, by name.
+
+    Raises:
+        DataError: a corpus cannot be read.
+    """
+    compared, reduced, files = list(others), [], {}
+    for record in new:
+        corpus = open_corpus(record, Path())  # its prefix is absolute
+        found = duplicate_documents(corpus, [(other.corpus, other.ignored) for other in compared])
+        logger.info(
+            f"{record.prefix}: {found.documents:,} of {record.documents:,} documents are duplicates and dropped"
+        )
+        if found.documents:
+            buffer = io.BytesIO()
+            np.save(buffer, found.bits, allow_pickle=False)
+            digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+            like = [content for number in found.like if (content := compared[number].content) is not None]
+            dropped = Dropped(digest, found.documents, found.tokens, tuple(like))
+            files[dropped.file_name] = buffer.getvalue()
+            record = dataclasses.replace(record, dropped=dropped)
+        compared.append(Other(corpus, found.bits, record.content))
+        reduced.append(record)
+    return reduced, files
+
+
+def dropped_bits(record: Corpus, folder: Path) -> np.ndarray | None:
+    """The bits of the documents that are left out, mapped: uint8 [documents / 8, up]; None where none are.
+
+    Raises:
+        DataError: their file is missing or damaged.
+    """
+    if record.dropped is None:
+        return None
+    path = folder / record.dropped.file_name
+    with disk_errors("read", path, DataError):
+        digest = sha256_of(path)
+    if digest != record.dropped.sha256:
+        raise DataError(
+            f"{path} has changed since documents of {record.name} were dropped: SHA-256 {digest}, the ledger has "
+            f"{record.dropped.sha256}; bring it back from a copy"
+        )
+    bits: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    if bits.shape != (-(-record.documents // 8),) or bits.dtype != np.uint8:
+        raise DataError(f"{path} holds {bits.dtype} {bits.shape}, not the bits of {record.documents:,} documents")
+    return bits

@@ -1,0 +1,217 @@
+"""The history of a ledger, without any file: corpora, the events that change the pool, and what is read by them.
+
+Everything here is a function of the values of a frozen dataclass, so it can be tested over random histories.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from steel_megatron.data.ledger.pools import Pool, number_of, pools_of, used_by
+from steel_megatron.data.ledger.records import (
+    Corpus,
+    Event,
+    StepSize,
+)
+from steel_megatron.data.ledger.schedule import Location, Schedule
+from steel_megatron.errors import DataError
+from steel_megatron.log import get_logger
+
+logger = get_logger(__name__)
+
+FORMAT = "steel-megatron-ledger-1"
+"""Name and version of a ledger's file; also of the order of samples."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run reads and will read; how it changes is in :mod:`~steel_megatron.data.ledger.changes`.
+
+    Raises:
+        DataError: the corpora and events do not fit together; the message says which and why.
+    """
+
+    sequence_length: int
+    """Tokens that a sample predicts."""
+    seed: int
+    """Of all orders, from 0 to 2**63 - 1."""
+    corpora: tuple[Corpus, ...] = ()
+    """All that ever came in, by numbers that stay. What no event uses any more is no longer there to any method; its
+    number goes to the next corpus."""
+    events: tuple[Event, ...] = ()
+    """In the order in which they were written down."""
+    reached: int = 0
+    """Where a run last looked at the ledger, by starting, resuming or saving a checkpoint."""
+    reserved: int = 0
+    """The sample before which a run that is under way does not look again; nothing can be put before."""
+    steps: tuple[StepSize, ...] = ()
+    """How many samples the run's steps took, from the first on; empty in ledgers that no run has begun with."""
+
+    def __post_init__(self) -> None:
+        assert self.sequence_length >= 1 and 0 <= self.seed < 2**63, (self.sequence_length, self.seed)
+        assert self.reached <= self.reserved, (self.reached, self.reserved)
+        self._check_corpora()
+        # Pending changes are taken as if they held from where the run looks next; activate() checks their real place.
+        pools_of(self.corpora, self._placed(self.reserved), self.sequence_length)
+
+    def _check_corpora(self) -> None:
+        corpora = [self.corpora[number] for number in sorted(self.used)]
+        for kind in ("name", "content"):
+            known: dict[str, str] = {}
+            for corpus in corpora:
+                value = getattr(corpus, kind)
+                if value in known:
+                    raise DataError(
+                        f"corpus {corpus.name} ({corpus.prefix}) has the {kind} {value} of {known[value]}; "
+                        + ("give it another" if kind == "name" else "a corpus can come in once")
+                    )
+                known[value] = f"{corpus.name} ({corpus.prefix})"
+        tokenizers = {corpus.tokenizer: corpus.name for corpus in corpora if corpus.tokenizer is not None}
+        if len(tokenizers) > 1:
+            found = ", ".join(f"{tokenizer} of {name}" for tokenizer, name in tokenizers.items())
+            raise DataError(f"corpora of different tokenizers cannot be mixed: {found}")
+        for corpus in corpora:
+            if corpus.samples(self.sequence_length) == 0:
+                dropped = f" ({corpus.dropped.tokens:,} of them in dropped documents)" if corpus.dropped else ""
+                raise DataError(
+                    f"{corpus.prefix}: {corpus.tokens:,} tokens{dropped} make no sample of sequence_length + 1 = "
+                    f"{self.sequence_length + 1:,} tokens; shorten the sequence or take more text"
+                )
+
+    def _placed(self, pending_at: int | None) -> list[Event]:
+        """The events by position, pending ones at a given one, or None to leave them out."""
+        placed = [
+            dataclasses.replace(event, at=pending_at) if event.at is None else event
+            for event in self.events
+            if event.at is not None or pending_at is not None
+        ]
+        return sorted(placed, key=lambda event: event.at or 0)
+
+    @functools.cached_property
+    def _schedule(self) -> Schedule:
+        return Schedule(
+            [corpus.name for corpus in self.corpora],
+            [corpus.domain for corpus in self.corpora],
+            [corpus.samples(self.sequence_length) for corpus in self.corpora],
+            self._pools_until_pending() if self.corpora else [],
+            self.seed,
+        )
+
+    def _pools_until_pending(self) -> list[Pool]:
+        """The pools without what is pending."""
+        placed = self._placed(None)
+        try:
+            return pools_of(self.corpora, placed, self.sequence_length)
+        except DataError:  # a plan needs what is pending, which comes before it: so far it is for no certain samples
+            settled = [event for event in placed if event.at is not None and event.at < self.reserved]
+            return pools_of(self.corpora, settled, self.sequence_length)
+
+    @property
+    def pending(self) -> tuple[Event, ...]:
+        """Changes that wait for a run to look at the ledger."""
+        return tuple(event for event in self.events if event.at is None)
+
+    def in_use(self) -> list[int]:
+        """The numbers of the corpora that are read from :attr:`reached` on, with or without pending changes."""
+        found: set[int] = set()
+        with_pending = pools_of(self.corpora, self._placed(self.reserved), self.sequence_length)
+        for pools in (self._pools_until_pending(), with_pending):
+            current = max(number for number, pool in enumerate(pools) if pool.at <= self.reached)
+            found |= {corpus for pool in pools[current:] for corpus in pool.epochs}
+        return sorted(found)
+
+    @functools.cached_property
+    def used(self) -> set[int]:
+        """The numbers of the corpora that a change adds, also of those that were removed."""
+        return used_by(self.events)
+
+    def samples(self, number: int) -> int:
+        """Whole samples in one epoch of a corpus."""
+        return self.corpora[number].samples(self.sequence_length)
+
+    def number_of(self, name: str) -> int:
+        """The number of the corpus of a name.
+
+        Raises:
+            DataError: there is none.
+        """
+        return number_of(self.corpora, name, self.used)
+
+    def capacity(self) -> int | float:
+        """How many samples there are, without pending changes; infinity when corpora are read without end."""
+        return self._schedule.capacity()
+
+    def require(self, samples: int, wanted_by: str) -> None:
+        """Raise a DataError when there are fewer samples; ``wanted_by`` says who asks for them."""
+        self._schedule.require(samples, wanted_by)
+
+    def locate(self, position: int) -> Location:
+        """The sample at a position.
+
+        Raises:
+            DataError: there are fewer samples; the message says what ran out.
+        """
+        return self._schedule.locate(position)
+
+    def locate_range(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The samples from ``begin`` to before ``end``: int32 [n] corpora, int64 [n] epochs, int64 [n] numbers.
+
+        Raises:
+            DataError: there are fewer samples; the message says what ran out.
+        """
+        return self._schedule.locate_range(begin, end)
+
+    def cursors(self, position: int) -> np.ndarray:
+        """The samples of each corpus consumed before a position, over all its epochs: int64 [corpora].
+
+        Raises:
+            DataError: there are fewer samples.
+        """
+        return self._schedule.cursors(position)
+
+    def step_samples(self, step: int) -> range | None:
+        """The samples of an optimizer step, from 1; None for one of which the ledger does not say it."""
+        before = [size for size in self.steps if size.step < step]
+        if not before:
+            return None
+        first = before[-1].consumed + (step - 1 - before[-1].step) * before[-1].global_batch_size
+        return range(first, first + before[-1].global_batch_size)
+
+    def fingerprint(self, position: int) -> str:
+        """SHA-256 (hex) of all that decides the samples before a position, and nothing else.
+
+        Later changes, names and paths do not alter it.
+        """
+        said = [self.meaning(event) for event in self.before(position)]
+        whole = [FORMAT, self.sequence_length, self.seed, said]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+    def before(self, position: int) -> list[Event]:
+        """The events that decide the samples before a position, in their order."""
+        return [event for event in self._placed(None) if event.at is not None and event.at < position]
+
+    def meaning(self, event: Event) -> dict[str, Any]:
+        """All that an event of this history decides, without names and paths."""
+        added = []
+        for new in event.add:
+            corpus = self.corpora[new.corpus]
+            size = corpus.samples(self.sequence_length)
+            added.append([new.corpus, *corpus.identity, size, corpus.domain, new.epochs])
+        return {
+            "at": event.at,
+            "add": added,
+            "remove": [self.number_of(name) for name in event.remove],
+            "epochs": {str(self.number_of(name)): epochs for name, epochs in event.epochs.items()},
+            "mixture": event.mixture if event.sets_mixture else "as before",
+        }
+
+    def differs_from(self, other: History) -> bool:
+        """Whether another version of the same ledger reads, or may read, something else."""
+        return (self.corpora, self.events) != (other.corpora, other.events)

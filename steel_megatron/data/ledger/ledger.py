@@ -1,0 +1,366 @@
+"""The ledger of a run: which corpora it reads, from which sample on, how often and in which mixture.
+
+The position of a run is (ledger, consumed samples), nothing else: which sample comes at which position is a function of
+the two (:mod:`~steel_megatron.data.ledger.schedule`), the same for any number of processes. A ledger is JSON, a list of
+events to which one is appended for every change, and is never changed in the past: what decides the samples before a
+position has a fingerprint, which a checkpoint holds against the ledger it resumes with.
+
+A change is pending (``at`` is null) until a run looks at the ledger, by starting, resuming or saving a checkpoint, and
+gives it the position it is at. Then the pool is everything unseen plus the new, in a new order. A change with a
+position of its own is planned, a stage of a curriculum.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from steel_megatron.data.indexed.dataset import IndexedCorpus
+from steel_megatron.data.ledger.changes import Changeable
+from steel_megatron.data.ledger.corpora import Other, describe, dropped_bits, open_corpus, without_duplicates
+from steel_megatron.data.ledger.history import FORMAT
+from steel_megatron.data.ledger.records import (
+    MOST_POSITIONS,
+    Corpus,
+    Fields,
+    corpus_from,
+    corpus_to,
+    event_from,
+    event_to,
+    steps_from,
+)
+from steel_megatron.data.sampling.packing import PackedEpoch
+from steel_megatron.errors import DataError
+from steel_megatron.files import disk_errors, exclusive_lock, write_atomically
+from steel_megatron.log import get_logger
+
+logger = get_logger(__name__)
+
+LOCK_SECONDS = 300.0
+"""How long to wait for somebody who changes a ledger; changes take no longer than a corpus takes to be opened."""
+LOOK_SECONDS = 5.0
+"""The same for a run that looks before a checkpoint: it can look again at the next, and may be about to be killed."""
+
+
+class Read(NamedTuple):
+    """A corpus of a ledger whose documents are, or may be, read."""
+
+    number: int
+    content: str
+    samples: int | None
+    """How many were read of one that is out; None for one that may be read on."""
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """Corpora that were described, and perhaps compared, before they come into a ledger."""
+
+    corpora: tuple[Corpus, ...]
+    files: Mapping[str, bytes]
+    """What is to be written of dropped documents, by name."""
+    compared: tuple[Read, ...] | None
+    """With what they were compared; None where they were not."""
+
+
+@dataclass(frozen=True)
+class Ledger(Changeable):
+    """A ledger; changes are new ledgers, which :meth:`save` writes.
+
+    Raises:
+        DataError: the corpora and events do not fit together; the message says which and why.
+    """
+
+    folder: Path = field(default=Path(), compare=False)
+    """Where its file is, and beside it those of dropped documents."""
+
+    @classmethod
+    def create(cls, prefixes: Sequence[str | Path], sequence_length: int, seed: int, **options: Any) -> Self:
+        """A new ledger of some corpora; ``options`` as for :meth:`append`.
+
+        Raises:
+            DataError: a corpus cannot be used, or they do not fit together.
+        """
+        return cls(sequence_length, seed).append(prefixes, **options)
+
+    def append(
+        self,
+        prefixes: Sequence[str | Path],
+        names: Sequence[str] | None = None,
+        domain: str = "default",
+        epochs: float | None = 1.0,
+        at: int | None = None,
+        on_duplicate: Literal["stop", "skip"] = "stop",
+        mixture: Mapping[str, float] | None = None,
+        drop_duplicates: bool = False,
+    ) -> Self:
+        """Put corpora on disk into the pool. One without a manifest is read in full.
+
+        Args:
+            prefixes: paths without a suffix.
+            names: by which commands call them; None for the last parts of the prefixes.
+            domain: by which mixtures call all of them.
+            epochs: how often each is read, 2.5 for twice and half of a third time; None for without end.
+            at: the sample from which they are in; None for where the run looks at the ledger next.
+            on_duplicate: what to do with a corpus that is in already, or was: ``stop`` or ``skip`` it.
+            mixture: weights by domain from then on; None for as before.
+            drop_duplicates: whether to leave out documents that are exactly the same as others in the pool, or as
+                earlier ones of the new corpora. Which ones is written beside the ledger at once.
+
+        Raises:
+            DataError: a corpus cannot be used or does not fit, or the disk refuses.
+        """
+        incoming = self.incoming(prefixes, names, domain, on_duplicate, drop_duplicates)
+        return self.take_in(incoming, epochs, at, on_duplicate, mixture)
+
+    def incoming(
+        self,
+        prefixes: Sequence[str | Path],
+        names: Sequence[str] | None = None,
+        domain: str = "default",
+        on_duplicate: Literal["stop", "skip"] = "stop",
+        drop_duplicates: bool = False,
+    ) -> Incoming:
+        """The part of :meth:`append` that reads corpora, and may take long."""
+        if names is not None and len(names) != len(prefixes):
+            raise DataError(f"{len(names)} names ({', '.join(names)}) were given for {len(prefixes)} corpora")
+        new = [describe(prefix, names[n] if names else None, domain) for n, prefix in enumerate(prefixes)]
+        if not drop_duplicates:
+            return Incoming(tuple(new), {}, None)
+        compared = self._compared()
+        others = [other for read in compared if (other := self._other(read)) is not None]
+        reduced, files = without_duplicates(self.fresh(new, on_duplicate), others)
+        return Incoming(tuple(reduced), files, compared)
+
+    def _compared(self) -> tuple[Read, ...]:
+        """What new documents are compared with: all that a run has read, or may still read."""
+        cursors, in_use = self.cursors(self.reached), set(self.in_use())
+        return tuple(
+            Read(number, self.corpora[number].content, None if number in in_use else int(cursors[number]))
+            for number in sorted(self.used)
+            if number in in_use or cursors[number]
+        )
+
+    def _other(self, read: Read) -> Other | None:
+        """A corpus to compare with; None for one that is read no more, and gone."""
+        record = self.corpora[read.number]
+        try:
+            corpus, dropped = open_corpus(record, self.folder), dropped_bits(record, self.folder)
+        except DataError as error:
+            if read.samples is None:
+                raise
+            logger.warning(
+                f"{record.name} was removed, and documents are not compared with what was read of it: {error}"
+            )
+            return None
+        if read.samples is not None and read.samples < self.samples(read.number):
+            seen = self.packed(read.number, 0, corpus).documents_of(read.samples)
+            dropped = ~seen if dropped is None else dropped | ~seen
+        return Other(corpus, dropped, record.content if read.samples is None else None)
+
+    def take_in(
+        self,
+        incoming: Incoming,
+        epochs: float | None = 1.0,
+        at: int | None = None,
+        on_duplicate: Literal["stop", "skip"] = "stop",
+        mixture: Mapping[str, float] | None = None,
+    ) -> Self:
+        """The part of :meth:`append` that changes the ledger; ``incoming`` must be :meth:`up_to_date`."""
+        assert self.up_to_date(incoming)
+        appended = self.add(incoming.corpora, epochs, at, on_duplicate, mixture)
+        for name, content in incoming.files.items():
+            write_atomically(self.folder / name, content, DataError)
+        return appended
+
+    def up_to_date(self, incoming: Incoming) -> bool:
+        """Whether new corpora were compared with what the ledger reads now."""
+        return incoming.compared is None or incoming.compared == self._compared()
+
+    def check_began_with(self, prefixes: Sequence[str | Path]) -> None:
+        """Raise a DataError when corpora are not those that the ledger began with, or has taken in since.
+
+        What was removed need not be named.
+        """
+        corpora = [self.corpora[number] for number in sorted(self.used)]
+        known = {os.path.abspath(self.folder / corpus.prefix): corpus for corpus in corpora}
+        by_content = {corpus.content: corpus for corpus in corpora}
+        found = set()
+        for prefix in prefixes:
+            corpus = known.get(os.path.abspath(prefix)) or by_content.get(describe(prefix).content)
+            if corpus is None:
+                raise DataError(
+                    f"{prefix} is not in the ledger, which has {', '.join(known)}; add it with steel-megatron data "
+                    "append, or take another ledger"
+                )
+            found.add(corpus.name)
+        removed = {name for event in self.events for name in event.remove}
+        first = [self.corpora[added.corpus] for event in self.events[:1] for added in event.add]
+        missing = [corpus for corpus in first if corpus.name not in found and corpus.name not in removed]
+        if missing:
+            raise DataError(
+                f"the ledger began with {missing[0].name} ({missing[0].prefix}), which is not among "
+                f"{', '.join(map(str, prefixes))}; name it, or take it out with steel-megatron data remove"
+            )
+
+    def packed(self, number: int, epoch: int, corpus: IndexedCorpus, cache: Path | None = None) -> PackedEpoch:
+        """The samples of one pass over a corpus.
+
+        Args:
+            number: of the corpus in the ledger.
+            epoch: number of the pass.
+            corpus: the corpus, from :func:`open_corpora`.
+            cache: folder for where samples begin; None to keep that in memory.
+
+        Raises:
+            DataError: the file of dropped documents is damaged, or the cache cannot be written.
+        """
+        record = self.corpora[number]
+        key = (self.seed, int(record.content[:16], 16), epoch)
+        dropped = dropped_bits(record, self.folder)
+        return PackedEpoch(corpus, self.sequence_length, key, dropped, cache, record.content)
+
+    def save(self, path: str | Path) -> None:
+        """Write the ledger, whole or not at all.
+
+        Raises:
+            DataError: the disk refuses.
+        """
+        write_atomically(path, dumps(self).encode(), DataError)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a ledger.
+
+        Raises:
+            DataError: it is not there, or damaged; the message names the field.
+        """
+        with disk_errors("read", Path(path), DataError):
+            content = Path(path).read_bytes()
+        return cls.parse(content, path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: str | Path) -> Self:
+        """The ledger that a file holds.
+
+        Raises:
+            DataError: it is damaged; the message names the field.
+        """
+        ledger = loads(content, str(path))
+        return cls(
+            **{field.name: getattr(ledger, field.name) for field in fields(ledger)} | {"folder": Path(path).parent}
+        )
+
+
+class OpenCorpora:
+    """The corpora of a ledger by number; see :func:`open_corpora`."""
+
+    def __init__(self, ledger: Ledger, vocab_size: int | None) -> None:
+        self._ledger, self._vocab_size = ledger, vocab_size
+        self._opened: dict[int, IndexedCorpus] = {}
+
+    def __len__(self) -> int:
+        return len(self._ledger.corpora)
+
+    def __getitem__(self, number: int) -> IndexedCorpus:
+        if number not in self._opened:
+            self._opened[number] = open_corpus(self._ledger.corpora[number], self._ledger.folder, self._vocab_size)
+        return self._opened[number]
+
+
+def open_corpora(ledger: Ledger, vocab_size: int | None = None) -> OpenCorpora:
+    """Open what a ledger reads from where its run resumed, or has pending, and hold it against what was recorded.
+
+    A corpus that was removed before that may be gone; it is opened when somebody asks for it.
+
+    Args:
+        ledger: the ledger.
+        vocab_size: every token id must be below it; None to leave ids unchecked.
+
+    Raises:
+        DataError: a corpus or a file of dropped documents is missing, damaged, or not what it was when it came in.
+    """
+    opened = OpenCorpora(ledger, vocab_size)
+    for number in ledger.in_use():
+        dropped_bits(ledger.corpora[number], ledger.folder)
+        opened[number]
+    return opened
+
+
+def dumps(ledger: Ledger) -> str:
+    """A ledger as JSON."""
+    values: dict[str, Any] = {"format": FORMAT, "sequence_length": ledger.sequence_length, "seed": ledger.seed}
+    values |= {"reached": ledger.reached, "reserved": ledger.reserved}
+    values["steps"] = [vars(size) for size in ledger.steps]
+    values["corpora"] = [corpus_to(corpus) for corpus in ledger.corpora]
+    values["events"] = [event_to(event) for event in ledger.events]
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def loads(content: str | bytes, where: str) -> Ledger:
+    """A ledger out of JSON.
+
+    Args:
+        content: the JSON.
+        where: its file, for messages.
+
+    Raises:
+        DataError: a field is missing, unknown or wrong; the message names it.
+    """
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"ledger {where} is no JSON: {error}") from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        found = value.get("format") if isinstance(value, dict) else value
+        raise DataError(f"{where} is no ledger of format {FORMAT!r} (it says {str(found)[:80]!r})")
+    where = f"ledger {where}"
+    known = ("format", "sequence_length", "seed", "reached", "reserved", "steps", "corpora", "events")
+    read = Fields(value, where, known)
+    corpora = read.get("corpora", "a list", lambda v: isinstance(v, list))
+    events = read.get("events", "a list", lambda v: isinstance(v, list))
+    reached = read.count("reached", 0, MOST_POSITIONS)
+    try:
+        return Ledger(
+            read.count("sequence_length", 1, 2**31),
+            read.count("seed", 0, 2**63 - 1),
+            tuple(corpus_from(corpus, f"{where}, corpora[{number}]") for number, corpus in enumerate(corpora)),
+            tuple(event_from(event, f"{where}, events[{number}]", len(corpora)) for number, event in enumerate(events)),
+            reached,
+            read.count("reserved", reached, MOST_POSITIONS) if "reserved" in value else reached,
+            steps_from(value.get("steps", []), f"{where}, steps"),
+        )
+    except DataError as error:
+        raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from None
+
+
+class Edit:
+    """A ledger's file while it is changed: put the new ledger into ``ledger``."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+
+@contextmanager
+def edit(path: str | Path, new: Ledger | None = None, wait: float | None = None) -> Iterator[Edit]:
+    """Change a ledger's file; nobody else can at the same time, and it is left as it was when the block raises.
+
+    Args:
+        path: the file.
+        new: what to begin with where there is no file; None to insist on one.
+        wait: seconds to wait for somebody else who changes it, at most; :data:`LOCK_SECONDS` if None.
+
+    Raises:
+        DataError: the file is missing or damaged, another job changes it all the time, or the disk refuses.
+    """
+    path = Path(path)
+    with exclusive_lock(path, DataError, LOCK_SECONDS if wait is None else wait):
+        begun = new if new is not None and not path.exists() else Ledger.load(path)
+        changed = Edit(begun)
+        yield changed
+        if changed.ledger != begun or not path.exists():
+            changed.ledger.save(path)

@@ -1,0 +1,1 @@
+"""Readers: from files of any form to documents of text."""

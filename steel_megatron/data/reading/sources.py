@@ -1,0 +1,293 @@
+"""What the rows of each corpus mean: one small class per source, found by its name.
+
+The sources are those of the Steel-LLM paper (section 5, table 5), in the formats they are published in, and ``text``
+for everything else. ``docs/sources.md`` shows how to add one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from steel_megatron.data.reading.formats import BadRow
+from steel_megatron.errors import DataError
+
+Row = Mapping[str, Any]
+
+SYSTEM_PROMPT = "You are a helpful assistant."
+MARKS = ("<|im_start|>", "<|im_end|>")
+"""ChatML's marks around a turn."""
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Turns of user and assistant, in the one template that all dialogues get (ChatML, as in the paper)."""
+
+    text: str
+
+    @classmethod
+    def of(cls, turns: Sequence[tuple[str, str]]) -> Dialogue:
+        """Render pairs of what the user said and what the assistant answered.
+
+        Empty, as an empty text is, when there is no turn or somebody says nothing in one.
+
+        Raises:
+            BadRow: a turn holds a mark of the template, which could fake a turn.
+        """
+        if not turns or any(not said.strip() for turn in turns for said in turn):
+            return cls("")
+        rendered = [f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>"]
+        for user, assistant in turns:
+            for role, said in (("user", user), ("assistant", assistant)):
+                found = [mark for mark in MARKS if mark in said]
+                if found:
+                    raise BadRow(f"a turn of the {role} holds {found[0]}, which marks turns in the dialogue template")
+                rendered.append(f"<|im_start|>{role}\n{said}<|im_end|>")
+        return cls("\n".join(rendered))
+
+
+class Source:
+    """How to read the rows of one corpus."""
+
+    columns: tuple[str, ...] | None = None
+    """The columns that are needed of a parquet file; None for all."""
+
+    def text(self, row: Row) -> str | Dialogue:
+        """The document of one row.
+
+        Raises:
+            BadRow: the row cannot be one; the message is the reason.
+        """
+        raise NotImplementedError
+
+    def plain_key(self) -> tuple[str, Sequence[str]] | None:
+        """The key whose string is :meth:`text` of a row, and the keys without which that holds; None for no such key.
+
+        Where there is one, rows are read several times as fast.
+        """
+        return None
+
+
+SOURCES: dict[str, Callable[[], Source]] = {}
+"""The sources by name."""
+
+
+def register(name: str) -> Callable[[type[Source]], type[Source]]:
+    """Class decorator: makes a source known under a name."""
+
+    def add(kind: type[Source]) -> type[Source]:
+        assert name not in SOURCES, name
+        SOURCES[name] = kind
+        return kind
+
+    return add
+
+
+def get_source(name: str, text_key: str = "text") -> Source:
+    """A source by its name; ``text_key`` is which value of a row is the text, for the source ``text``.
+
+    Raises:
+        DataError: there is none of this name.
+    """
+    if name not in SOURCES:
+        raise DataError(f"there is no source {name!r}; known are {', '.join(SOURCES)}")
+    return Text(text_key) if name == "text" else SOURCES[name]()
+
+
+def string(row: Row, key: str) -> str:
+    """The string under a key.
+
+    Raises:
+        BadRow: there is none.
+    """
+    if key not in row:
+        raise BadRow(f"key {key!r} is missing; the row has {', '.join(map(repr, list(row)[:8])) or 'no keys'}")
+    value = row[key]
+    if not isinstance(value, str):
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        raise BadRow(f"key {key!r} holds {kind} where a string was expected")
+    return value
+
+
+def optional(row: Row, key: str) -> str:
+    """The string under a key that may be missing, null or blank: then the empty string."""
+    return "" if row.get(key) is None else string(row, key).strip()
+
+
+def paragraphs(*parts: str) -> str:
+    """Those of the parts that are not blank, a line each."""
+    return "\n".join(part for part in parts if part and not part.isspace())
+
+
+@register("text")
+class Text(Source):
+    """Rows with the text under one key; ``"dialogue": true`` says that it is in the dialogue template already."""
+
+    def __init__(self, key: str = "text") -> None:
+        self._key = key
+        self.columns = (key, "dialogue")
+
+    def text(self, row: Row) -> str | Dialogue:
+        found = string(row, self._key)
+        return Dialogue(found) if row.get("dialogue") is True else found
+
+    def plain_key(self) -> tuple[str, Sequence[str]] | None:
+        return (self._key, ("dialogue",)) if type(self) is Text else None  # another class has another text()
+
+
+@register("skypile")
+class SkyPile(Source):
+    """SkyPile-150B: web pages, ``{"text"}``."""
+
+    columns = ("text",)
+
+    def text(self, row: Row) -> str:
+        return string(row, "text")
+
+    def plain_key(self) -> tuple[str, Sequence[str]] | None:
+        return ("text", ()) if type(self) is SkyPile else None
+
+
+@register("wanjuan")
+class Wanjuan(Source):
+    """Wanjuan 1.0: texts, ``{"id", "content"}``; exam questions, ``{"q_main", "option_a", ..., "std_ans", ...}``."""
+
+    def text(self, row: Row) -> str:
+        if "q_main" not in row:
+            return string(row, "content")
+        options = [
+            f"{key[-1].upper()}. {optional(row, key)}"
+            for key in (f"option_{letter}" for letter in "abcdefgh")
+            if optional(row, key)
+        ]
+        question = string(row, "q_main")
+        if not question.strip():
+            return ""
+        answer = optional(row, "std_ans") or optional(row, "answer")
+        explanation = optional(row, "answer_detail")
+        return paragraphs(
+            question,
+            *options,
+            f"答案：{answer}" if answer else "",
+            f"解析：{explanation}" if explanation else "",
+        )
+
+
+@register("wikipedia_cn")
+class WikipediaCn(Source):
+    """Wikipedia-cn: ``{"completion", "source"}``."""
+
+    columns = ("completion",)
+
+    def text(self, row: Row) -> str:
+        return string(row, "completion")
+
+
+@register("baidu_baike")
+class BaiduBaike(Source):
+    """Baidu Baike: ``{"title", "summary", "sections": [{"title", "content"}], "tags", "url"}``."""
+
+    def text(self, row: Row) -> str:
+        sections = row.get("sections") or []
+        if not isinstance(sections, list) or not all(isinstance(section, dict) for section in sections):
+            raise BadRow(f"key 'sections' holds {str(sections)[:60]!r} where a list of objects was expected")
+        parts = [string(row, "title"), optional(row, "summary")]
+        for section in sections:
+            parts += [optional(section, "title"), optional(section, "content")]
+        return "" if len([part for part in parts if part]) < 2 else paragraphs(*parts)
+
+
+@register("baidu_qa")
+class BaiduQa(Source):
+    """Baidu QA: ``{"qid", "category", "title", "desc", "answer"}``."""
+
+    def text(self, row: Row) -> Dialogue:
+        title, more = string(row, "title").strip(), optional(row, "desc")
+        return Dialogue.of([(paragraphs(title, "" if more == title else more), string(row, "answer").strip())])
+
+
+@register("zhihu")
+class Zhihu(Source):
+    """Zhihu QA: parquet with ``INSTRUCTION``, ``RESPONSE``."""
+
+    columns = ("INSTRUCTION", "RESPONSE")
+
+    def text(self, row: Row) -> Dialogue:
+        return Dialogue.of([(string(row, "INSTRUCTION").strip(), string(row, "RESPONSE").strip())])
+
+
+@register("belle")
+class Belle(Source):
+    """BELLE 2M, ``{"instruction", "input", "output"}``, and 3.5M, ``{"conversations": [{"from", "value"}]}``."""
+
+    def text(self, row: Row) -> Dialogue:
+        if "conversations" not in row:
+            asked = paragraphs(string(row, "instruction"), optional(row, "input"))
+            return Dialogue.of([(asked, string(row, "output"))])
+        said = row["conversations"]
+        if not isinstance(said, list) or not all(isinstance(turn, dict) for turn in said):
+            raise BadRow("key 'conversations' holds no list of turns")
+        return Dialogue.of(_pairs([(string(turn, "from"), string(turn, "value")) for turn in said]))
+
+
+def _pairs(said: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Turns by who speaks -> pairs of question and answer; a last question without an answer is left out."""
+    if len(said) % 2:
+        said = said[:-1]
+    users, assistants = said[::2], said[1::2]
+    wrong = [who for who, _ in users if who not in ("human", "user")]
+    wrong += [who for who, _ in assistants if who not in ("assistant", "gpt", "bot")]
+    if wrong:
+        raise BadRow(f"turns are not those of human and assistant in turn (a turn of {wrong[0]!r} is out of place)")
+    return [(user, assistant) for (_, user), (_, assistant) in zip(users, assistants, strict=True)]
+
+
+@register("moss")
+class Moss(Source):
+    """MOSS: ``{"conversation": {"turn_1": {"Human", "MOSS"}, ...}}``, or a list of turns ``{"human", "assistant"}``."""
+
+    _marks = re.compile(r"\A<\|(?:Human|MOSS)\|>:|<eo[a-z]>\Z")
+    """MOSS's own marks at the beginning and the end of what was said, without the spaces around it."""
+
+    def _said(self, turn: Row, *names: str) -> str:
+        name = next((name for name in names if name in turn), names[0])
+        return self._marks.sub("", string(turn, name).strip()).strip()
+
+    def text(self, row: Row) -> Dialogue:
+        turns = next((row[key] for key in ("conversation", "chat") if key in row), None)
+        if isinstance(turns, dict):
+            numbers = {name.removeprefix("turn_"): turn for name, turn in turns.items()}
+            if not all(number.isdecimal() for number in numbers):
+                raise BadRow(f"turns are named {', '.join(map(repr, list(turns)[:4]))}, not turn_1, turn_2, ...")
+            turns = [numbers[number] for number in sorted(numbers, key=int)]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            found = ", ".join(map(repr, list(row)[:8])) or "no keys"
+            raise BadRow(f"there are no turns under 'conversation'; the row has {found}")
+        return Dialogue.of(
+            [(self._said(turn, "Human", "human"), self._said(turn, "MOSS", "assistant")) for turn in turns]
+        )
+
+
+@register("firefly")
+class Firefly(Source):
+    """Firefly: ``{"kind", "input", "target"}``."""
+
+    def text(self, row: Row) -> Dialogue:
+        return Dialogue.of([(string(row, "input"), string(row, "target"))])
+
+
+@register("starcoder")
+class StarCoder(Source):
+    """StarCoder's code (C++, Python, Java): parquet or JSON lines with ``content``.
+
+    The data set puts marks such as ``<reponame>x<filename>y<gh_stars>1-10`` before a file's first line; they go, and
+    so does a byte order mark.
+    """
+
+    columns = ("content",)
+    _head = re.compile(r"\A(?:(?:<(?:reponame|filename|gh_stars)>[^\n<]*)+\n?)?\ufeff?")
+
+    def text(self, row: Row) -> str:
+        return self._head.sub("", string(row, "content"))

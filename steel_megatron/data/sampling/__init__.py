@@ -1,0 +1,1 @@
+"""Pure orders of samples: permutation, interleaving, packing."""

@@ -1,0 +1,1 @@
+"""Tokenizers behind one protocol, and how they are trained."""
