@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import multiprocessing
 import os
 import queue
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,10 +24,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+# Every run of pytest is forked from a process that has imported what takes long, and nothing of the project.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.mutants.preload"])
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "__pycache__", ".*_cache", "*.egg-info")
 # Exceptions of an edit that cannot run, which says nothing about the tests.
 MALFORMED = re.compile(r"\b(?:NameError|UnboundLocalError|ImportError|SyntaxError): .*")
@@ -92,30 +97,36 @@ def edited(mutant: Mutant, root: Path) -> str:
     return (root / mutant.file).read_text(encoding="utf-8").replace(mutant.find, mutant.replace)
 
 
+def _pytest(tree: Path, words: Sequence[str], log: Path) -> NoReturn:
+    """In a process of its own: run pytest on a copy of the project."""
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = str(tree)  # before everything installed, also for processes that the tests start
+    sys.path[:] = [str(tree), *(entry for entry in sys.path if entry and Path(entry) not in (ROOT, ROOT.parent))]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    code = pytest.main(list(words))
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def run_pytest(tree: Path, tests: Iterable[str], timeout: float | None, *options: str) -> tuple[int | None, str]:
     """Run tests in a copy of the project; their exit code (None after ``timeout`` seconds) and output."""
     if (tree / "tests/mutants/no_shrinking.py").is_file():
         options = ("-p", "tests.mutants.no_shrinking", *options)
-    fixed = ["-q", "-p", "no:cacheprovider", "-o", "timeout=0", f"--basetemp={tree.parent / 'tmp'}"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "pytest", *fixed, *options, *tests],
-        cwd=tree,
-        # Before everything installed, also for processes that the tests start.
-        env={**os.environ, "PYTHONPATH": str(tree)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as process:
-        try:
-            output = process.communicate(timeout=timeout)[0]
-        except subprocess.TimeoutExpired:
-            return None, ""
-        finally:
-            with suppress(ProcessLookupError):  # nothing that a test started outlives it
-                os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, output
+    log = tree.parent / "log"
+    words = ["-q", "-p", "no:cacheprovider", "-o", "timeout=0", f"--basetemp={tree.parent / 'tmp'}", *options, *tests]
+    process = SERVER.Process(target=_pytest, args=(tree, words, log))
+    process.start()
+    process.join(timeout)
+    code = process.exitcode
+    with suppress(ProcessLookupError):  # nothing that a test started outlives it
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.join()
+    return code, log.read_text(errors="replace") if log.exists() else ""
 
 
 def verdict(mutant: Mutant, tree: Path, timeout: float) -> str:
