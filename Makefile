@@ -6,21 +6,25 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test check mutants bench setup clean help
+.PHONY: demo test test-fast check mutants bench setup clean help
 
 help:
-	@echo "make demo    the whole pipeline on two cores: corpus, tokenizer, training, Hugging Face export, text"
-	@echo "make test    the tests"
-	@echo "make check   ruff, mypy and the test of the layers"
-	@echo "make mutants whether the tests notice small edits of the sources (ONLY=model: one list of them)"
-	@echo "make bench   the benchmarks that need no GPU"
-	@echo "make clean   removes what was built (.venv and runs/ too)"
+	@echo "make demo         the whole pipeline on two cores: corpus, tokenizer, training, Hugging Face export, text"
+	@echo "make test         all tests"
+	@echo "make test-fast    those that are not marked slow: under two minutes on two cores"
+	@echo "make check        ruff, mypy and the test of the layers"
+	@echo "make mutants      whether the tests notice small edits of the sources (ONLY=model: one list of them)"
+	@echo "make bench        the benchmarks that need no GPU"
+	@echo "make clean        removes what was built (.venv and runs/ too)"
 
 demo: setup
 	$(BIN)/python examples/quickstart/demo.py
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 check: setup
 	$(BIN)/ruff check .
