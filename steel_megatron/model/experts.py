@@ -25,7 +25,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from steel_megatron.config import Activation
-from steel_megatron.model.merged import gated, merged_experts
+from steel_megatron.model.routing.merging import gated, merged_experts
 from steel_megatron.parallel.collectives import gather_rows, scatter_sums, sum_both_ways
 
 Rows = Literal["copied", "own", "common"]

@@ -2,7 +2,7 @@
 
 Notation: B sequences of T tokens, hidden size d, E experts with P slots each. The routing mathematics are in
 :mod:`steel_megatron.ops`; here they meet experts that are cut over processes, and sequences that are
-(:mod:`steel_megatron.model.split_routing`).
+(:mod:`steel_megatron.model.routing.split`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from steel_megatron.config import ModelConfig
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.experts import Experts, Rows
-from steel_megatron.model.split_routing import dispatch_split, local_plan_of_one_document, merge_weights_split
+from steel_megatron.model.routing.split import dispatch_split, local_plan_of_one_document, merge_weights_split
 from steel_megatron.ops import Routing, combine, expert_weights, merge_weights, mixed_tokens
 from steel_megatron.ops.plan import block_plan
 from steel_megatron.ops.soft_moe import dispatch_blocks, merge_weights_of_documents

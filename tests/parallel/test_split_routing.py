@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steel_megatron.config import ParallelConfig
-from steel_megatron.model.split_routing import (
+from steel_megatron.model.routing.split import (
     LocalPlan,
     dispatch_split,
     local_plan,

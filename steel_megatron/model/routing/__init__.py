@@ -1,0 +1,1 @@
+"""Routing modes of a Soft-MoE layer, and what they share."""
