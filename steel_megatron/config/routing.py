@@ -29,7 +29,11 @@ class RoutingModeFacts:
     """Whether it keeps documents apart that share a sequence (``data.reset_at_eod``)."""
 
     def check_model(self, model: Any) -> None:
-        """Raise a ConfigError when a ModelConfig lacks what the mode needs."""
+        """Raise a ConfigError when the settings lack what the mode needs.
+
+        Args:
+            model: a ModelConfig, or a plain SoftMoE, which has the routing's fields under the same names.
+        """
 
     def check_chunks(self, model: Any, chunk: int, chunks: int, cut: str) -> None:
         """Raise a ConfigError when the mode cannot compute sequences that are cut in this way.
@@ -119,7 +123,7 @@ def routing_facts(mode: str) -> RoutingModeFacts:
         import_routing_code(module)
     if name not in _MODES:
         raise ConfigError(
-            f"ModelConfig.routing_mode is {mode!r}; it must be one of {', '.join(_MODES)}, or module:name of a mode "
+            f"routing_mode is {mode!r}; it must be one of {', '.join(_MODES)}, or module:name of a mode "
             "that the module registers"
         )
     return _MODES[name]

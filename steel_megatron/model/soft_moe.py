@@ -88,7 +88,7 @@ class ParallelSoftMoE(MegatronModule):
         self.mode = routing_mode(model.routing_mode)
         self.routing_mix, self.block_length = model.routing_mix, model.block_length
         self.num_experts = model.num_experts
-        self.documents = documents or PackedDocuments()
+        self.documents = documents or PackedDocuments(groups.ep)
         self.ep_group, self.tp_group = groups.ep, groups.tp
         self.sequence_parallel = config.sequence_parallel
         # The processes that share the tokens of a sequence; SequenceSplit counts on their order.

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from steel_megatron.cli import main
-from steel_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, routing
+from steel_megatron.cli import _parse, main
+from steel_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, from_dict, routing
 from steel_megatron.errors import CheckpointError, ConfigError
 from steel_megatron.model.routing import RoutingMode, register_routing_mode, routing_mode
 from tests.distributed import run_distributed
@@ -104,7 +104,9 @@ def test_what_the_mode_cannot_do_is_refused_before_anything_starts(lab: Path) ->
     ):
         with pytest.raises(ConfigError, match=f"routing_mode {CAUSAL} has no forward_split"):
             small_run(parallel, routing_mode=CAUSAL)
-    run = small_run(ParallelConfig(), routing_mode=CAUSAL)
+    for words in (["--model.routing_mode", CAUSAL], ["--model", f"{{routing_mode: {CAUSAL}}}"]):
+        run = from_dict(RunConfig, _parse(["pretrain", *words])[1], "the command line")
+        assert run.model.routing is routing_mode(CAUSAL)
     with pytest.raises(ConfigError, match=f"routing_mode {CAUSAL} has no forward_documents"):
         dataclasses.replace(run, data=DataConfig(reset_at_eod=True))
     assert not torch.distributed.is_initialized()
