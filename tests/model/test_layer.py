@@ -200,6 +200,10 @@ def test_autocast(mode: str) -> None:
         assert y.dtype == torch.bfloat16
         rounded = outcome(layer, x, y)
         assert build(mode, torch.float64)(tokens(torch.float64)).dtype == torch.float64  # as autocast leaves float64
+    twin = copy.deepcopy(layer)
+    for experts in (twin.experts, twin.shared_expert):
+        experts.bfloat16()
+    assert torch.equal(y, twin._compute(x.bfloat16(), None))  # routing stays in float32
     for name, expected in exact.items():
         assert name == "y" or rounded[name].dtype == torch.float32
         assert (rounded[name] - expected).norm() < 0.03 * expected.norm(), name
@@ -234,7 +238,7 @@ def test_misuse_is_named() -> None:
     layer, x = build("merged"), tokens()
     for call, message in (
         ((x[0],), r"got \[11, 8\] on cpu; it needs \[B, T >= 1, 8\]"),
-        ((x[:, :0],), r"got \[2, 0, 8\]"),
+        ((x[:, :0],), r"SoftMoE got \[2, 0, 8\]"),
         ((x[..., :5],), r"got \[2, 11, 5\]"),
         ((x.bfloat16(),), r"tokens of torch.bfloat16, its weights are torch.float32"),
         ((x, STARTS[:1]), r"document_starts is torch.int64 \[1, 11\]; it must be int64 \[2, 11\]"),

@@ -19,7 +19,7 @@ from steel_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunCo
 from steel_megatron.errors import CheckpointError, ConfigError
 from steel_megatron.model.routing import RoutingMode, register_routing_mode, routing_mode
 from tests.distributed import run_distributed
-from tests.train.small_run import small_run, train
+from tests.train.small_run import LAYOUTS, PROCESSES, small_run, train
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/new_routing_mode.md"
 CAUSAL, LEAKY = "my_lab.my_modes:running_mean", "my_lab.my_modes:whole_mean"
@@ -95,6 +95,18 @@ def test_the_page_s_mode_trains_resumes_and_is_audited(lab: Path) -> None:
     assert refused[0] == 2 and len(refused[2].splitlines()) == 1
     assert f"has routing mode {CAUSAL}" in refused[2] and "--routing_code my_lab.my_modes" in refused[2]
     assert audited[0] == 0 and audited[1].endswith("verdict: causal\n"), audited
+
+
+def test_the_page_s_mode_on_two_processes_equals_one(lab: Path) -> None:
+    """Processes that get the settings from another one import the mode themselves."""
+    results = {
+        name: run_distributed(train, PROCESSES.get(name, 1), small_run(layout, steps=2, routing_mode=CAUSAL))
+        for name, layout in (("alone", ParallelConfig()), ("tp2", LAYOUTS["tp2"]), ("ep2", LAYOUTS["ep2"]))
+    }
+    for name in ("tp2", "ep2"):
+        for together in results[name]:
+            for ours, theirs in zip(together, results["alone"][0], strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-5), name
 
 
 def test_what_the_mode_cannot_do_is_refused_before_anything_starts(lab: Path) -> None:
