@@ -163,5 +163,5 @@ def refuse_unknown_routing_code(mode: Any, origin: str) -> None:
         raise ConfigError(
             f"{origin} has routing mode {mode}, which is no part of this library, and nothing that comes with weights "
             f"may import code: name its module yourself (audit and generate: --routing_code {module}; in Python, "
-            "import it first)"
+            "import it first); export-hf has no such modes"
         )
