@@ -75,6 +75,23 @@ def test_all_ways_give_the_same_tokens(trained: Path) -> None:
         assert ours.text.startswith(prompt) and ours.prompt == prompt
 
 
+def logits_of(paths: list[Path], tokens: torch.Tensor) -> list[torch.Tensor]:
+    from steel_megatron import load_model
+
+    with torch.no_grad():
+        return [load_model(path)(tokens).logits for path in paths]
+
+
+def test_a_model_loaded_from_a_checkpoint_is_the_exported_one(trained: Path) -> None:
+    tokens = torch.randint(330, (2, 20), generator=torch.Generator().manual_seed(0))
+    from_checkpoint, from_folder = run_distributed(logits_of, 1, [newest(trained), trained / "hf"], tokens)[0]
+    model = AutoModelForCausalLM.from_pretrained(trained / "hf", trust_remote_code=True)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    assert torch.equal(from_checkpoint, from_folder)
+    torch.testing.assert_close(from_folder, expected)
+
+
 def test_exported_folders_decode_with_a_cache(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     computed = []
     forward = SteelForCausalLM.forward

@@ -272,7 +272,7 @@ assert {"RunConfig", "SoftMoE", "pretrain", "__version__"} <= set(dir(steel_mega
 try:
     steel_megatron.softmoe
 except AttributeError as error:
-    assert "no attribute 'softmoe'; it has RunConfig, SoftMoE, pretrain" in str(error)
+    assert "no attribute 'softmoe'; it has RunConfig, SoftMoE, load_model, pretrain" in str(error)
 else:
     raise AssertionError
 """
