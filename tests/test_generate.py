@@ -27,6 +27,8 @@ from steel_megatron.train.loop import pretrain
 from tests.distributed import run_distributed
 from tests.train.small_run import small_run
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["月球是地球的卫星，潮汐是月球的引力引起的。", "def f(x):\n    return x + 1\n", "The moon has tides."]
 PROMPTS = ["月球", "def f", "T"]
 

@@ -278,6 +278,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_the_front_door_is_lazy() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
