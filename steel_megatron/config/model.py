@@ -14,6 +14,18 @@ Activation = Literal["double_swiglu", "swiglu"]
 RoutingMix = Literal["normalized", "raw"]
 
 
+HOW_NOT_WHAT = (
+    "recompute_",
+    "cpu_offloading",
+    "distribute_saved_activations",
+    "deallocate_",
+    "overlap_",
+    "batch_p2p_",
+    "tp_comm_",
+)
+"""Beginnings of megatron-core's settings that change how a model is computed, and not what."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The network (Steel-LLM, section 3 and table 1)."""
@@ -130,6 +142,11 @@ class ModelConfig:
     def causal(self) -> bool:
         """Whether no token's output depends on a later token."""
         return self.routing is None or self.routing.causal
+
+    @property
+    def megatron_computing(self) -> dict[str, Any]:
+        """The further settings of megatron-core that may change what the model computes."""
+        return {name: value for name, value in self.megatron.items() if not name.startswith(HOW_NOT_WHAT)}
 
     @property
     def loss_name(self) -> str:

@@ -95,28 +95,15 @@ def _networks(key: str, prefixes: list[str], matrices: tuple[str, ...], shape: t
     )
 
 
-_HOW_NOT_WHAT = (
-    "recompute_",
-    "cpu_offloading",
-    "distribute_saved_activations",
-    "deallocate_",
-    "overlap_",
-    "batch_p2p_",
-    "tp_comm_",
-)
-"""Beginnings of megatron-core's settings that change how a model is computed, and not what."""
-
-
 def _check_expressible(model: ModelConfig) -> None:
     if model.ffn not in FFN_TYPES.values():
         raise CheckpointError(
             f"a model with ffn = {model.ffn} has no published form; only ffn = {' and '.join(FFN_TYPES.values())} "
             "can be exported (the others are there to compare with)"
         )
-    computing = sorted(name for name in model.megatron if not name.startswith(_HOW_NOT_WHAT))
-    if computing:
+    for name, value in model.megatron_computing.items():
         raise CheckpointError(
-            f"a model with model.megatron.{computing[0]} = {model.megatron[computing[0]]!r} has no published form: the "
+            f"a model with model.megatron.{name} = {value!r} has no published form: the "
             "exported code does not know megatron-core's settings, and may compute something else"
         )
 

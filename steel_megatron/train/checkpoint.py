@@ -299,7 +299,7 @@ def check_model(info: CheckpointInfo, model: ModelConfig, *, resumes: bool) -> N
     """
     free = NOT_COMPUTED if resumes else NOT_COMPUTED | ROUTING
     for field in dataclasses.fields(ModelConfig):
-        name = "query_groups" if field.name == "num_query_groups" else field.name
+        name = {"num_query_groups": "query_groups", "megatron": "megatron_computing"}.get(field.name, field.name)
         saved, wanted = getattr(info.model, name), getattr(model, name)
         if field.name not in free and saved != wanted:
             raise CheckpointError(

@@ -19,6 +19,7 @@ from steel_megatron.config import ModelConfig, ParallelConfig
 from steel_megatron.errors import ConfigError
 from steel_megatron.model import layer as layer_module
 from steel_megatron.ops import kernels, reference
+from tests import needs
 from tests.distributed import run_distributed
 
 MODES = ("sequence", "block_causal", "token", "merged")
@@ -152,7 +153,7 @@ def test_nothing_is_left_uninitialised() -> None:
     assert 0.01 < layers[0](x).std().item() < 10  # neither dead nor exploding
 
 
-@pytest.mark.skipif(not kernels.available(), reason="the extension is not built")
+@needs.compiled.mark
 @pytest.mark.parametrize("mode", ["sequence", "block_causal"])
 def test_kernels_equal_the_reference(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x, calls = build(mode), tokens(), []

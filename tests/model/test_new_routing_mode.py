@@ -19,7 +19,7 @@ from steel_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunCo
 from steel_megatron.errors import CheckpointError, ConfigError
 from steel_megatron.model.routing import RoutingMode, register_routing_mode, routing_mode
 from tests.distributed import run_distributed
-from tests.train.small_run import LAYOUTS, PROCESSES, small_run, train
+from tests.train.small_run import LAYOUTS, PROCESSES, compare, small_run, train
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/new_routing_mode.md"
 CAUSAL, LEAKY = "my_lab.my_modes:running_mean", "my_lab.my_modes:whole_mean"
@@ -81,11 +81,11 @@ def test_the_page_s_mode_trains_resumes_and_is_audited(lab: Path) -> None:
     (settings,) = re.findall(r"^    (\{routing_mode: .*\})$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     leaky.write_text(settings)
     found = run_distributed(train_and_audit, 1, run, leaky)[0]
-    for ours, theirs in zip(found["parts"], found["whole"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-6)
-    assert found["whole"][2][0] < found["whole"][0][0] - 0.01
+    compare([found["parts"]], found["whole"], rel=1e-6)
+    losses = [step.loss for step in found["whole"][:-1]]
+    assert losses[2] < losses[0] - 0.01
     for other in found["others"]:  # not another mode under its name
-        assert abs(other[0][0] - found["whole"][0][0]) > 1e-5
+        assert abs(other[0].loss - losses[0]) > 1e-5
     report = found["audit"]
     assert report.verdict == "causal" and report.exported is None
     assert f"routing mode {CAUSAL} has no exported form" in report.to_text()
@@ -104,9 +104,7 @@ def test_the_page_s_mode_on_two_processes_equals_one(lab: Path) -> None:
         for name, layout in (("alone", ParallelConfig()), ("tp2", LAYOUTS["tp2"]), ("ep2", LAYOUTS["ep2"]))
     }
     for name in ("tp2", "ep2"):
-        for together in results[name]:
-            for ours, theirs in zip(together, results["alone"][0], strict=True):
-                assert ours == pytest.approx(theirs, rel=1e-5), name
+        compare(results[name], results["alone"][0])
 
 
 def test_what_the_mode_cannot_do_is_refused_before_anything_starts(lab: Path) -> None:
