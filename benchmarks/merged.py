@@ -70,7 +70,7 @@ def way_named(name: str) -> Callable[..., torch.Tensor]:
     if name != "ours":
         return {"plain": plain, "dense": dense}[name]
     warnings.filterwarnings("ignore", module="megatron")  # optional packages that are not here
-    from steel_megatron.model.merged import merged_experts
+    from steel_megatron.model.experts import merged_experts
     from steel_megatron.parallel.topology import initialize_alone
 
     return partial(merged_experts, tp_group=initialize_alone("this benchmark").groups.tp, ep_group=None)

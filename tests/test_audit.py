@@ -167,9 +167,9 @@ def audit_all(paths: list[Path], breaking: str = "", **options: Any) -> list[Any
 
 def leak_in_the_library() -> None:
     """The last token of a block of 8 sees the next token."""
-    from steel_megatron.model.soft_moe import SoftMoE
+    from steel_megatron.model.soft_moe import ParallelSoftMoE
 
-    forward = SoftMoE.forward
+    forward = ParallelSoftMoE.forward
 
     def leaking(self: Any, hidden_states: torch.Tensor, *rest: Any, **more: Any) -> tuple:
         output, bias = forward(self, hidden_states, *rest, **more)
@@ -177,7 +177,7 @@ def leak_in_the_library() -> None:
         output[7:-1:8] += 0.01 * hidden_states[8::8][: len(output[7:-1:8])]
         return output, bias
 
-    SoftMoE.forward = leaking  # type: ignore[method-assign]
+    ParallelSoftMoE.forward = leaking  # type: ignore[method-assign]
 
 
 def wrong_state() -> None:

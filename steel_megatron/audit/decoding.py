@@ -52,6 +52,7 @@ def published_decoding(exported: SteelForCausalLM, ids: torch.Tensor, prompts: S
     new token, a sequence of one. Against the full forward on the text up to that token.
     """
     # The settings decide whether there is a cache, each layer's own mode how it routes.
+    mode = exported.config.routing_mode
     exported.config.routing_mode = "token"
     cached, expected = [], []
     try:
@@ -63,7 +64,7 @@ def published_decoding(exported: SteelForCausalLM, ids: torch.Tensor, prompts: S
                 cached.append(out.logits[:, -1])
                 expected.append(exported(input_ids=ids[:, : position + 1], use_cache=False).logits[:, -1])
     finally:
-        exported.config.routing_mode = "sequence"
+        exported.config.routing_mode = mode
     return difference(cached, expected)
 
 

@@ -22,7 +22,12 @@ TEXTS = 3
 
 def blocks_of(model: ModelConfig) -> int | None:
     """Block length, in the modes that have blocks."""
-    return model.block_length if model.ffn == "soft_moe" and model.routing_mode in ("block_causal", "merged") else None
+    return model.block_length if model.routing is not None and model.routing.has_blocks else None
+
+
+def feed_forward_of(model: ModelConfig) -> str:
+    """The model's kind of feed-forward layer, in words."""
+    return f"ffn {model.ffn}" if model.routing is None else f"routing mode {model.routing_mode}"
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ class AuditReport:
 
     def to_text(self) -> str:
         """The report as a page of text; the last line is the verdict."""
-        mode = f"routing mode {self.model.routing_mode}" if self.model.ffn == "soft_moe" else f"ffn {self.model.ffn}"
+        mode = feed_forward_of(self.model)
         blocks = f", blocks of {self.model.block_length} tokens" if blocks_of(self.model) else ""
         lines = [
             f"{self.path}: {self.kind}, {self.model.num_layers} layers, {self.parameters:,} parameters, {mode}{blocks}",
@@ -152,7 +157,7 @@ class AuditReport:
 
     def _decoding_lines(self) -> list[str]:
         if self.exported is None:
-            return [f"ffn {self.model.ffn} has no exported form, so there is no decoding to check"]
+            return [f"{feed_forward_of(self.model)} has no exported form, so there is no decoding to check"]
         prompts = ", ".join(map(str, self.exported.prompts))
         return [
             f"exported code against the library: {self.exported.agreement.figure}",

@@ -23,7 +23,14 @@ from steel_megatron.audit.sources import Subject, open_subject
 from steel_megatron.config import ModelConfig
 from steel_megatron.errors import ConfigError, SteelError
 from steel_megatron.hf.configuration_steel import SteelConfig
-from steel_megatron.hf.mapping import FFN_TYPES, Tensors, config_to_hf, from_hf, published_shapes
+from steel_megatron.hf.mapping import (
+    FFN_TYPES,
+    Tensors,
+    config_to_hf,
+    from_hf,
+    has_exported_form,
+    published_shapes,
+)
 from steel_megatron.hf.modeling_steel import SteelForCausalLM
 from steel_megatron.model.causality import (
     LOGITS,
@@ -121,7 +128,7 @@ def _build(
         CheckpointError: the weights are not whole, or not those of the settings.
     """
     stage = build_model(model, topology)
-    if not _has_exported_form(model):
+    if not _has_published_weights(model):
         if model.num_layers != subject.model.num_layers:
             raise ConfigError(f"layers = {model.num_layers}: a model with ffn = {model.ffn} is audited whole")
         subject.fill(stage)
@@ -129,6 +136,8 @@ def _build(
     names = published_shapes(model)
     weights = {name: tensor.float() for name, tensor in subject.load().items() if name in names}
     _set_weights(stage, from_hf(weights, model, str(path)))
+    if not has_exported_form(model):
+        return stage.eval(), None
     # The exported code around these very tensors.
     with torch.device("meta"):
         exported = SteelForCausalLM(SteelConfig(**config_to_hf(model)))
@@ -136,7 +145,7 @@ def _build(
     return stage.eval(), exported.eval()
 
 
-def _has_exported_form(model: ModelConfig) -> bool:
+def _has_published_weights(model: ModelConfig) -> bool:
     return model.ffn in FFN_TYPES.values()
 
 
@@ -172,7 +181,7 @@ def _first_layers(path: Path, model: ModelConfig, layers: int | None) -> ModelCo
 
 def _check_memory(path: Path, model: ModelConfig, length: int, device: torch.device) -> None:
     """Refuse a model that would fill the memory: the machine would swap or kill instead of telling."""
-    if not _has_exported_form(model):
+    if not _has_published_weights(model):
         return  # a baseline to compare with, and small
     parameters = _count(model)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

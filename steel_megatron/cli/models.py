@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Literal
 
-from steel_megatron.config import RunConfig, TokenizerKind
+from steel_megatron.config import RunConfig, TokenizerKind, import_routing_code
 from steel_megatron.errors import DataError
 
 
@@ -70,6 +70,7 @@ def generate(
     tokenizer_path: str | None = None,
     tokenizer_kind: TokenizerKind = "huggingface",
     json_output: bool = False,
+    routing_code: str | None = None,
 ) -> None:
     """Continue texts with a checkpoint or an exported folder.
 
@@ -83,6 +84,7 @@ def generate(
         tokenizer_path: the tokenizer's folder or file; the model's own if not given.
         tokenizer_kind: what it is.
         json_output: one JSON object per text, with the ids of the new tokens, in place of the text.
+        routing_code: module that registers the checkpoint's routing mode, if that is no part of the library.
     """
     import dataclasses
     import json
@@ -91,6 +93,8 @@ def generate(
     from steel_megatron.generate import Sampling
     from steel_megatron.generate import generate as run
 
+    if routing_code:
+        import_routing_code(routing_code)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
     tokenizer = (tokenizer_kind, tokenizer_path) if tokenizer_path else None
     for result in run(Path(model), prompts, sampling, tokenizer):
@@ -106,6 +110,7 @@ def audit(
     tolerance: float | None = None,
     layers: int | None = None,
     json: str | None = None,
+    routing_code: str | None = None,
 ) -> int:
     """Find out whether a model's tokens see later ones, layer by layer, and whether it decodes what it computes.
 
@@ -119,6 +124,7 @@ def audit(
         tolerance: movement in standard deviations that counts as rounding; 1e-5 if not given.
         layers: audit the first layers only, of a model that does not fit into memory.
         json: file for the figures.
+        routing_code: module that registers the checkpoint's routing mode, if that is no part of the library.
     """
     import os
     from json import dumps
@@ -127,6 +133,8 @@ def audit(
     from steel_megatron.files import write_atomically
     from steel_megatron.platform import prepare
 
+    if routing_code:
+        import_routing_code(routing_code)
     if json and os.path.isdir(json):
         raise DataError(f"the report {json} is a folder; name a file")
     prepare()  # before megatron-core is imported

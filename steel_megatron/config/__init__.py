@@ -8,9 +8,17 @@ every checkpoint, which is enough to run it again.
 from steel_megatron.config.checkpoint import CheckpointConfig
 from steel_megatron.config.data import MEGATRON_TOKENIZER_TYPES, DataConfig, TokenizerKind
 from steel_megatron.config.loading import dump_yaml, from_dict, to_dict
-from steel_megatron.config.model import Activation, FeedForward, ModelConfig, RoutingMix, RoutingMode
+from steel_megatron.config.model import Activation, FeedForward, ModelConfig, RoutingMix
 from steel_megatron.config.optimizer import OptimizerConfig
 from steel_megatron.config.parallel import ParallelConfig, check_layout
+from steel_megatron.config.routing import (
+    RoutingModeFacts,
+    add_routing_mode,
+    import_routing_code,
+    refuse_unknown_routing_code,
+    routing_facts,
+    routing_mode_names,
+)
 from steel_megatron.config.run import RunConfig
 from steel_megatron.config.training import Precision, TrainingConfig
 
@@ -25,12 +33,17 @@ __all__ = [
     "ParallelConfig",
     "Precision",
     "RoutingMix",
-    "RoutingMode",
+    "RoutingModeFacts",
     "RunConfig",
     "TokenizerKind",
     "TrainingConfig",
+    "add_routing_mode",
     "check_layout",
     "dump_yaml",
     "from_dict",
+    "import_routing_code",
+    "refuse_unknown_routing_code",
+    "routing_facts",
+    "routing_mode_names",
     "to_dict",
 ]

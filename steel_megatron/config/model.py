@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from steel_megatron.config.checks import at_least, divides, one_of
+from steel_megatron.config.routing import RoutingModeFacts, routing_facts, routing_mode_names
 from steel_megatron.errors import ConfigError
 
 FeedForward = Literal["soft_moe", "dense", "none", "top_k_moe"]
 Activation = Literal["double_swiglu", "swiglu"]
-RoutingMode = Literal["sequence", "token", "block_causal", "merged"]
 RoutingMix = Literal["normalized", "raw"]
 
 
@@ -36,8 +36,9 @@ class ModelConfig:
     """Experts of an MoE layer."""
     slots_per_expert: int = 1
     """Slots that each expert computes per sequence or block."""
-    routing_mode: RoutingMode | None = None
-    """How tokens reach experts; a Soft-MoE run must say which. Only `sequence` is not causal."""
+    routing_mode: str | None = None
+    """How tokens reach experts; a Soft-MoE run must say which: sequence (the only one that is not causal), token,
+    block_causal, merged, or module:name of a mode of your own (docs/new_routing_mode.md)."""
     routing_mix: RoutingMix = "raw"
     """What is mixed into slots: the tokens as they are, or scaled to length 1 (the published weights)."""
     block_length: int = 64
@@ -79,13 +80,13 @@ class ModelConfig:
         at_least(1, self, "make_vocab_size_divisible_by", "rotary_base", "moe_top_k")
         at_least(0, self, "shared_expert_intermediate_size", "norm_epsilon", "init_method_std")
         at_least(0, self, "routing_scale_init", "moe_aux_loss_coeff", "expert_init_method_std")
-        if self.ffn == "soft_moe":
-            if self.routing_mode is None:
-                raise ConfigError(
-                    "ModelConfig.routing_mode is not set; a Soft-MoE run must say which mode it trains: sequence (as "
-                    "published, not causal), block_causal, merged or token"
-                )
-            one_of(("sequence", "token", "block_causal", "merged"), self, "routing_mode")
+        if self.ffn == "soft_moe" and self.routing_mode is None:
+            modes = [name if routing_facts(name).causal else f"{name} (not causal)" for name in routing_mode_names()]
+            raise ConfigError(
+                f"ModelConfig.routing_mode is not set; a Soft-MoE run must say which mode it trains: {', '.join(modes)}"
+            )
+        if self.routing_mode is not None:
+            routing_facts(self.routing_mode).check_model(self)
         if self.ffn == "top_k_moe":
             self._check_top_k_moe()
         divides(self.num_attention_heads, "num_attention_heads", self.hidden_size, "hidden_size")
@@ -121,9 +122,14 @@ class ModelConfig:
         return (self.vocab_size + multiple - 1) // multiple * multiple
 
     @property
+    def routing(self) -> RoutingModeFacts | None:
+        """The routing mode's entry in the table; None where there is no Soft-MoE."""
+        return routing_facts(self.routing_mode) if self.ffn == "soft_moe" and self.routing_mode else None
+
+    @property
     def causal(self) -> bool:
         """Whether no token's output depends on a later token."""
-        return self.ffn != "soft_moe" or self.routing_mode != "sequence"
+        return self.routing is None or self.routing.causal
 
     @property
     def loss_name(self) -> str:

@@ -108,10 +108,11 @@ def _check_pieces(model: ModelConfig, parallel: ParallelConfig) -> None:
     for pieces, name in cuts:
         if model.sequence_length % pieces:
             raise ConfigError(f"sequence_length = {model.sequence_length} is not divisible by {name}")
-        piece = model.sequence_length // pieces
-        if model.ffn == "soft_moe" and model.routing_mode == "merged" and piece % model.block_length:
+        if model.routing is None:
+            continue
+        if not model.routing.splits_sequences:
             raise ConfigError(
-                f"block_length = {model.block_length} does not divide {piece}, the tokens of each of the {pieces} "
-                f"pieces that sequences are cut into by {name}; in routing_mode merged a segment of block_length "
-                "tokens lies on one process"
+                f"routing_mode {model.routing_mode} has no forward_split, so it cannot compute sequences that "
+                f"processes share, by {name}; set context_parallel_size to 1 and sequence_parallel to false"
             )
+        model.routing.check_chunks(model, model.sequence_length // pieces, pieces, name)

@@ -33,6 +33,11 @@ class RunConfig:
                 f"data.reset_at_eod is true with context_parallel_size = {context} and sequence_parallel = {sharing}; "
                 "documents can be kept apart only where each process has whole sequences"
             )
+        if self.data.reset_at_eod and self.model.routing is not None and not self.model.routing.packs_documents:
+            raise ConfigError(
+                f"data.reset_at_eod is true, but routing_mode {self.model.routing_mode} has no forward_documents: it "
+                "cannot keep documents apart that share a sequence; set it to false"
+            )
 
         decay, warmup = self.decay_steps, self.optimizer.warmup_steps
         if self.optimizer.lr_schedule == "wsd" and warmup + self.wsd_decay_steps > decay:

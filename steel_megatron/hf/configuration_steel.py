@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
+
+
+class RoutingModeFacts(NamedTuple):
+    """What settings know of a routing mode.
+
+    Attributes:
+        causal: whether no token's output depends on a later token.
+        running_sums: whether decoding keeps sums over the tokens so far, out of which none can be taken again.
+    """
+
+    causal: bool
+    running_sums: bool
+
+
+# SteelSoftMoE.FORWARD in modeling_steel.py has what each of them computes.
+ROUTING_MODES = {
+    "sequence": RoutingModeFacts(causal=False, running_sums=False),
+    "block_causal": RoutingModeFacts(causal=True, running_sums=True),
+    "token": RoutingModeFacts(causal=True, running_sums=False),
+    "merged": RoutingModeFacts(causal=True, running_sums=True),
+}
 
 
 class SteelConfig(PretrainedConfig):
@@ -61,7 +82,7 @@ class SteelConfig(PretrainedConfig):
             ("FFN_type", FFN_type, ("softmoe_v3", "raw")),
             ("mlp_type", mlp_type, ("senet", "raw")),
             ("hidden_act", hidden_act, ("silu",)),
-            ("routing_mode", routing_mode, ("sequence", "block_causal", "token", "merged")),
+            ("routing_mode", routing_mode, tuple(ROUTING_MODES)),
             ("routing_mix", routing_mix, ("normalized", "raw")),
             ("tie_word_embeddings", tie_word_embeddings, (False,)),
         ):
@@ -113,9 +134,9 @@ class SteelConfig(PretrainedConfig):
     @property
     def has_running_sums(self) -> bool:
         """Whether decoding keeps sums over the tokens so far, out of which none can be taken again."""
-        return self.FFN_type != "raw" and self.routing_mode in ("block_causal", "merged")
+        return self.FFN_type != "raw" and ROUTING_MODES[self.routing_mode].running_sums
 
     @property
     def is_causal(self) -> bool:
         """Whether no token's output depends on a later token."""
-        return self.FFN_type == "raw" or self.routing_mode != "sequence"
+        return self.FFN_type == "raw" or ROUTING_MODES[self.routing_mode].causal

@@ -56,8 +56,8 @@ def export_hf(
         overwrite: whether an earlier folder of that name may be replaced.
 
     Raises:
-        CheckpointError: the checkpoint is not whole, the tokenizer has more ids than the model, or the folder cannot
-            be made.
+        CheckpointError: the checkpoint is not whole, the exported code computes no such model, the tokenizer has more
+            ids than the model, or the folder cannot be made.
         ConfigError: the launch has more than one process.
         DataError: the tokenizer cannot be loaded or exported.
     """
@@ -66,6 +66,7 @@ def export_hf(
 
     checkpoint_path, output = checkpoint_path.resolve(), output.resolve()
     info = checkpoint.read_info(checkpoint_path)
+    mapping.check_exportable(info.model)
     _check_output(output, overwrite, checkpoint_path, EXPORT_MARK)
     checkpoint.verify(checkpoint_path)
     loaded = load_tokenizer(*tokenizer) if tokenizer else None

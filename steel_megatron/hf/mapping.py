@@ -15,10 +15,13 @@ import torch
 
 from steel_megatron.config import Activation, FeedForward, ModelConfig
 from steel_megatron.errors import CheckpointError, ConfigError
+from steel_megatron.hf.configuration_steel import ROUTING_MODES
 
 Tensors = dict[str, torch.Tensor]
 FFN_TYPES: dict[str, FeedForward] = {"softmoe_v3": "soft_moe", "raw": "dense"}
 MLP_TYPES: dict[str, Activation] = {"senet": "double_swiglu", "raw": "swiglu"}
+PUBLISHED_MODE = "sequence"
+"""What the published weights were trained with; their config.json does not say."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,21 @@ def _check_expressible(model: ModelConfig) -> None:
         raise CheckpointError(
             f"a model with model.megatron.{computing[0]} = {model.megatron[computing[0]]!r} has no published form: the "
             "exported code does not know megatron-core's settings, and may compute something else"
+        )
+
+
+def has_exported_form(model: ModelConfig) -> bool:
+    """Whether the code that travels with exported weights computes such a model."""
+    return model.ffn in FFN_TYPES.values() and (model.routing is None or model.routing.name in ROUTING_MODES)
+
+
+def check_exportable(model: ModelConfig) -> None:
+    """Raise a CheckpointError unless the code that travels with exported weights computes such a model."""
+    _check_expressible(model)
+    if not has_exported_form(model):
+        raise CheckpointError(
+            f"a model with routing_mode = {model.routing_mode} cannot be exported: the code that travels with exported "
+            f"weights has {', '.join(ROUTING_MODES)} (docs/new_routing_mode.md says how it gets another)"
         )
 
 
@@ -254,9 +272,9 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
     """The settings under the published keys, and the routing's under ours.
 
     Raises:
-        CheckpointError: the published form has no such feed-forward layer.
+        CheckpointError: the exported code computes no such model.
     """
-    _check_expressible(model)
+    check_exportable(model)
     ffn_type = {ours: theirs for theirs, ours in FFN_TYPES.items()}[model.ffn]
     mlp_type = {ours: theirs for theirs, ours in MLP_TYPES.items()}[model.ffn_activation]
     return {
@@ -277,7 +295,7 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
         "mlp_type": mlp_type,
         "n_experts": model.num_experts,
         "slots_per_expert": model.slots_per_expert,
-        "routing_mode": model.routing_mode or "sequence",
+        "routing_mode": PUBLISHED_MODE if model.routing is None else model.routing.name,
         "routing_mix": model.routing_mix,
         "routing_block_length": model.block_length,
         "shared_expert_intermediate_size": model.shared_expert_intermediate_size,
@@ -303,6 +321,7 @@ def config_from_hf(config: Mapping[str, Any], origin: str) -> ModelConfig:
     ):
         if config.get(key, False):
             raise CheckpointError(f"{origin}: {key} is true; {why}")
+    modes = tuple(ROUTING_MODES)
     try:
         return ModelConfig(
             num_layers=_number(config, "num_hidden_layers", origin),
@@ -316,8 +335,7 @@ def config_from_hf(config: Mapping[str, Any], origin: str) -> ModelConfig:
             ffn_hidden_size=_inner_size(config, origin),
             num_experts=_number(config, "n_experts", origin),
             slots_per_expert=_number(config, "slots_per_expert", origin),
-            # What the published weights were trained with, where a folder does not say.
-            routing_mode=None if ffn == "dense" else config.get("routing_mode", "sequence"),
+            routing_mode=None if ffn == "dense" else _known(config, "routing_mode", modes, origin, PUBLISHED_MODE),
             routing_mix=config.get("routing_mix", "normalized"),
             block_length=_number(config, "routing_block_length", origin, default=64),
             # A dense network has no such expert beside it.

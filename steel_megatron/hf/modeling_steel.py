@@ -10,7 +10,7 @@ step computes the whole text again.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -218,17 +218,33 @@ def is_refresh(count: torch.Tensor, block: int) -> torch.Tensor:
 
 
 class SteelSoftMoE(nn.Module):
-    """Soft mixture of experts (arXiv 2308.00951) in four modes."""
+    """Soft mixture of experts (arXiv 2308.00951); ``configuration_steel.ROUTING_MODES`` lists its modes."""
+
+    # Of each mode: what computes texts from their beginning, and one column of tokens after others. Without the
+    # latter nothing is kept between calls.
+    FORWARD: ClassVar[dict[str, tuple[str, str | None]]] = {
+        "sequence": ("_sequence", None),
+        "block_causal": ("_block_causal", "_block_causal_step"),
+        "token": ("_token", None),
+        "merged": ("_merged", "_merged_step"),
+    }
 
     def __init__(self, config: SteelConfig) -> None:
         super().__init__()
         self.mode, self.mix, self.block = config.routing_mode, config.routing_mix, config.routing_block_length
+        self.std = config.initializer_range
         inner = config.inner_size
         self.phi = nn.Parameter(torch.empty(config.hidden_size, config.n_experts, config.slots_per_expert))
         self.scale = nn.Parameter(torch.ones(1))
         self.experts = nn.ModuleList(SteelMLP(config, inner) for _ in range(config.n_experts))
         if config.shared_expert_intermediate_size:
             self.shared_expert = SteelMLP(config, config.shared_expert_intermediate_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial values of the routing's own parameters; experts have theirs."""
+        nn.init.normal_(self.phi, std=self.std)
+        nn.init.ones_(self.scale)
 
     def forward(
         self, x: torch.Tensor, real: torch.Tensor, state: RoutingState | None, keep: bool
@@ -241,16 +257,11 @@ class SteelSoftMoE(nn.Module):
             state: of the tokens before, None at the beginning.
             keep: whether to return the state after these tokens.
         """
-        if self.mode == "sequence":
-            y = self._sequence(x, real)
-        elif self.mode == "token":
-            y = self._token(x)
-        elif state is None:
-            whole = self._block_causal if self.mode == "block_causal" else self._merged
-            y, state = whole(x, real, keep)
+        whole, step = self.FORWARD[self.mode]
+        if state is None or step is None:
+            y, state = getattr(self, whole)(x, real, keep)
         else:
-            step = self._block_causal_step if self.mode == "block_causal" else self._merged_step
-            y = torch.stack([step(x[:, t], real[:, t], state) for t in range(x.size(1))], dim=1)
+            y = torch.stack([getattr(self, step)(x[:, t], real[:, t], state) for t in range(x.size(1))], dim=1)
         if hasattr(self, "shared_expert"):
             y = y + self.shared_expert(x)
         return y, state
@@ -268,16 +279,16 @@ class SteelSoftMoE(nn.Module):
         results = [expert(by_expert[..., number, :, :]) for number, expert in enumerate(self.experts)]
         return torch.stack(results, dim=-3).flatten(-3, -2)
 
-    def _sequence(self, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    def _sequence(self, x: torch.Tensor, real: torch.Tensor, keep: bool) -> tuple[torch.Tensor, None]:
         logits, mixed = self._route(x)
         dispatch = logits.masked_fill(~real.unsqueeze(-1), -1e30).softmax(1)
         outputs = self._run(dispatch.transpose(1, 2) @ mixed, x.dtype)
-        return (logits.softmax(-1) @ wide(outputs)).to(x.dtype)
+        return (logits.softmax(-1) @ wide(outputs)).to(x.dtype), None
 
-    def _token(self, x: torch.Tensor) -> torch.Tensor:
+    def _token(self, x: torch.Tensor, real: torch.Tensor, keep: bool) -> tuple[torch.Tensor, None]:
         logits, mixed = self._route(x)
         results = torch.stack([expert(mixed.to(x.dtype)) for expert in self.experts], dim=-2)
-        return (self._shares(logits, x.dtype).unsqueeze(-1) * results).sum(-2)
+        return (self._shares(logits, x.dtype).unsqueeze(-1) * results).sum(-2), None
 
     def _block_causal(
         self, x: torch.Tensor, real: torch.Tensor, keep: bool
@@ -435,8 +446,7 @@ class SteelPreTrainedModel(PreTrainedModel):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, SteelSoftMoE):
-            nn.init.normal_(module.phi, std=std)
-            nn.init.ones_(module.scale)
+            module.reset_parameters()
         elif isinstance(module, SteelRMSNorm):
             nn.init.ones_(module.weight)
 
@@ -508,7 +518,9 @@ class SteelModel(SteelPreTrainedModel):
     def _cache(self, given: DynamicCache | None, use_cache: bool) -> DynamicCache | None:
         if not self.config.is_causal:
             if given is not None and given.get_seq_length():
-                raise ValueError("routing_mode 'sequence' is not causal: it cannot go on from a cache")
+                raise ValueError(
+                    f"routing_mode {self.config.routing_mode!r} is not causal: it cannot go on from a cache"
+                )
             return None
         if given is None:
             return SteelCache(self.config) if use_cache else None
@@ -585,7 +597,8 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
         if not self.config.is_causal:
             if model_kwargs.get("inputs_embeds") is not None:
                 raise ValueError(
-                    "routing_mode 'sequence' computes the whole text at each step: give input_ids, not inputs_embeds"
+                    f"routing_mode {self.config.routing_mode!r} computes the whole text at each step: give input_ids, "
+                    "not inputs_embeds"
                 )
             generation_config.use_cache = False
             model_kwargs["use_cache"] = False

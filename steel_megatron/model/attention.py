@@ -27,10 +27,15 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype, device=device))
         # megatron-core reads the mark when it reduces gradients.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
         self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All ones."""
+        torch.nn.init.ones_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., d] to [..., d], in the type of ``x``."""

@@ -16,42 +16,51 @@ from steel_megatron.ops.plan import BlockPlan, SegmentPlan, block_plan, segment_
 class PackedDocuments:
     """The documents of the micro batch that a stage computes.
 
+    Args:
+        ep_group: the processes that share the experts, which exchange slots; None where each has all of them.
+
     Attributes:
         segment_starts: int64 [B, T], for each token the position of the first token of its document; None where every
             sequence is one document.
-        attention_mask: bool [B, 1, T, T], True where a query (row) may see a key: up to itself, within its document;
-            None where every sequence is one document.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ep_group: dist.ProcessGroup | None = None) -> None:
+        self.ep_group = ep_group
         self.set(None)
 
     def set(self, segment_starts: torch.Tensor | None) -> None:
         """Take the documents of the next micro batch."""
         self.segment_starts: torch.Tensor | None = segment_starts
-        self.attention_mask: torch.Tensor | None = None
+        self._attention_mask: torch.Tensor | None = None
         self._block_plan: BlockPlan | None = None
         self._segment_plan: SegmentPlan | None = None
-        if segment_starts is not None:
+
+    @property
+    def attention_mask(self) -> torch.Tensor | None:
+        """bool [B, 1, T, T], True where a query (row) may see a key: up to itself, within its document; None where
+        every sequence is one document."""
+        segment_starts = self.segment_starts
+        if self._attention_mask is None and segment_starts is not None:
             keys = torch.arange(segment_starts.size(1), device=segment_starts.device)
             seen = (keys <= keys.unsqueeze(1)) & (keys >= segment_starts.unsqueeze(-1))
-            self.attention_mask = seen.unsqueeze(1)
+            self._attention_mask = seen.unsqueeze(1)
+        return self._attention_mask
 
-    def block_plan(self, block_length: int | None, ep_group: dist.ProcessGroup) -> BlockPlan:
-        """The blocks of the packed documents, as many for each process of ``ep_group``: they exchange slots.
+    def block_plan(self, block_length: int | None) -> BlockPlan:
+        """The blocks of the packed documents, as many for each process that exchanges slots; all of them call it for
+        the same layer.
 
         Args:
             block_length: of ``block_causal``; None for ``sequence``. The same for all layers of a stage.
-            ep_group: the processes that share the experts; all of them call it for the same layer.
         """
         if self._block_plan is None:
             assert self.segment_starts is not None
             plan = block_plan(
                 self.segment_starts.size(1), block_length, self.segment_starts.device, self.segment_starts
             )
-            if ep_group.size() > 1:
+            if self.ep_group is not None and self.ep_group.size() > 1:
                 most = torch.tensor([plan.starts.size(1)], device=plan.starts.device)
-                dist.all_reduce(most, op=dist.ReduceOp.MAX, group=ep_group)
+                dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.ep_group)
                 plan = plan.filled_up(int(most.item()))
             self._block_plan = plan
         return self._block_plan

@@ -20,11 +20,12 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from steel_megatron.config import Activation
-from steel_megatron.model.merged import gated, merged_experts
+from steel_megatron.model.routing.merging import CHUNK_BYTES, gated, merged_linear, sums_travel
 from steel_megatron.parallel.collectives import gather_rows, scatter_sums, sum_both_ways, sum_gradients
 
 Rows = Literal["copied", "own", "common"]
@@ -71,6 +72,23 @@ class Experts(MegatronModule):
         # The middle dimension counts matrices: (gate, up) on the way up; (gate, down) or (down) on the way down.
         self.up = self._weight(self.local_experts, 2, local_inner, hidden, split_dim=2)
         self.down = self._weight(self.local_experts, 2 if self.gated_down else 1, hidden, local_inner, split_dim=3)
+        if config.perform_initialization:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with the configuration's ``init_method_std``.
+
+        Every process draws all experts whole and keeps its part, so those with equal random states make one layer.
+        """
+        expert_parallel = (0, 1) if self.ep_group is None else (self.ep_group.rank(), self.ep_group.size())
+        with torch.no_grad():
+            for weight, split_dim in ((self.up, 2), (self.down, 3)):
+                cuts = {0: expert_parallel, split_dim: (self.tp_group.rank(), self.tp_group.size())}
+                shape = [size * cuts.get(dim, (0, 1))[1] for dim, size in enumerate(weight.shape)]
+                own = weight.new_empty(shape).normal_(0.0, self.config.init_method_std)
+                for dim, (rank, _) in cuts.items():
+                    own = own.narrow(dim, rank * weight.size(dim), weight.size(dim))
+                weight.copy_(own)
 
     def _weight(self, *shape: int, split_dim: int) -> torch.nn.Parameter:
         device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
@@ -150,3 +168,54 @@ class Experts(MegatronModule):
                 prepend_axis_num=axis,
             )
         return sharded
+
+
+def merged_experts(
+    x: torch.Tensor,
+    shares: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    tp_group: dist.ProcessGroup,
+    ep_group: dist.ProcessGroup | None,
+    equal_segments: bool = True,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> torch.Tensor:
+    """Merge all experts by given shares and compute the merged expert, segment by segment.
+
+    Under expert parallelism each process has segments of its own and one of R parts of the experts. What travels is the
+    smaller of the two, in numbers that a process sends, forward:
+
+        all experts, to every process               (R - 1) / R * E * n
+        every process's sums over its own experts   (R - 1) * M * n, and (R - 1) / R * M * E for the shares
+
+    Backward: the matrices once more, and as many numbers for gradients (the experts' in float32). So experts travel
+    unless all processes together have fewer segments than there are experts.
+
+    Args:
+        x: [M, N, d] tokens, the same on all processes of ``tp_group``.
+        shares: [M, E] in float32 or wider, of experts over all processes.
+        up: [E / R, 2, I, d] gate and value, I the inner width on this process.
+        down: [E / R, 2, d, I] gate and value (double SwiGLU), or [E / R, 1, d, I] (SwiGLU).
+        tp_group: the processes that share the inner width.
+        ep_group: the processes that share the experts; None where each has all of them.
+        equal_segments: whether all processes of ``ep_group`` surely have the same number of segments. If not, experts
+            travel: that needs no agreement about chunks.
+        chunk_bytes: bound of the memory for merged matrices.
+
+    Returns:
+        [M, N, d]
+    """
+    # Each tensor-parallel process sees its own part of the matrices: the gradients of tokens and shares add up.
+    x = sum_gradients(x, tp_group)
+    shares = sum_gradients(shares, tp_group).unsqueeze(0)
+    ranks = 1 if ep_group is None else ep_group.size()
+    if equal_segments and sums_travel(x.size(0), shares.size(2), ranks):
+        # Every process gets the shares of its own experts in all processes' segments: [R source, M, E / R].
+        by_holder = shares.reshape(x.size(0), ranks, -1).transpose(0, 1).contiguous()
+        shares = all_to_all(ep_group, by_holder)
+    inner = gated(merged_linear(x, shares, up.flatten(1, 2), ep_group, chunk_bytes))
+    out = merged_linear(inner, shares, down.flatten(1, 2), ep_group, chunk_bytes)
+    # The gate of the way down is not linear, so both products are summed over processes before it.
+    out = reduce_from_tensor_model_parallel_region(out, tp_group)
+    return out if down.size(1) == 1 else gated(out)

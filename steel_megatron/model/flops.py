@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from steel_megatron.config import ModelConfig
-from steel_megatron.ops.reference import refresh_points
+from steel_megatron.model.routing import routing_mode
 
 
 def training_flops_per_token(model: ModelConfig) -> float:
@@ -45,15 +45,6 @@ def _feed_forward(model: ModelConfig) -> tuple[float, float]:
         return network, 0
     if model.ffn == "top_k_moe":
         return model.moe_top_k * network, model.num_experts * model.hidden_size
-    length, slots = model.sequence_length, model.num_experts * model.slots_per_expert
-    shared = matrices * model.hidden_size * model.shared_expert_intermediate_size
-    keys = slots * model.hidden_size  # one product with every slot's key
-    if model.routing_mode == "token":
-        return shared + model.num_experts * network, keys + model.num_experts * model.hidden_size
-    if model.routing_mode == "merged":
-        segments = -(-length // model.block_length)
-        merging = segments * model.num_experts * network / length
-        return shared + network + merging, segments * keys / length
-    refreshes = 1 if model.routing_mode == "sequence" else len(refresh_points(length, model.block_length))
-    # the experts once for each slot of each refresh; logits, dispatch and combine for each token
-    return shared + refreshes * slots * network / length, 3 * keys
+    assert model.routing_mode is not None, "checked by ModelConfig"
+    experts, routing = routing_mode(model.routing_mode).multiplications(model, network)
+    return matrices * model.hidden_size * model.shared_expert_intermediate_size + experts, routing

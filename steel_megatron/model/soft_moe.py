@@ -1,14 +1,14 @@
 """The Soft-MoE layer, for the ``mlp`` slot of megatron-core's TransformerLayer.
 
-Notation: B sequences of T tokens, hidden size d, E experts with P slots each. The routing mathematics are in
-:mod:`steel_megatron.ops`; here they meet experts that are cut over processes, and sequences that are
-(:mod:`steel_megatron.model.split_routing`).
+Notation: B sequences of T tokens, hidden size d, E experts with P slots each. How tokens reach experts is the mode's
+(:mod:`steel_megatron.model.routing`); here modes meet experts that are cut over processes, and sequences that are.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -16,11 +16,14 @@ from megatron.core.transformer.module import MegatronModule
 from steel_megatron.config import ModelConfig
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.experts import Experts, Rows
-from steel_megatron.model.split_routing import dispatch_split, local_plan_of_one_document, merge_weights_split
-from steel_megatron.ops import Routing, combine, expert_weights, merge_weights, mixed_tokens
-from steel_megatron.ops.plan import block_plan
-from steel_megatron.ops.soft_moe import dispatch_blocks, merge_weights_of_documents
-from steel_megatron.parallel.collectives import gather_copies, own_part, slots_from_experts, slots_to_experts
+from steel_megatron.model.routing import SharedSequences, routing_mode
+from steel_megatron.parallel.collectives import (
+    gather_copies,
+    gather_parts,
+    own_part,
+    slots_from_experts,
+    slots_to_experts,
+)
 from steel_megatron.parallel.sequence import SequenceSplit
 
 
@@ -58,7 +61,7 @@ class DenseFeedForward(MegatronModule):
         return self.network(flat, self.rows).reshape(hidden_states.shape), None
 
 
-class SoftMoE(MegatronModule):
+class ParallelSoftMoE(MegatronModule):
     """Soft mixture of experts (Soft MoE, arXiv 2308.00951, section 2; Steel-LLM, section 3.1).
 
     Where processes share sequences, each routes its own tokens. In modes ``sequence`` and ``block_causal`` only slots
@@ -81,8 +84,11 @@ class SoftMoE(MegatronModule):
         documents: PackedDocuments | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.model = model
-        self.documents = documents or PackedDocuments()
+        assert model.routing_mode is not None, "checked by ModelConfig"
+        self.mode = routing_mode(model.routing_mode)
+        self.routing_mix, self.block_length = model.routing_mix, model.block_length
+        self.num_experts = model.num_experts
+        self.documents = documents or PackedDocuments(groups.ep)
         self.ep_group, self.tp_group = groups.ep, groups.tp
         self.sequence_parallel = config.sequence_parallel
         # The processes that share the tokens of a sequence; SequenceSplit counts on their order.
@@ -111,98 +117,51 @@ class SoftMoE(MegatronModule):
             if model.shared_expert_intermediate_size
             else None
         )
+        self.routing_scale_init = model.routing_scale_init
+        if config.perform_initialization:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial values of the routing's own parameters; experts have theirs."""
+        torch.nn.init.normal_(self.phi, std=self.config.init_method_std)
+        torch.nn.init.constant_(self.scale, self.routing_scale_init)
 
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple:
         """[T, B, d] to ([T, B, d], no bias); T are this process's tokens."""
         x = hidden_states.transpose(0, 1)
-        mode = self.model.routing_mode
-        if mode == "merged":
-            y = self._merged(x)
-        elif mode == "token":
-            y = self._token(x)
+        if self.documents.segment_starts is not None:
+            y = self.mode.forward_documents(self, x, self.documents)
+        elif self.sequence_group.size() > 1:
+            y = self.mode.forward_split(self, x, self._shared_sequences(x.size(1)))
         else:
-            y = self._through_slots(x)
+            y = self.mode.forward(self, x)
         output = y.transpose(0, 1).contiguous()  # pipeline stages send it as it lies in memory
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)[0]
         return output, None
 
-    def _through_slots(self, x: torch.Tensor) -> torch.Tensor:
-        slots, routing = self._dispatch(x)
-        batch, blocks, experts, per_expert, width = slots.shape
-        by_expert = slots.permute(2, 0, 1, 3, 4).reshape(experts, -1, width)
-        # In mode sequence all processes that share a sequence have the same slots.
-        rows = self._rows("common" if self.model.routing_mode == "sequence" else "own")
-        results = self._run_experts(by_expert, rows).reshape(experts, batch, blocks, per_expert, width)
-        return combine(results.permute(1, 2, 0, 3, 4), routing)
-
-    def _dispatch(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
-        mix = self.model.routing_mix
-        block_length = self.model.block_length if self.model.routing_mode == "block_causal" else None
-        if self.documents.segment_starts is not None:
-            return dispatch_blocks(x, self.phi, self.scale, mix, self.documents.block_plan(block_length, self.ep_group))
-        if self.sequence_group.size() == 1:
-            return dispatch_blocks(x, self.phi, self.scale, mix, block_plan(x.size(1), block_length, x.device))
-        plan = local_plan_of_one_document(
-            self._split(x.size(1)),
+    def _shared_sequences(self, own_tokens: int) -> SharedSequences:
+        ranks, tensor_size = self.sequence_group.size(), self.tp_group.size() if self.sequence_parallel else 1
+        return SharedSequences(
+            SequenceSplit(own_tokens * ranks, ranks // tensor_size, tensor_size),
             self.sequence_group.rank(),
-            block_length,
+            partial(gather_parts, group=self.sequence_group),
             # Where slots are exchanged, all processes send equally many.
             equal_blocks=self.sequence_parallel or self.ep_group.size() > 1,
-            device=x.device,
         )
-        return dispatch_split(x, self.phi, self.scale, mix, plan, self.sequence_group)
 
-    def _token(self, x: torch.Tensor) -> torch.Tensor:
-        """Every token through every expert: E times the work of one."""
-        experts = self.model.num_experts
-        mixed = mixed_tokens(x, self.model.routing_mix).reshape(1, -1, x.size(-1))
+    def run_experts(self, vectors: torch.Tensor, *, replicated: bool = False) -> torch.Tensor:
+        """Every expert on its own vectors: see :class:`steel_megatron.model.routing.RoutedLayer`."""
         if self.ep_group.size() > 1:
-            mixed = mixed.expand(experts, -1, -1)
-        results = self._run_experts(mixed, self._rows("own"))
-        by_expert = expert_weights(x, self.phi, self.scale)
-        return torch.einsum("bte,ebtd->btd", by_expert.to(x.dtype), results.reshape(experts, *x.shape))
+            vectors = vectors.expand(self.num_experts, -1, -1)
+        rows: Rows = ("common" if replicated else "own") if self.sequence_parallel else "copied"
+        return slots_from_experts(self.experts(slots_to_experts(vectors, self.ep_group), rows), self.ep_group)
 
-    def _merged(self, x: torch.Tensor) -> torch.Tensor:
-        """One expert per segment, merged by the routing of the segment before (Lory, arXiv 2405.03133)."""
-        batch, length, width = x.shape
-        mix = self.model.routing_mix
-        if self.documents.segment_starts is not None:
-            return self._merged_documents(x)
-        if self.sequence_group.size() == 1:
-            block = min(self.model.block_length, length)
-            shares = merge_weights(x, self.phi, self.scale, mix=mix, block_length=block)
-        else:
-            block, split = self.model.block_length, self._split(length)
-            shares = merge_weights_split(
-                x, self.phi, self.scale, mix=mix, block_length=block, split=split, group=self.sequence_group
-            )
-        segments = shares.size(1)
-        padded = F.pad(x, (0, 0, 0, segments * block - length)).reshape(batch * segments, block, width)
-        y = self._run_merged(padded, shares.flatten(0, 1))
-        return y.reshape(batch, segments * block, width)[:, :length]
-
-    def _merged_documents(self, x: torch.Tensor) -> torch.Tensor:
-        """The same where sequences hold several documents: segments begin anew with each."""
-        plan = self.documents.segment_plan(self.model.block_length)
-        shares = merge_weights_of_documents(x, self.phi, self.scale, self.model.routing_mix, plan)
-        results = self.experts.forward_merged(plan.to_segments(x), shares, equal_segments=False)
-        return plan.from_segments(results)
-
-    def _run_merged(self, segments: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    def run_merged_experts(
+        self, segments: torch.Tensor, weights: torch.Tensor, *, equal_segments: bool = True
+    ) -> torch.Tensor:
+        """Each segment through its merged expert: see :class:`steel_megatron.model.routing.RoutedLayer`."""
         if not self.sequence_parallel:
-            return self.experts.forward_merged(segments, shares)
-        everyones = gather_copies(segments, self.tp_group), gather_copies(shares, self.tp_group)
+            return self.experts.forward_merged(segments, weights, equal_segments)
+        everyones = gather_copies(segments, self.tp_group), gather_copies(weights, self.tp_group)
         return own_part(self.experts.forward_merged(*everyones), self.tp_group)
-
-    def _run_experts(self, slots: torch.Tensor, rows: Rows) -> torch.Tensor:
-        return slots_from_experts(self.experts(slots_to_experts(slots, self.ep_group), rows), self.ep_group)
-
-    def _rows(self, shared: Rows) -> Rows:
-        """How the slots of tensor-parallel processes belong together: ``shared`` where these share sequences."""
-        return shared if self.sequence_parallel else "copied"
-
-    def _split(self, own_tokens: int) -> SequenceSplit:
-        tensor_size = self.tp_group.size() if self.sequence_parallel else 1
-        ranks = self.sequence_group.size()
-        return SequenceSplit(own_tokens * ranks, ranks // tensor_size, tensor_size)

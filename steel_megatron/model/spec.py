@@ -27,7 +27,7 @@ from steel_megatron.config import ModelConfig, ParallelConfig, Precision
 from steel_megatron.model.attention import Float32, RMSNorm, ScaledDotProductAttention
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.megatron_fields import with_further_fields
-from steel_megatron.model.soft_moe import DenseFeedForward, SoftMoE
+from steel_megatron.model.soft_moe import DenseFeedForward, ParallelSoftMoE
 from steel_megatron.model.top_k_moe import TopKMoE, top_k_moe_settings
 from steel_megatron.model.weights import initialize_weights
 from steel_megatron.parallel.topology import Topology
@@ -118,7 +118,7 @@ def _feed_forward_spec(
     if model.ffn == "none":
         return None
     if model.ffn == "soft_moe":
-        return ModuleSpec(module=SoftMoE, params={"model": model, "groups": groups, "documents": documents})
+        return ModuleSpec(module=ParallelSoftMoE, params={"model": model, "groups": groups, "documents": documents})
     if model.ffn == "top_k_moe":
         return ModuleSpec(module=TopKMoE, params={"groups": groups})
     params = {"inner_size": model.ffn_hidden_size, "model": model, "groups": groups}
@@ -144,7 +144,7 @@ def build_model(
     if config.sequence_parallel:
         _name_random_state()
     groups = topology.groups
-    documents = PackedDocuments()
+    documents = PackedDocuments(groups.ep)
     spec = layer_spec(model, groups, documents)
     # It warns of every feed-forward module that is not its own.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)

@@ -51,11 +51,11 @@ def is_refresh(position: torch.Tensor, block_length: int) -> torch.Tensor:
     return (position > 0) & torch.where(position < block_length, power_of_two, position % block_length == 0)
 
 
-def check_segment_starts(segment_starts: torch.Tensor, batch: int, length: int) -> None:
+def check_segment_starts(segment_starts: torch.Tensor, batch: int, length: int, name: str = "segment_starts") -> None:
     """Raise a ConfigError unless these are the document starts of [B, T] tokens; looks at values on a CPU only."""
     if segment_starts.shape != (batch, length) or segment_starts.dtype != torch.int64:
         raise ConfigError(
-            f"segment_starts is {segment_starts.dtype} {list(segment_starts.shape)}; it must be int64 "
+            f"{name} is {segment_starts.dtype} {list(segment_starts.shape)}; it must be int64 "
             f"{[batch, length]}, the position of the first token of each token's document"
         )
     if segment_starts.device.type != "cpu":
@@ -66,7 +66,7 @@ def check_segment_starts(segment_starts: torch.Tensor, batch: int, length: int) 
     if len(wrong):
         row, token = wrong[0].tolist()
         raise ConfigError(
-            f"segment_starts[{row}, {token}] = {segment_starts[row, token]}; it must be {token} (a document begins "
+            f"{name}[{row}, {token}] = {segment_starts[row, token]}; it must be {token} (a document begins "
             f"here) or that of the token before, {before[row, token]}"
         )
 

@@ -28,7 +28,14 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from steel_megatron.config import ModelConfig, RunConfig, dump_yaml, from_dict, to_dict
+from steel_megatron.config import (
+    ModelConfig,
+    RunConfig,
+    dump_yaml,
+    from_dict,
+    refuse_unknown_routing_code,
+    to_dict,
+)
 from steel_megatron.data.ledger.ledger import Ledger, dumps
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import replace_folder, sha256_of
@@ -216,6 +223,7 @@ def read_info(path: Path) -> CheckpointInfo:
 
     Raises:
         CheckpointError: the folder is not a whole checkpoint.
+        ConfigError: its routing mode is code that has not been imported.
     """
     manifest = _read_manifest(path)
     for name, facts in manifest["files"].items():
@@ -224,6 +232,7 @@ def read_info(path: Path) -> CheckpointInfo:
         if size != facts["bytes"]:
             there = "is missing" if size is None else f"has {size:,} bytes"
             raise CheckpointError(f"{file} {there}; the checkpoint was saved with {facts['bytes']:,} bytes of it")
+    refuse_unknown_routing_code(manifest["model"].get("routing_mode"), str(path / MANIFEST))
     return CheckpointInfo(
         path=path,
         step=manifest["step"],

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from steel_megatron.config import routing_facts, routing_mode_names
 from steel_megatron.hf import modeling_steel
-from steel_megatron.hf.configuration_steel import SteelConfig
+from steel_megatron.hf.configuration_steel import ROUTING_MODES, SteelConfig
 from steel_megatron.hf.modeling_steel import CACHE, SteelCache, SteelForCausalLM, SteelSoftMoE, is_refresh, network
 from steel_megatron.ops.reference import refresh_points
 from tests.hf import golden
@@ -379,6 +380,13 @@ def test_refresh_points_are_the_library_s() -> None:
     for block in (1, 3, 6, 8, 64):
         points = [point for point in range(1, 200) if is_refresh(torch.tensor(point), block)]
         assert points == refresh_points(200, block)
+
+
+def test_the_exported_code_and_the_library_say_the_same_of_modes() -> None:
+    assert ROUTING_MODES.keys() == SteelSoftMoE.FORWARD.keys() <= set(routing_mode_names())
+    for name, facts in ROUTING_MODES.items():
+        assert facts.causal == routing_facts(name).causal, name
+        assert facts.running_sums == (SteelSoftMoE.FORWARD[name][1] is not None), name
 
 
 def test_labels_are_shifted() -> None:

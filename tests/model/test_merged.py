@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from steel_megatron.config import ParallelConfig
 from steel_megatron.errors import ConfigError
-from steel_megatron.model.merged import CHUNK_BYTES, merged_experts, merged_linear, sums_travel
+from steel_megatron.model.routing.merging import CHUNK_BYTES, merged_linear, sums_travel
 from steel_megatron.ops import merge_weights
 from steel_megatron.ops.plan import segment_plan
 from tests.distributed import run_distributed
@@ -243,6 +243,8 @@ def run_layer(
     from steel_megatron.parallel.topology import initialize
 
     topology = initialize(parallel)
+    from steel_megatron.model.experts import merged_experts
+
     groups, place = topology.groups, topology.data_parallel_rank
     x, shares, up, down = layer_inputs(place, segments[place], matrices, dtype)
     part = slice(groups.tp.rank() * INNER // groups.tp.size(), (groups.tp.rank() + 1) * INNER // groups.tp.size())

@@ -6,6 +6,7 @@ First in one process, which plays all ranks one after another; then on real ones
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,15 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steel_megatron.config import ParallelConfig
-from steel_megatron.model.split_routing import (
-    LocalPlan,
-    dispatch_split,
-    local_plan,
-    local_plan_of_one_document,
-    merge_parts,
-    merge_weights_split,
-    partial_means,
-)
+from steel_megatron.model.routing import SharedSequences
+from steel_megatron.model.routing.merged import merge_weights_split
+from steel_megatron.model.routing.split import dispatch_split, merge_partials, partial_slots
+from steel_megatron.model.routing.split_plan import SplitPlan, split_plan, split_plan_of_one_document
 from steel_megatron.ops import Routing, combine, dispatch, merge_weights
 from steel_megatron.ops.plan import block_plan
 from steel_megatron.parallel.sequence import SequenceSplit
@@ -76,9 +72,9 @@ def whole(values: Tensors, case: dict[str, Any]) -> Tensors:
     return {"y": y.detach()} | {name: one[name].grad for name in ("x", "phi", "scale", "weight")}
 
 
-def plans(case: dict[str, Any], split: SequenceSplit, equal_blocks: bool = False) -> list[LocalPlan]:
+def plans(case: dict[str, Any], split: SequenceSplit, equal_blocks: bool = False) -> list[SplitPlan]:
     plan = block_plan(split.length, case.get("block_length"), CPU, case.get("segment_starts"))
-    return [local_plan(plan, split, rank, equal_blocks=equal_blocks) for rank in range(split.ranks)]
+    return [split_plan(plan, split, rank, equal_blocks=equal_blocks) for rank in range(split.ranks)]
 
 
 def played(values: Tensors, case: dict[str, Any], split: SequenceSplit, equal_blocks: bool) -> Tensors:
@@ -88,19 +84,19 @@ def played(values: Tensors, case: dict[str, Any], split: SequenceSplit, equal_bl
     positions = [split.positions(rank) for rank in range(split.ranks)]
     parts, logits = zip(
         *(
-            partial_means(one["x"][:, place], one["phi"], one["scale"], case["mix"], plan)
+            partial_slots(one["x"][:, place], one["phi"], one["scale"], case["mix"], plan)
             for place, plan in zip(positions, own, strict=True)
         ),
         strict=True,
     )
     rows = torch.arange(BATCH).unsqueeze(1)
-    exported = torch.stack([part[rows, plan.exported] for part, plan in zip(parts, own, strict=True)])
+    exported = torch.stack([part[rows, plan.sent] for part, plan in zip(parts, own, strict=True)])
     everyones = exported if exported.size(2) else None
     if equal_blocks:
-        assert len({plan.own_part.size(1) for plan in own}) == 1
+        assert len({plan.own_span.size(1) for plan in own}) == 1
     total = 0.0
     for place, plan, part, logit in zip(positions, own, parts, logits, strict=True):
-        slots = merge_parts(part, everyones, plan).unflatten(2, (EXPERTS, PER_EXPERT))
+        slots = merge_partials(part, everyones, plan).unflatten(2, (EXPERTS, PER_EXPERT))
         result = combine(experts(slots, one["weight"]), Routing(logit, plan.block_of_token))
         y[:, place] = result.detach()
         total = total + (result * one["grad"][:, place]).sum()
@@ -139,7 +135,7 @@ def test_any_split_equals_whole_sequences(data: st.DataObject) -> None:
     values = inputs(length, data.draw(st.sampled_from([0.5, 3.0, 60.0])), data.draw(st.integers(0, 9)))
     split = SequenceSplit(length, context, tensor)
     ours = played(values, case, split, data.draw(st.booleans()))
-    assert all(plan.exported.size(1) <= 2 * len(split.pieces[0]) for plan in plans(case, split))
+    assert all(plan.sent.size(1) <= 2 * len(split.pieces[0]) for plan in plans(case, split))
     assert_equal(ours, whole(values, case), 1e-9)
 
 
@@ -148,7 +144,7 @@ def test_a_rank_whose_tokens_read_only_what_others_hold() -> None:
     case = {"mode": "block_causal", "mix": "raw", "block_length": 20}
     split = SequenceSplit(24, 1, 4)
     own = plans(case, split)
-    assert (own[2].own_part == own[2].starts.size(1)).all()  # nothing of its own
+    assert (own[2].own_span == own[2].starts.size(1)).all()  # nothing of its own
     values = inputs(24, 2.0)
     assert_equal(played(values, case, split, equal_blocks=True), whole(values, case))
 
@@ -161,18 +157,18 @@ def test_huge_logits(scale: float) -> None:
 
 
 def test_one_part_is_enough_where_blocks_end_with_pieces() -> None:
-    aligned = local_plan_of_one_document(SequenceSplit(48, 2), 0, 4, False, CPU)
-    ragged = local_plan_of_one_document(SequenceSplit(48, 2), 0, 5, False, CPU)
-    sequence = local_plan_of_one_document(SequenceSplit(48, 2), 0, None, False, CPU)
-    assert [plan.exported.size(1) for plan in (aligned, ragged, sequence)] == [2, 4, 2]  # of two pieces
+    aligned = split_plan_of_one_document(SequenceSplit(48, 2), 0, 4, False, CPU)
+    ragged = split_plan_of_one_document(SequenceSplit(48, 2), 0, 5, False, CPU)
+    sequence = split_plan_of_one_document(SequenceSplit(48, 2), 0, None, False, CPU)
+    assert [plan.sent.size(1) for plan in (aligned, ragged, sequence)] == [2, 4, 2]  # of two pieces
 
 
 def test_processes_compute_only_what_their_tokens_read() -> None:
     """Refreshes every 4 of 64 tokens, cut in four; doubling at the start gives the first process one more."""
     split = SequenceSplit(64, 1, 4)
-    blocks = [plan.own_part.size(1) for plan in plans({"block_length": 4}, split)]
+    blocks = [plan.own_span.size(1) for plan in plans({"block_length": 4}, split)]
     assert blocks == [5, 4, 4, 4]
-    assert [plan.own_part.size(1) for plan in plans({"block_length": 4}, split, equal_blocks=True)] == [5] * 4
+    assert [plan.own_span.size(1) for plan in plans({"block_length": 4}, split, equal_blocks=True)] == [5] * 4
 
 
 CASES: list[dict[str, Any]] = [
@@ -191,19 +187,21 @@ def on_processes(parallel: ParallelConfig, length: int) -> tuple[list[Tensors], 
 
     groups = initialize(parallel).groups
     split = SequenceSplit(length, parallel.context_parallel_size, parallel.sequence_parallel_size)
+    from steel_megatron.parallel.collectives import gather_parts
+
     group, results = groups.tp_cp, []
+    gather = partial(gather_parts, group=group)
     place = split.positions(group.rank())
     for case in CASES:
         one = leaves({**inputs(length, 2.0), "x": inputs(length, 2.0)["x"][:, place]})
         plan = plans(case, split)[group.rank()]
-        slots, routing = dispatch_split(one["x"], one["phi"], one["scale"], case["mix"], plan, group)
+        slots, routing = dispatch_split(one["x"], one["phi"], one["scale"], case["mix"], plan, gather)
         y = combine(experts(slots, one["weight"]), routing)
         (y * one["grad"][:, place]).sum().backward()
         results.append({"y": y.detach()} | {name: one[name].grad for name in ("x", "phi", "scale", "weight")})
     one = leaves({**inputs(length, 2.0), "x": inputs(length, 2.0)["x"][:, place]})
-    shares = merge_weights_split(
-        one["x"], one["phi"], one["scale"], mix="raw", block_length=3, split=split, group=group
-    )
+    shared = SharedSequences(split, group.rank(), gather, equal_blocks=False)
+    shares = merge_weights_split(one["x"], one["phi"], one["scale"], mix="raw", block_length=3, shared=shared)
     (shares * torch.arange(EXPERTS) * shares.detach()).sum().backward()
     results.append({"y": shares.detach()} | {name: one[name].grad for name in ("x", "phi", "scale")})
     return results, place

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from steel_megatron.model.soft_moe import SoftMoE
+from steel_megatron.model.soft_moe import ParallelSoftMoE
 from steel_megatron.ops import reference
 from steel_megatron.train.callbacks.base import Callback, RunView
 from steel_megatron.train.callbacks.metrics import TensorBoard
@@ -102,4 +102,4 @@ class RoutingMetrics(Callback):
 
 def _layers(run: RunView) -> list[Any]:
     """This stage's layers that route."""
-    return [layer for layer in run.model.decoder.layers if isinstance(layer.mlp, SoftMoE)]
+    return [layer for layer in run.model.decoder.layers if isinstance(layer.mlp, ParallelSoftMoE)]

@@ -25,11 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
-from megatron.core.tensor_parallel.mappings import all_to_all
 from torch.autograd.function import once_differentiable
-
-from steel_megatron.parallel.collectives import sum_gradients
 
 # Bound of the memory for merged matrices: 20 segments of a matrix of Steel-LLM's experts in bfloat16.
 CHUNK_BYTES = 256 * 2**20
@@ -39,57 +35,6 @@ ENOUGH_BYTES = 32 * 2**20
 # Gradients of merged matrices in bfloat16 are widened this many numbers at a time: as many as stay in a CPU's cache; as
 # few as fill a GPU.
 SLICE_ON_CPU, SLICE = 2**20, 2**25
-
-
-def merged_experts(
-    x: torch.Tensor,
-    shares: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    *,
-    tp_group: dist.ProcessGroup,
-    ep_group: dist.ProcessGroup | None,
-    equal_segments: bool = True,
-    chunk_bytes: int = CHUNK_BYTES,
-) -> torch.Tensor:
-    """Merge all experts by given shares and compute the merged expert, segment by segment.
-
-    Under expert parallelism each process has segments of its own and one of R parts of the experts. What travels is the
-    smaller of the two, in numbers that a process sends, forward:
-
-        all experts, to every process               (R - 1) / R * E * n
-        every process's sums over its own experts   (R - 1) * M * n, and (R - 1) / R * M * E for the shares
-
-    Backward: the matrices once more, and as many numbers for gradients (the experts' in float32). So experts travel
-    unless all processes together have fewer segments than there are experts.
-
-    Args:
-        x: [M, N, d] tokens, the same on all processes of ``tp_group``.
-        shares: [M, E] in float32 or wider, of experts over all processes.
-        up: [E / R, 2, I, d] gate and value, I the inner width on this process.
-        down: [E / R, 2, d, I] gate and value (double SwiGLU), or [E / R, 1, d, I] (SwiGLU).
-        tp_group: the processes that share the inner width.
-        ep_group: the processes that share the experts; None where each has all of them.
-        equal_segments: whether all processes of ``ep_group`` surely have the same number of segments. If not, experts
-            travel: that needs no agreement about chunks.
-        chunk_bytes: bound of the memory for merged matrices.
-
-    Returns:
-        [M, N, d]
-    """
-    # Each tensor-parallel process sees its own part of the matrices: the gradients of tokens and shares add up.
-    x = sum_gradients(x, tp_group)
-    shares = sum_gradients(shares, tp_group).unsqueeze(0)
-    ranks = 1 if ep_group is None else ep_group.size()
-    if equal_segments and sums_travel(x.size(0), shares.size(2), ranks):
-        # Every process gets the shares of its own experts in all processes' segments: [R source, M, E / R].
-        by_holder = shares.reshape(x.size(0), ranks, -1).transpose(0, 1).contiguous()
-        shares = all_to_all(ep_group, by_holder)
-    inner = gated(merged_linear(x, shares, up.flatten(1, 2), ep_group, chunk_bytes))
-    out = merged_linear(inner, shares, down.flatten(1, 2), ep_group, chunk_bytes)
-    # The gate of the way down is not linear, so both products are summed over processes before it.
-    out = reduce_from_tensor_model_parallel_region(out, tp_group)
-    return out if down.size(1) == 1 else gated(out)
 
 
 def gated(pair: torch.Tensor) -> torch.Tensor:
