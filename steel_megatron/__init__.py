@@ -1,6 +1,6 @@
 """steel_megatron: Soft-MoE language models, pretrained with tensor, pipeline, expert and data parallelism.
 
-    from steel_megatron import RunConfig, SoftMoE, pretrain
+    from steel_megatron import RunConfig, SoftMoE, load_model, pretrain
 
 Each name is imported when it is asked for, so that ``import steel_megatron`` stays quick.
 """
@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steel_megatron.config import RunConfig
+    from steel_megatron.hf.loading import load_model
     from steel_megatron.model.layer import SoftMoE
     from steel_megatron.train.loop import pretrain
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "SoftMoE", "pretrain"]
+__all__ = ["RunConfig", "SoftMoE", "load_model", "pretrain"]
 
 _MODULES = {
     "RunConfig": "steel_megatron.config",
     "SoftMoE": "steel_megatron.model.layer",
+    "load_model": "steel_megatron.hf.loading",
     "pretrain": "steel_megatron.train.loop",
 }
 

@@ -19,8 +19,9 @@ import yaml
 from steel_megatron.config import ModelConfig, TokenizerKind
 from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import CheckpointError, ConfigError, DataError
-from steel_megatron.hf.convert import read_config, read_weights
-from steel_megatron.hf.mapping import check_tensors, config_from_hf, config_to_hf
+from steel_megatron.hf.convert import read_config
+from steel_megatron.hf.loading import load_model
+from steel_megatron.hf.mapping import config_from_hf
 from steel_megatron.parallel.topology import initialize_alone
 from steel_megatron.platform import prepare
 
@@ -90,7 +91,7 @@ def generate(
     if (model / "config.json").is_file():
         settings = config_from_hf(read_config(model), str(model / "config.json"))
         loaded = load_tokenizer(*(tokenizer or ("huggingface", str(model))))
-        load = partial(_load_exported, model, settings)
+        load = partial(_load_exported, model)
     else:
         info = _read_checkpoint(model)
         settings = info.model
@@ -168,16 +169,8 @@ def _load_checkpoint(info: CheckpointInfo) -> NextLogits:
     return next_logits
 
 
-def _load_exported(path: Path, model: ModelConfig) -> NextLogits:
-    """The exported model code, loaded here because transformers fills missing weights with random numbers."""
-    from steel_megatron.hf.configuration_steel import SteelConfig
-    from steel_megatron.hf.modeling_steel import SteelForCausalLM
-
-    weights = read_weights(path)
-    check_tensors(weights, model, str(path))
-    exported: torch.nn.Module = SteelForCausalLM(SteelConfig(**config_to_hf(model)))
-    exported.to(dtype=weights["lm_head.weight"].dtype).load_state_dict(weights)
-    return with_cache(exported.eval())
+def _load_exported(path: Path) -> NextLogits:
+    return with_cache(load_model(path))
 
 
 def with_cache(exported: torch.nn.Module) -> NextLogits:

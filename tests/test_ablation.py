@@ -22,6 +22,8 @@ from variants import BUDGET, EQUAL, VARIANTS  # noqa: E402
 
 from steel_megatron.errors import DataError  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 
 

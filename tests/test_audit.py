@@ -218,6 +218,7 @@ def write_settings(folder: Path, **model: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_settings_in_every_mode(tmp_path: Path) -> None:
     paths = [
         write_settings(tmp_path, routing_mode=mode, routing_mix=mix, ffn=ffn)
@@ -245,6 +246,7 @@ def test_baselines_without_an_exported_form(tmp_path: Path) -> None:
         assert report.passed and report.exported is None and report.library.movements[-1].std > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("breaking", "verdict"),
     [
@@ -274,6 +276,7 @@ def train_and_audit(folder: Path) -> dict[str, Any]:
     return reports
 
 
+@pytest.mark.slow
 def test_checkpoints(tmp_path: Path) -> None:
     reports = run_distributed(train_and_audit, 1, tmp_path)[0]
     assert reports["merged"].verdict == "causal" and reports["merged"].kind == "checkpoint"
@@ -284,6 +287,7 @@ def test_checkpoints(tmp_path: Path) -> None:
         assert part[1].largest == pytest.approx(whole[1].largest, rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_published_models() -> None:
     paths = [golden.FOLDER / name for name in golden.NAMES]
     tiny, slots, swiglu, dense = run_distributed(audit_all, 1, paths)[0]
@@ -310,6 +314,7 @@ def run_audit(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     causal, leaking = (write_settings(tmp_path, routing_mode=mode) for mode in ("block_causal", "sequence"))
     done = run_audit(str(causal), "--positions", "3", "8", "--json", str(tmp_path / "report.json"))
@@ -323,6 +328,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith("verdict: leaks (") and "12 tokens" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [

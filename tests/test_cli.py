@@ -32,6 +32,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
@@ -132,6 +133,7 @@ def run_pretrain(*words: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_a_launch_that_does_not_fit_is_refused_before_anything_starts() -> None:
     done = run_pretrain()  # the recipe wants two processes
     assert done.returncode == 2
@@ -139,6 +141,7 @@ def test_a_launch_that_does_not_fit_is_refused_before_anything_starts() -> None:
     assert not list(Path.cwd().iterdir())
 
 
+@pytest.mark.slow
 def test_missing_data_is_named() -> None:
     done = run_pretrain("--parallel.tensor_model_parallel_size", "1")
     assert done.returncode == 2

@@ -27,6 +27,8 @@ from steel_megatron.train.loop import pretrain
 from tests.distributed import run_distributed
 from tests.train.small_run import small_run
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["月球是地球的卫星，潮汐是月球的引力引起的。", "def f(x):\n    return x + 1\n", "The moon has tides."]
 PROMPTS = ["月球", "def f", "T"]
 
@@ -73,6 +75,23 @@ def test_all_ways_give_the_same_tokens(trained: Path) -> None:
         assert ours.new_tokens == [token for token in theirs if token != own.eod_id]
         assert ours.text == own.decode(own.encode(prompt) + ours.new_tokens)
         assert ours.text.startswith(prompt) and ours.prompt == prompt
+
+
+def logits_of(paths: list[Path], tokens: torch.Tensor) -> list[torch.Tensor]:
+    from steel_megatron import load_model
+
+    with torch.no_grad():
+        return [load_model(path)(tokens).logits for path in paths]
+
+
+def test_a_model_loaded_from_a_checkpoint_is_the_exported_one(trained: Path) -> None:
+    tokens = torch.randint(330, (2, 20), generator=torch.Generator().manual_seed(0))
+    from_checkpoint, from_folder = run_distributed(logits_of, 1, [newest(trained), trained / "hf"], tokens)[0]
+    model = AutoModelForCausalLM.from_pretrained(trained / "hf", trust_remote_code=True)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    assert torch.equal(from_checkpoint, from_folder)
+    torch.testing.assert_close(from_folder, expected)
 
 
 def test_exported_folders_decode_with_a_cache(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from steel_megatron.parallel.topology import free_port
 from tests.train.small_run import LAYOUTS, small_run
 from tests.train.test_loop import write_corpus
 
+pytestmark = pytest.mark.slow
+
 COMMAND = ["-m", "steel_megatron", "pretrain", "--config", "run.yaml", "--data.train", "[corpus]"]
 
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,9 @@ from steel_megatron.hf import mapping
 from steel_megatron.log import get_logger, progress
 from steel_megatron.parallel.topology import initialize_alone
 from steel_megatron.platform import prepare
+
+if TYPE_CHECKING:
+    from steel_megatron.train.checkpoint import CheckpointInfo
 
 logger = get_logger(__name__)
 
@@ -61,23 +64,15 @@ def export_hf(
         ConfigError: the launch has more than one process.
         DataError: the tokenizer cannot be loaded or exported.
     """
-    prepare()  # before megatron-core is imported
-    from steel_megatron.train import checkpoint
-
     checkpoint_path, output = checkpoint_path.resolve(), output.resolve()
-    info = checkpoint.read_info(checkpoint_path)
-    mapping.check_exportable(info.model)
     _check_output(output, overwrite, checkpoint_path, EXPORT_MARK)
-    checkpoint.verify(checkpoint_path)
     loaded = load_tokenizer(*tokenizer) if tokenizer else None
+    info, tensors = read_checkpoint(checkpoint_path)
     if loaded is not None and loaded.vocab_size > info.model.vocab_size:
         raise CheckpointError(
             f"the tokenizer {tokenizer} has {loaded.vocab_size:,} ids; the model {checkpoint_path} was trained with "
             f"{info.model.vocab_size:,}"
         )
-    initialize_alone("a conversion")
-    own = checkpoint.read_tensors(info, [rule.key for rule in mapping.rules(info.model)])
-    tensors = mapping.to_hf(own, info.model)
     if dtype:
         tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
     main_type = str(tensors["lm_head.weight"].dtype).removeprefix("torch.")
@@ -87,6 +82,24 @@ def export_hf(
         _write_folder(output, tensors, config, loaded)
     logger.info(f"exported step {info.step} as {len(tensors)} tensors to {output}")
     return output
+
+
+def read_checkpoint(path: Path) -> tuple[CheckpointInfo, dict[str, torch.Tensor]]:
+    """A checkpoint and its weights under the published names.
+
+    Raises:
+        CheckpointError: it is not whole, or the exported code computes no such model.
+        ConfigError: the launch has more than one process.
+    """
+    prepare()  # before megatron-core is imported
+    from steel_megatron.train import checkpoint
+
+    info = checkpoint.read_info(path)
+    mapping.check_exportable(info.model)
+    checkpoint.verify(path)
+    initialize_alone("a conversion")
+    own = checkpoint.read_tensors(info, [rule.key for rule in mapping.rules(info.model)])
+    return info, mapping.to_hf(own, info.model)
 
 
 def _exported_config(model: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ pytestmark = [needs.nvcc.mark, needs.compiler.mark]
 SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "soft_moe_cuda.cu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_no_kernel_spills(architecture: str, tmp_path: Path) -> None:
     nvcc = needs.find_nvcc()

@@ -18,6 +18,8 @@ from steel_megatron.ops import reference
 from steel_megatron.ops.plan import block_plan
 from tests import needs
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).resolve().parent
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PASSES = ("dispatch_forward", "dispatch_backward", "combine_forward", "combine_backward")  # as enum class Pass

@@ -38,6 +38,7 @@ def script() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_it_checks_and_times_the_kernels() -> None:
     done = run("--device", "cpu", "--quick", "--rounds", "1")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -47,6 +48,7 @@ def test_it_checks_and_times_the_kernels() -> None:
     assert sum("forward + backward, kernels" in line for line in lines) >= 4
 
 
+@pytest.mark.slow
 @needs.no_gpu.mark
 def test_without_a_gpu_it_says_so() -> None:
     done = run()

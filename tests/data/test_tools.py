@@ -107,6 +107,7 @@ def test_the_command_line_of_megatron(tmp_path: Path) -> None:
     assert [document.count(end) for document in documents] == [1, 1, 1] and {d[-1] for d in documents} == {end}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"])
 def test_names_of_sentencepiece(name: str, tmp_path: Path, sp_model: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["the sea"])
@@ -132,6 +133,7 @@ def test_the_end_of_a_document_is_named(tmp_path: Path, hf_folder: Path) -> None
         assert open_indexed(tmp_path / "c_text_document").document(0)[-1] == eod_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

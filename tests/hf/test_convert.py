@@ -191,6 +191,7 @@ def test_folders_that_cannot_be_imported(small_folder: Path, tmp_path: Path, dam
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.slow
 def test_outputs_are_replaced_only_when_asked(small_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     messages = run_distributed(launched.convert_twice, 1, small_folder, output)[0]
@@ -206,6 +207,7 @@ def test_outputs_are_replaced_only_when_asked(small_folder: Path, tmp_path: Path
     assert not info.has_optimizer and info.step == 0 and info.model == BASE
 
 
+@pytest.mark.slow
 def test_nothing_else_is_replaced(small_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     messages = run_distributed(launched.overwrite_what_must_stay, 1, small_folder, run)[0]
@@ -218,6 +220,7 @@ def test_nothing_else_is_replaced(small_folder: Path, tmp_path: Path) -> None:
     assert (small_folder / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_every_weight_keeps_its_type(small_folder: Path, tmp_path: Path) -> None:
     tensors = {
         name: tensor if ".phi" in name or ".scale" in name else tensor.bfloat16()
@@ -244,6 +247,7 @@ def small_tokenizer(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_tokenizer_goes_with_the_model(small_folder: Path, tmp_path: Path) -> None:
     fitting, output = small_tokenizer(tmp_path / "tokenizer"), tmp_path / "out"
     large = tmp_path / "large"
@@ -263,6 +267,7 @@ def test_the_tokenizer_goes_with_the_model(small_folder: Path, tmp_path: Path) -
     assert model.generate(ids, max_new_tokens=4, pad_token_id=0).shape[0] == 1
 
 
+@pytest.mark.slow
 def test_the_script(small_folder: Path, tmp_path: Path) -> None:
     tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model"]
     saved, exported = ["--save", str(tmp_path / "checkpoint")], ["--save", str(tmp_path / "hf")]

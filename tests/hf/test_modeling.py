@@ -133,6 +133,7 @@ def decode(model: SteelForCausalLM, ids: torch.Tensor, prompt: int, mask: torch.
     return torch.cat(logits, 1)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("block", [1, 4, 6, 64])
 @pytest.mark.parametrize("mix", ["raw", "normalized"])
@@ -189,6 +190,7 @@ def test_padding_takes_no_part(mode: str) -> None:
     torch.testing.assert_close(kept, model(ids[1:, :-5], use_cache=False).logits[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("mode", CAUSAL)
 def test_decoding_a_left_padded_batch(mode: str) -> None:
@@ -204,6 +206,7 @@ def test_decoding_a_left_padded_batch(mode: str) -> None:
             torch.testing.assert_close(logits[row, columns:], alone[row], atol=1e-11, rtol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("mode", CAUSAL)
 def test_rows_may_be_reordered_while_decoding(mode: str) -> None:
@@ -247,6 +250,7 @@ def test_only_sequence_sees_later_tokens(mode: str) -> None:
     assert torch.equal(before, after) == (mode != "sequence")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("mode", [*CAUSAL, "sequence"])
@@ -262,6 +266,7 @@ def test_generation_with_and_without_a_cache(mode: str, beams: int) -> None:
         assert torch.equal(plain, text)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("mode", [*CAUSAL, "sequence"])

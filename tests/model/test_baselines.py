@@ -64,6 +64,7 @@ def plain_top_k(model: ModelConfig, weights: dict[str, torch.Tensor]) -> tuple[t
     return y.detach(), [weight.grad for weight in weights.values() if weight.grad is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_top_k_is_what_it_says(k: int) -> None:
     model = small_run(ParallelConfig(), **TOP_2, moe_top_k=k, moe_aux_loss_coeff=0.5).model
@@ -75,6 +76,7 @@ def test_top_k_is_what_it_says(k: int) -> None:
         torch.testing.assert_close(theirs_one, ours_one, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "model"),
     [
@@ -89,6 +91,7 @@ def test_layouts_train_alike(layout: str, model: dict[str, Any]) -> None:
     compare(run_distributed(train, PROCESSES[layout], small_run(LAYOUTS[layout], steps=4, **model)), whole)
 
 
+@pytest.mark.slow
 def test_top_k_over_data_parallel_processes_trains_alike_without_its_balancing_loss() -> None:
     """That loss is over the tokens that one process sees at a time, so it depends on how they are spread."""
     model = {**TOP_2, "moe_aux_loss_coeff": 0.0}
@@ -96,6 +99,7 @@ def test_top_k_over_data_parallel_processes_trains_alike_without_its_balancing_l
     compare(run_distributed(train, 2, small_run(LAYOUTS["dp2"], steps=4, **model)), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [ATTENTION, TOP_2], ids=["none", "top_k_moe"])
 def test_checkpoints_go_on_under_another_layout(model: dict[str, Any], tmp_path: Path) -> None:
     alone, pipeline = (
@@ -183,6 +187,7 @@ def experts_of_first_layer(run: RunConfig) -> torch.Tensor:
     return build_model(run.model, initialize(run.parallel), seed=1).decoder.layers[0].mlp.experts.up.detach()
 
 
+@pytest.mark.slow
 def test_experts_may_begin_as_copies_of_one() -> None:
     alone, parallel = (small_run(layout, experts_alike=True) for layout in (ParallelConfig(), LAYOUTS["ep2"]))
     whole = run_distributed(experts_of_first_layer, 1, alone)[0]

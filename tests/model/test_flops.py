@@ -60,6 +60,7 @@ def counted(models: list[ModelConfig]) -> list[int]:
     return totals
 
 
+@pytest.mark.slow
 def test_formula_and_count_agree() -> None:
     models = [dataclasses.replace(MODEL, **changes) for changes in VARIANTS.values()]
     for name, model, total in zip(VARIANTS, models, run_distributed(counted, 1, models)[0], strict=True):

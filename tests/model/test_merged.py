@@ -100,6 +100,7 @@ def test_what_needs_no_gradient_gets_none(frozen: int) -> None:
             torch.testing.assert_close(tensor.grad, expected)
 
 
+@pytest.mark.slow
 def test_chunks_do_not_change_the_result() -> None:
     inputs = leaves(random(37, 8, 16), random_shares(37, 6), random(6, 24, 16, seed=2))
     inputs = [tensor.detach().float().requires_grad_() for tensor in inputs]
@@ -113,6 +114,7 @@ def test_chunks_do_not_change_the_result() -> None:
             assert (a - b).abs().max() <= 1e-6 * b.abs().max()
 
 
+@pytest.mark.slow
 def test_bfloat16_errs_no_more_than_merging_one_by_one() -> None:
     exact = leaves(random(24, 16, 32) / 6, random_shares(24, 6), random(6, 48, 32, seed=2) / 6)
     rounded = [exact[0].bfloat16(), exact[1].float(), exact[2].bfloat16()]
@@ -148,6 +150,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_and_nothing_merged_is_kept() -> None:
     segments, matrix = 64, 24 * 16 * 8
     inputs = leaves(random(segments, 2, 16), random_shares(segments, 3), random(3, 24, 16, seed=2))
@@ -288,6 +291,7 @@ def compare_layer(layout: str, segments: list[int], matrices: int, equal: bool) 
     return answers[0][0]["sent"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrices", [1, 2], ids=["swiglu", "double swiglu"])
 def test_tensor_parallel_equals_one_process(matrices: int) -> None:
     sent = compare_layer("tp2", [5], matrices, equal=True)
@@ -295,6 +299,7 @@ def test_tensor_parallel_equals_one_process(matrices: int) -> None:
     assert sent == {"all_reduce": matrices * tokens + tokens + shares}  # results; gradients of tokens and shares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["ep2", "tp2 ep2", "ep4"])
 @pytest.mark.parametrize("few", [True, False], ids=["few segments", "many segments"])
 def test_expert_parallel_equals_one_process_and_sends_the_lesser_bytes(layout: str, few: bool) -> None:
@@ -323,6 +328,7 @@ def test_processes_with_unequal_numbers_of_segments() -> None:
     compare_layer("ep2", [1, 4], 2, equal=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segments", [1, 5])
 def test_bfloat16_experts_on_two_processes(segments: int) -> None:
     parallel, processes = LAYOUTS["ep2"]
@@ -344,6 +350,7 @@ def trained_alone(block_length: int) -> list[tuple[float, float]]:
     return run_distributed(train, 1, run)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SEGMENTS)
 @pytest.mark.parametrize("layout", ["ep2", "tp2 ep2"])
 def test_training_equals_one_process(layout: str, case: str) -> None:

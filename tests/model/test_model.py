@@ -53,6 +53,7 @@ def earlier_logits(model: ModelConfig, precision: str) -> tuple[torch.Tensor, to
     return logits[0, :13], logits[1, :13]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["block_causal", "token", "merged", "sequence"])
 def test_causal_modes_see_no_later_token(mode: str, precision: str) -> None:
@@ -74,6 +75,7 @@ def local_weights(run: RunConfig) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_initial_weights_do_not_depend_on_the_layout() -> None:
     whole = run_distributed(local_weights, 1, small_run(ParallelConfig()))[0]
     experts = whole["decoder.layers.mlp.experts.up (0, 0, 0, 0, 0)"]

@@ -133,6 +133,7 @@ def test_float32_is_the_reference(case: Case) -> None:
     assert_float32_close(layer(kernels, case, *tensors), exact(case, *tensors))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     batch=st.integers(1, 3),
@@ -172,6 +173,7 @@ def plans(draw: st.DrawFn) -> tuple[int, BlockPlan]:
     return length, BlockPlan(torch.tensor(starts).view(shape), torch.tensor(ends).view(shape), torch.tensor(readers))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=80)
 @given(planned=plans(), slots=st.integers(1, 9), mix_normalized=st.booleans(), seed=st.integers(0, 2**31))
 def test_any_plan_is_the_reference(planned: tuple[int, BlockPlan], slots: int, mix_normalized: bool, seed: int) -> None:
@@ -211,6 +213,7 @@ def test_parts_of_a_sequence_merge_by_their_log_sum_exp() -> None:
         torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(
     mode=st.sampled_from(["sequence", "block_causal", "token"]),
@@ -247,6 +250,7 @@ def test_each_document_is_as_if_alone(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_length", [None, 16])
 @pytest.mark.parametrize("mix_normalized", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -367,6 +371,7 @@ def test_strided_inputs() -> None:
     assert all(torch.equal(ours[name], right[name]) for name in NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", kernels.TYPES)
 @pytest.mark.parametrize(("block_length", "documents"), [(None, None), (4, None), (4, ((0, 3), (0, 1, 9)))])
 def test_torch_accepts_the_operators(
@@ -456,6 +461,7 @@ def test_an_empty_batch_and_nan() -> None:
         assert kernels.combine(slots, logits, torch.zeros(1, 5, dtype=torch.int64)).isnan().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_narrower_vectors_compute_the_same(capability: str) -> None:
     """What machines with less than this one run: the variable is read once, so in a process of its own."""

@@ -74,6 +74,7 @@ def test_dispatch_and_combine_are_their_definition(mode: str, block_length: int 
             torch.testing.assert_close(y[b, t], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", ["raw", "normalized"])
 @pytest.mark.parametrize("mode", ["sequence", "block_causal", "token"])
 @pytest.mark.parametrize("documents", [None, [[0, 0, 0, 3, 3, 3], [0, 1, 1, 1, 1, 5]]])
@@ -88,6 +89,7 @@ def test_gradients(mode: str, mix: str, documents: list[list[int]] | None) -> No
     assert torch.autograd.gradcheck(layer, tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix_normalized", [True, False])
 def test_gradients_of_every_result(mix_normalized: bool) -> None:
     """Slots, logits and log-sum-exp, with a gap, an empty block and two documents."""

@@ -100,6 +100,7 @@ def of_totals(parallel: ParallelConfig, parts: int) -> float:
     return 2 * (ranks - 1) * parts * BATCH * SLOTS * (WIDTH + 1) * FLOAT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parallel", "pieces"), [(CP2, 2), (CP4, 2), (TP2_SP, 1)], ids=["cp2", "cp4", "tp2 sp"])
 def test_processes_that_share_a_sequence_send_sums_of_slots(parallel: ParallelConfig, pieces: int) -> None:
     ranks = parallel.context_parallel_size * parallel.sequence_parallel_size
@@ -148,6 +149,7 @@ def test_experts_on_context_parallel_processes_get_equally_many_slots() -> None:
         assert ours == of_totals(CP2_EP2, 2) + 4 * BATCH * blocks * SLOTS * WIDTH * FLOAT / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["token", "merged"])
 def test_tokens_stay_under_context_parallelism_in_every_mode(mode: str) -> None:
     lengths = (64, 256)

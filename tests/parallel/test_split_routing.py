@@ -120,6 +120,7 @@ def documents(length: int, starts: list[list[int]]) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_split_equals_whole_sequences(data: st.DataObject) -> None:
@@ -207,6 +208,7 @@ def on_processes(parallel: ParallelConfig, length: int) -> tuple[list[Tensors], 
     return results, place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parallel",
     [

@@ -26,7 +26,7 @@ from tests.slurm.cluster import Cluster, cluster
 from tests.train.small_run import LAYOUTS
 from tests.train.test_loop import make_run, write_corpus
 
-pytestmark = [needs.slurm.mark, pytest.mark.timeout(280)]
+pytestmark = [needs.slurm.mark, pytest.mark.timeout(280), pytest.mark.slow]
 PRETRAIN = Path(__file__).resolve().parents[2] / "examples/slurm/pretrain.sbatch"
 
 

@@ -24,6 +24,8 @@ from tests.distributed import run_distributed
 from tests.train.small_run import LAYOUTS
 from tests.train.test_loop import make_run, write_corpus
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:

@@ -34,6 +34,7 @@ def uninterrupted() -> list[Any]:
     return run_distributed(train, 1, small_run(ALONE, steps=8))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -227,6 +228,7 @@ def read_with_a_flipped_bit(run: RunConfig, folder: Path) -> dict[str, str]:
     return {name: message_of(read) for name, read in readers.items()}
 
 
+@pytest.mark.slow
 def test_whoever_reads_weights_compares_them_with_their_checksums(checkpoints: Path, tmp_path: Path) -> None:
     folder = checkpoints / "step_00000004"
     file = folder / "__0_0.distcp"
@@ -284,6 +286,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_what_saves_and_loads_do(tmp_path: Path) -> None:
     run = small_run(ALONE, str(tmp_path), num_layers=1)
     seen = run_distributed(save_and_load, 1, run)[0]
@@ -310,6 +313,7 @@ def test_a_save_begins_in_an_empty_folder(tmp_path: Path) -> None:
     assert list((tmp_path / ".start.partial").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 6])
 def test_a_kill_at_any_moment_leaves_whole_checkpoints(saved: Path, tmp_path: Path, step: int) -> None:
     """A save in place of a checkpoint, or a new one, is killed before each of its calls, and done again."""
@@ -376,6 +380,7 @@ def save_with_a_first_process_that_cannot(directory: str) -> str:
     return failure_of_save(engine)
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
     messages = run_distributed(save_with_a_first_process_that_cannot, 2, str(tmp_path), timeout=50)
     assert "No space left on device" in messages[0] and "process 0 could not go on" in messages[1]

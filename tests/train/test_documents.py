@@ -65,6 +65,7 @@ def alone(variant: str) -> list[Any]:
     return run_distributed(train, 1, packed_run(ParallelConfig(), variant))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "ep2", "tp2 ep2"])
 @pytest.mark.parametrize("variant", ["block_causal", "sequence", "merged"])
 def test_layouts_equal_one_process(layout: str, variant: str) -> None:

@@ -13,6 +13,8 @@ from steel_megatron.config import DataConfig, RunConfig
 from tests.distributed import run_distributed
 from tests.train.test_loop import make_run, write_corpus
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).resolve().parents[2] / "docs/extending.md"
 
 

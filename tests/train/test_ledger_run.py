@@ -25,6 +25,8 @@ from tests.distributed import run_distributed
 from tests.train.small_run import LAYOUTS
 from tests.train.test_loop import losses, make_run, one
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 24
 SAMPLES = 20
 """Of each corpus; a step takes 8."""

@@ -86,6 +86,7 @@ def test_a_run_leaves_what_it_promises(finished: tuple[RunConfig, TrainingSummar
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", ["dp2", "tp2", "pp2"])
 def test_stopped_and_resumed_under_another_layout(
     finished: tuple[RunConfig, TrainingSummary], tmp_path: Path, after: str
@@ -119,6 +120,7 @@ def test_a_folder_with_checkpoints_is_not_begun_anew(finished: tuple[RunConfig, 
     assert "checkpoint.resume is false" in one(fresh)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_not_trained_over(corpora: DataConfig, tmp_path: Path) -> None:
     run = make_run(corpora, tmp_path, train_steps=1)
     saved = one(run).checkpoint
@@ -127,6 +129,7 @@ def test_damaged_checkpoints_are_not_trained_over(corpora: DataConfig, tmp_path:
     assert saved.is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep_last", "left"), [(2, [5, 6]), (5, [2, 3, 4, 5, 6]), (9, [1, 2, 3, 4, 5, 6])])
 def test_old_checkpoints_are_removed_when_asked(
     corpora: DataConfig, tmp_path: Path, keep_last: int, left: list[int]
@@ -137,6 +140,7 @@ def test_old_checkpoints_are_removed_when_asked(
     assert sorted(path.name for path in run.checkpoints_dir.glob("step_*")) == [f"step_{step:08d}" for step in left]
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_do_not_count_as_kept(corpora: DataConfig, tmp_path: Path) -> None:
     run = make_run(corpora, tmp_path)
     run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, save_interval=2, keep_last=1))
@@ -199,6 +203,7 @@ def interrupted(run: RunConfig, at_step: int, on_rank: int) -> TrainingSummary:
         Engine.step = plain_step  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_a_preempted_job_saves_and_goes_on(finished: tuple[RunConfig, TrainingSummary], tmp_path: Path) -> None:
     run = make_run(finished[0].data, tmp_path, LAYOUTS["dp2"])
     run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, save_interval=2))
@@ -258,6 +263,7 @@ def poisoned(run: RunConfig) -> dict[str, tuple[str, bool]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["alone", "pp2"])
 def test_what_is_not_finite_stops_before_the_update(layout: str) -> None:
     parallel, processes = (ALONE, 1) if layout == "alone" else (LAYOUTS[layout], 2)
@@ -291,12 +297,14 @@ def overflowing(run: RunConfig) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "processes"), [("dp2", 2), ("pp2", 2), ("tp2", 2)])
 def test_the_layer_that_overflows_is_named(layout: str, processes: int) -> None:
     for message in run_distributed(overflowing, processes, small_run(LAYOUTS[layout])):
         assert "the mlp of layer 2" in message and "from finite inputs" in message and "token" in message
 
 
+@pytest.mark.slow
 def test_the_non_causal_loss_is_called_so(corpora: DataConfig, tmp_path: Path) -> None:
     run = make_run(corpora, tmp_path, train_steps=2)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, routing_mode="sequence"))
@@ -306,6 +314,7 @@ def test_the_non_causal_loss_is_called_so(corpora: DataConfig, tmp_path: Path) -
     assert not {"train/loss", "validation/loss"} & set(scalars)
 
 
+@pytest.mark.slow
 def test_bfloat16_follows_float32(finished: tuple[RunConfig, TrainingSummary], tmp_path: Path) -> None:
     run = make_run(finished[0].data, tmp_path, LAYOUTS["tp2"], precision="bfloat16")
     summary = run_distributed(outcome, 2, run)[0]
@@ -343,6 +352,7 @@ def without_curves(run: RunConfig) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_speaks_on_without_curves(corpora: DataConfig, tmp_path: Path) -> None:
     lines = run_distributed(without_curves, 1, make_run(corpora, tmp_path))[0]
     assert sum("no more TensorBoard scalars" in line for line in lines) == 1
@@ -350,6 +360,7 @@ def test_a_run_goes_on_and_speaks_on_without_curves(corpora: DataConfig, tmp_pat
     assert sum("validation loss" in line for line in lines) == 2
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_begin(corpora: DataConfig, tmp_path: Path) -> None:
     assert "data.train is empty" in one(make_run(DataConfig(), tmp_path))
     assert "nowhere" in one(make_run(DataConfig(train=["nowhere"]), tmp_path))

@@ -43,6 +43,7 @@ def with_halved_loss(run: RunConfig) -> list[dict[str, tuple[float, int]]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "processes"), [("alone", 1), ("tp2 pp2", 4)])
 def test_an_objective_of_ones_own(layout: str, processes: int) -> None:
     run = small_run(LAYOUTS.get(layout, ALONE), num_layers=2)
@@ -151,6 +152,7 @@ def test_settings_of_megatron_core() -> None:
     assert objective == "training.objective is 'nothing'; it must be one of next_token"
 
 
+@pytest.mark.slow
 def test_settings_of_the_optimizer_take_effect() -> None:
     """Weight decay in the gradient makes it another optimizer of torch's."""
     base = small_run(ALONE, num_layers=1)

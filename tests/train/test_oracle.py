@@ -217,6 +217,7 @@ def test_the_courses_clip_some_steps_and_not_others() -> None:
     assert min(norms) < 0.9 * COURSE.clip_grad and max(norms) > 1.1 * COURSE.clip_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str) -> None:
     """Micro batches and data-parallel processes with different numbers of labels, down to none."""

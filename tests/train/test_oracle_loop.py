@@ -80,6 +80,7 @@ def trained_by_oracle(run: RunConfig, records: list[LoopRecord]) -> Oracle:
     return oracle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "processes", "packed", "eval_steps", "parallel"),
     [

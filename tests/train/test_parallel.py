@@ -40,11 +40,13 @@ def hold_to_one_process(layout: str, variant: str, steps: int) -> None:
     compare(run_distributed(train, PROCESSES[layout], run), alone(variant, steps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", PLAIN_LAYOUTS)
 def test_ten_steps_equal_one_process(layout: str) -> None:
     hold_to_one_process(layout, "block_causal", steps=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "ep2"])
 @pytest.mark.parametrize("variant", ["sequence normalized", "token", "merged", "swiglu", "dense"])
 def test_other_networks_equal_one_process(layout: str, variant: str) -> None:
@@ -53,12 +55,14 @@ def test_other_networks_equal_one_process(layout: str, variant: str) -> None:
     hold_to_one_process(layout, variant, steps=3)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("layout", SHARED_LAYOUTS)
 def test_shared_sequences_equal_one_process(layout: str) -> None:
     hold_to_one_process(layout, "block_causal", steps=3)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("layout", ["tp2 sp", "cp2 ep2", "cp2 tp2 sp", "cp4"])
 @pytest.mark.parametrize(
@@ -71,6 +75,7 @@ def test_other_networks_on_shared_sequences_equal_one_process(layout: str, varia
     hold_to_one_process(layout, variant, steps=3)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_bfloat16_on_shared_sequences_stays_near_one_process() -> None:
     def in_bfloat16(layout: ParallelConfig) -> RunConfig:
@@ -81,6 +86,7 @@ def test_bfloat16_on_shared_sequences_stays_near_one_process() -> None:
     compare(run_distributed(train, 4, in_bfloat16(LAYOUTS["cp2 tp2 sp"])), one, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("before", "after"), [("cp2", "tp2 sp"), ("cp2 tp2 sp", "dp2"), ("tp2 ep2", "cp2 ep2")])
 def test_checkpoints_fit_layouts_that_share_sequences_otherwise(before: str, after: str, tmp_path: Path) -> None:
@@ -91,6 +97,7 @@ def test_checkpoints_fit_layouts_that_share_sequences_otherwise(before: str, aft
         compare([rank[:-1] for rank in results], uninterrupted[first - 1 : last])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("layout", ["cp2", "tp2 sp"])
 def test_a_run_reads_its_part_of_every_sample(layout: str, tmp_path: Path) -> None:

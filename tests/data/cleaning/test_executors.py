@@ -75,6 +75,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_slurm_gives_the_same_bytes(
     recipe: Path, sources: list[str], slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -107,6 +108,7 @@ def test_a_task_that_fails_on_slurm_says_why(recipe: Path, sources: list[str], s
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_controller_that_does_not_answer_is_asked_again(
     recipe: Path, sources: list[str], slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +168,7 @@ def test_slurm_refuses(recipe: Path, sources: list[str], slurm: Path, tmp_path: 
         clean_corpus(recipe, sources, tmp_path / "out", executor="slurm", slurm_partition="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_ray_gives_the_same_bytes(recipe: Path, sources: list[str], tmp_path: Path) -> None:
     import ray  # which takes seconds, so not at the top

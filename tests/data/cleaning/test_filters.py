@@ -89,6 +89,7 @@ def test_words_by_tokens(hf_folder: Path) -> None:
     assert Alphanumeric(tokenization=True).measure(Sample(text, resources)) == letters / len(ids)
 
 
+@pytest.mark.slow
 def test_parts_of_a_character_are_words(qwen: Qwen) -> None:
     """Rare characters are several tokens each, which are no text by themselves."""
     resources = Resources(str(qwen.folder))

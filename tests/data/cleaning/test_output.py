@@ -147,6 +147,7 @@ def test_a_link_to_a_folder_is_that_folder(recipe: Path, raw: Path, tmp_path: Pa
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "funnel.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_kill_at_each_step_of_the_end(
     recipe: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -201,6 +202,7 @@ def test_what_a_unit_writes_is_on_the_disk_when_it_has_its_name(tmp_path: Path) 
         assert [row["row"] for row in rows] == list(range(first, 2000, 2))
 
 
+@pytest.mark.slow
 def test_a_finished_job_is_no_other_job(
     recipe: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

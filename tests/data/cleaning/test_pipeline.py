@@ -152,6 +152,7 @@ def test_the_report_agrees_with_the_files(whole: Path, corpus: Path) -> None:
     assert lines[-1].split()[:4] == ["all", "184", str(totals["documents_dropped"]), str(len(kept))]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_the_result_does_not_depend_on_tasks_and_workers(
     recipe: Path, corpus: Path, whole: Path, tmp_path: Path
@@ -162,6 +163,7 @@ def test_the_result_does_not_depend_on_tasks_and_workers(
     assert content(tmp_path / "three") == content(whole)
 
 
+@pytest.mark.slow
 def test_parts_of_a_file_are_the_file(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = make_texts(600, seed=5)
     source = write_jsonl(tmp_path / "a.jsonl", ["\n".join(texts[row : row + 6]) for row in range(595)])
@@ -392,6 +394,7 @@ def standing_still(command: list[str], reached: Path) -> Iterator[tuple[subproce
     wait_gone([worker])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_kills_leave_nothing_and_the_same_command_goes_on(
     recipe: Path, corpus: Path, whole: Path, tmp_path: Path
@@ -411,6 +414,7 @@ def test_kills_leave_nothing_and_the_same_command_goes_on(
     assert not left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "tasks"), [("sample", None), ("clean", 2), ("deduplicate", None)])
 def test_completed_tasks_are_not_done_again(
     recipe: Path,
@@ -481,6 +485,7 @@ def test_a_kill_around_the_last_rename(
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_full_disk_is_an_error_and_the_job_goes_on_later(
     recipe: Path, corpus: Path, whole: Path, tmp_path: Path
@@ -497,6 +502,7 @@ def test_a_full_disk_is_an_error_and_the_job_goes_on_later(
     assert content(tmp_path / "out") == content(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_killed_worker_fails_the_job(recipe: Path, corpus: Path, tmp_path: Path) -> None:
     still = STILL.format(stage="CleanUnits", after=False, reached=str(tmp_path / "reached"))

@@ -66,6 +66,7 @@ def test_reading(tmp_path: Path) -> None:
             corpus.tokens_of(document, offset, length)
 
 
+@pytest.mark.slow
 def test_a_view_outlives_its_corpus_and_its_files(tmp_path: Path) -> None:
     corpus = open_indexed(write(tmp_path / "x"))
     view, sizes = corpus.document(4), corpus.sizes

@@ -22,6 +22,7 @@ from tests.data.corpora import DOCUMENTS, content, inputs, write, write_megatron
 from tests.file_system import killed_before
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     st.lists(
@@ -121,6 +122,7 @@ def test_merge_does_not_vouch_for_damage(tmp_path: Path, suffix: str, at: int) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_of_a_merge(tmp_path: Path) -> None:
     """What is merged stays; what comes of it is the earlier corpus, nothing that opens, or all of the new one."""
     prefixes = [write(tmp_path / name, [[n, n]], rows=[1], inputs=inputs(1)) for n, name in enumerate("ab", start=1)]
@@ -146,6 +148,7 @@ def test_a_kill_at_any_moment_of_a_merge(tmp_path: Path) -> None:
     assert found == {(3, 3), (), (1, 1)} and number > 10
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpora(tmp_path: Path) -> None:
     for name in ("a", "b"):
         with IndexedWriter(tmp_path / name, np.uint16) as writer:

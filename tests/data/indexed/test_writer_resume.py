@@ -84,6 +84,7 @@ def complete(prefix: Path, state: dict[str, Any] | None = None) -> dict[str, Any
     return noted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [False, True])
 def test_going_on_after_a_kill_at_any_moment(tmp_path: Path, old: bool) -> None:
     """A write is killed before each of its calls, over an older corpus or none, and so is the one that goes on."""

@@ -49,6 +49,7 @@ FINE_ROWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", BAD_ROWS)
 def test_bad_rows(tmp_path: Path, sp_model: Path, sp: SentencePieceTokenizer, reason: str) -> None:
     source, out = tmp_path / "corpus.jsonl", tmp_path / "out"
@@ -101,6 +102,7 @@ def parquet(texts: list[str]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst", "parquet"])
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_truncated_files_stop_the_job_and_keep_what_was_before(
@@ -173,6 +175,7 @@ def test_an_output_folder_that_cannot_be_written(tmp_path: Path, sp_model: Path,
 # ---------------------------------------------------------------- disks
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_noted(tmp_path: Path, sp_model: Path) -> None:
     # A limit on the size of files stands for the disk: writing beyond it fails as on a full one, but for the number.
     inputs = mixed_inputs(tmp_path, 600)
@@ -203,6 +206,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_without_room(tmp_path: Path, sp_model: Path, small_disk: Path) -> None:
     inputs = mixed_inputs(tmp_path, 1200)
     options: dict[str, Any] = {"on_bad_row": "skip", "pace": Pace(8192, 50_000)}
@@ -267,6 +271,7 @@ print(resumed, complete)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("shard_size", "kills"), [(None, 8), (8000, 20)])
 def test_killed_at_random_moments(tmp_path: Path, sp_model: Path, shard_size: int | None, kills: int) -> None:
@@ -306,6 +311,7 @@ def large_result(large_corpus: list[str], sp_model: Path, tmp_path_factory: pyte
     return files_in(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("victim", "engine"), [("worker", "tokenizers"), ("job", "tokenizers"), ("job", "auto")])
 def test_a_killed_process(
     tmp_path: Path, sp_model: Path, large_corpus: list[str], large_result: dict[str, bytes], victim: str, engine: str
@@ -331,6 +337,7 @@ def test_a_killed_process(
     assert files_in(out) == large_result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(("workers", "engine"), [(1, "auto"), (2, "auto"), (2, "tokenizers")])
 def test_a_stopped_job_goes_on(
@@ -361,6 +368,7 @@ def test_a_stopped_job_goes_on(
     assert files_in(out) == large_result
 
 
+@pytest.mark.slow
 def test_two_jobs_on_one_prefix(tmp_path: Path, sp_model: Path, large_corpus: list[str]) -> None:
     out = tmp_path / "out"
     job = start_job(large_corpus, out / "c", sp_model, hold=str(tmp_path / "hold"))
@@ -384,6 +392,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["tokenizers", "auto"])
 def test_one_long_line_takes_a_few_times_its_size(tmp_path: Path, hf_folder: Path, engine: str) -> None:
     # 16 MB at once took the library 1.6 GB; what is compared with is a corpus of the same size in many lines.

@@ -78,6 +78,7 @@ def test_without_end_of_document(tmp_path: Path, sp_model: Path, sp: SentencePie
     assert all(sp.eod_id not in document for document in documents_of(report.outputs["train"]))
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, sp_model: Path) -> None:
     texts = make_texts(4000)  # several chunks
     source = write_jsonl(tmp_path / "corpus.jsonl", [*texts[:2000], "", *texts[2000:]])
@@ -324,6 +325,7 @@ def test_overwrite_leaves_no_shard_of_an_earlier_job(tmp_path: Path, sp_model: P
 # ---------------------------------------------------------------- made and real samples
 
 
+@pytest.mark.slow
 def test_rows_get_the_ids_of_transformers(
     sample_files: dict[str, Path], qwen: Qwen, qwen_by_transformers: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
@@ -339,6 +341,7 @@ def test_rows_get_the_ids_of_transformers(
     assert dtype == ("int32" if qwen.vocab_size > 65_536 else "uint16")
 
 
+@pytest.mark.slow
 def test_dialogues_get_control_tokens_and_one_end(
     sample_files: dict[str, Path], qwen: Qwen, qwen_by_transformers: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

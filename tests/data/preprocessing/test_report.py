@@ -62,6 +62,7 @@ def test_a_damaged_report_is_as_good_as_none(tmp_path: Path, sp_model: Path, dam
         preprocess([str(source)], tmp_path / "c", "sentencepiece", sp_model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["report_of", "write_report", "_write_report_to", "forget"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_job_that_is_killed_after_the_commit_comes_to_its_end(

@@ -57,6 +57,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, writes: int, moment: str) -> N
     monkeypatch.setattr(Run, "write", counted)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     interrupts=st.lists(st.tuples(st.integers(0, 6), st.sampled_from(["before", "after", "killed"])), max_size=5),
@@ -188,6 +189,7 @@ def test_a_bad_row_keeps_what_is_done_and_skip_goes_on(tmp_path: Path, sp_model:
     assert files_in(out) == files_in(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"valid_fraction": 0.0}, {"shard_size": None}, {"json_keys": ["input"]}])
 def test_overwrite_leaves_nothing_of_an_unfinished_job(tmp_path: Path, sp_model: Path, options: dict[str, Any]) -> None:
     inputs = mixed_inputs(tmp_path, 60)

@@ -60,6 +60,7 @@ class _Slow:
         return Encoded({}, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_threads", [True, False])
 def test_nobody_waits_for_workers_whose_results_are_thrown_away(by_threads: bool) -> None:
     tasks = (Task((), Position(number)) for number in range(4))
@@ -154,6 +155,7 @@ def test_a_worker_that_died_in_the_middle_of_a_result_is_noticed(monkeypatch: py
     assert encoding_workers._result(pool, done) == Encoded({}, [])
 
 
+@pytest.mark.slow
 def test_workers_that_die_at_once_are_noticed(tmp_path: Path) -> None:
     """Also when they were to be started with more than a pipe holds: here the script starts workers when imported."""
     script = tmp_path / "script.py"

@@ -90,6 +90,7 @@ def test_lines_are_cut_like_a_file_is_read(
         assert len(chunk.payload) <= chunk_bytes or chunk.rows == 1
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     elements=st.lists(

@@ -273,6 +273,7 @@ def _open_together(prefix: str, folder: Path, barrier: Any, results: Any) -> Non
     results.put((epoch.tokens(0).tolist(), len(built), set(mapped) == {str(inode)}))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_one_process_makes_a_cache_and_the_others_map_it(corpus: IndexedCorpus, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")

@@ -49,6 +49,7 @@ def text_of_samples(sample_files: dict[str, Path]) -> str:
     return "\n".join([*texts, *make_texts(50)])
 
 
+@pytest.mark.slow
 def test_pieces_of_samples(text_of_samples: str, kind: str, tokenizer_of: GetTokenizer) -> None:
     text, encode = text_of_samples, tokenizer_of(kind).encode
     assert len(text) > 25_000
@@ -119,6 +120,7 @@ def test_a_text_without_a_place_stays_whole(sp: SentencePieceTokenizer) -> None:
     assert pieces("", sp.encode, 100) == [""]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [3, 2, 16])
 def test_runs_whose_tokens_depend_on_their_begin_stay_whole(unit: int) -> None:
     """Near a place in the middle, a token seems to end where it does not."""
@@ -128,6 +130,7 @@ def test_runs_whose_tokens_depend_on_their_begin_stay_whole(unit: int) -> None:
         assert [index for piece in found for index in encode(piece)] == encode(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["null,", "    \n", "ab", "------+------+"])
 def test_repeated_patterns_whose_tokens_depend_on_their_begin_stay_whole(unit: str) -> None:
     """A token of two patterns: near a place in the middle nothing tells whether it is the first or the second."""
@@ -137,6 +140,7 @@ def test_repeated_patterns_whose_tokens_depend_on_their_begin_stay_whole(unit: s
         assert [index for piece in found for index in encode(piece)] == encode(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["    \n", "        \r\n", "\t\t\t\t\n", "------+------+", " " * 12 + "\n"])
 @pytest.mark.parametrize("name", KINDS)
 def test_repeated_patterns_in_qwen_s_layout(tokenizer_of: GetTokenizer, name: str, unit: str) -> None:
@@ -145,6 +149,7 @@ def test_repeated_patterns_in_qwen_s_layout(tokenizer_of: GetTokenizer, name: st
     assert [index for piece in found for index in encode(piece)] == encode(text)
 
 
+@pytest.mark.slow
 def test_no_cut_goes_through_a_mark_of_a_dialogue() -> None:
     encode: Encode = lambda text: list(map(ord, text))  # noqa: E731
     for filling in ("x" * 37, "x1,y;" * 7, "、よ" * 9):
@@ -171,6 +176,7 @@ SORTS = {
 RUNS = {name: mark * 12_000 for name, mark in (("a", "a"), ("line ends", "\n"), ("spaces", " "), ("equals", "="))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SORTS, *RUNS])
 @pytest.mark.parametrize("layout", TOKENIZERS)
 def test_text_without_lines_and_words(layout: str, name: str, tokenizer_of: GetTokenizer) -> None:
@@ -190,6 +196,7 @@ def test_text_without_lines_and_words(layout: str, name: str, tokenizer_of: GetT
     assert read <= 56 * 8192 * (len(text) // longest + 1)  # no more places in each window, and characters for each
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), layout=st.sampled_from(TOKENIZERS), longest=st.integers(300, 3000))
 def test_pieces_of_long_mixtures(tokenizer_of: GetTokenizer, data: st.DataObject, layout: str, longest: int) -> None:
@@ -210,6 +217,7 @@ def encoded(tokenizer: Tokenizer, rows: list[dict[str, object]], long: int) -> t
     return documents.ids.tolist(), documents.lengths.tolist()
 
 
+@pytest.mark.slow
 def test_the_encoder_puts_pieces_together(
     text_of_samples: str, kind: str, tokenizer_of: GetTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ def _by_hand(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids + tokenizer.encode(text)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     parts=st.lists(
@@ -110,6 +111,7 @@ def test_what_is_no_text_is_refused(chat: SentencePieceTokenizer) -> None:
         encode_dialogues(chat, [b"\xff"])
 
 
+@pytest.mark.slow
 def test_qwen_gives_the_ids_of_the_chat_template(qwen: Qwen, qwen_by_transformers: PreTrainedTokenizerBase) -> None:
     messages = [
         {"role": "system", "content": "You are a helpful assistant."},

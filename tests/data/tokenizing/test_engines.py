@@ -145,6 +145,7 @@ def load(request: pytest.FixtureRequest, sp_model: Path) -> Load:
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "engine"), CASES)
 def test_all_calls_agree_and_nothing_is_lost(load: Load, name: str, engine: Engine) -> None:
     tokenizer, reference = load(name, engine), load(name, "tokenizers")
@@ -175,6 +176,7 @@ def test_all_calls_agree_and_nothing_is_lost(load: Load, name: str, engine: Engi
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "engine"), SMALL_CASES)
 def test_pickling_and_fingerprint(load: Load, name: str, engine: Engine, tmp_path: Path) -> None:
     tokenizer, reference = load(name, engine), load(name, "tokenizers")
@@ -321,6 +323,7 @@ def test_real_texts_are_compared_too(
         asked_for.verify_on(EN)
 
 
+@pytest.mark.slow
 def test_samples_get_the_same_ids(load: Load, kind: str, sample_files: dict[str, Path]) -> None:
     texts = [row["target"] for row in rows_of(sample_files["firefly"], 400)]
     fast: Tokenizer = load(f"{kind}_qwen", "gigatoken")

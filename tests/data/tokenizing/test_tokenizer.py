@@ -39,6 +39,7 @@ ANY_TEXT = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(text=ANY_TEXT)
 def test_round_trip_is_lossless_and_the_export_is_equal(sp: SentencePieceTokenizer, hf_folder: Path, text: str) -> None:
@@ -208,6 +209,7 @@ def test_missing_and_damaged_models(sp_model: Path, tmp_path: Path) -> None:
         load_tokenizer("bpe", tmp_path)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_qwen_equals_transformers_and_survives_saving(
     qwen: Qwen, qwen_by_transformers: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

@@ -1,0 +1,46 @@
+"""A trained model as a module: from a checkpoint, or from an exported folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steel_megatron.hf import mapping
+from steel_megatron.hf.convert import read_checkpoint, read_config, read_weights
+
+if TYPE_CHECKING:
+    from steel_megatron.hf.modeling_steel import SteelForCausalLM
+
+
+def load_model(path: str | Path) -> SteelForCausalLM:
+    """A trained model, ready to be evaluated or finetuned outside the library's own training.
+
+    It is transformers' kind of model, with the exported code: ``model(input_ids=...)`` gives ``.logits`` [B, T, V],
+    ``model.generate(...)`` continues texts.
+
+    Args:
+        path: a checkpoint's folder (``step_...``) or an exported Hugging Face folder.
+
+    Returns:
+        the model on the CPU, in evaluation mode, in the type that its weights have there.
+
+    Raises:
+        CheckpointError: the folder is neither, is damaged, or holds a model that the exported code does not compute.
+        ConfigError: the launch has more than one process.
+    """
+    from steel_megatron.hf.configuration_steel import SteelConfig
+    from steel_megatron.hf.modeling_steel import SteelForCausalLM
+
+    path = Path(path)
+    if (path / "config.json").is_file():
+        settings = mapping.config_from_hf(read_config(path), str(path / "config.json"))
+        weights = read_weights(path)
+        mapping.check_tensors(weights, settings, str(path))
+    else:
+        info, weights = read_checkpoint(path)
+        settings = info.model
+    # Without transformers' own loading, which fills what is missing with random numbers.
+    model: Any = SteelForCausalLM(SteelConfig(**mapping.config_to_hf(settings)))
+    model.to(dtype=weights["lm_head.weight"].dtype).load_state_dict(weights)
+    ready: SteelForCausalLM = model.eval()
+    return ready
