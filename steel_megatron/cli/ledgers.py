@@ -87,7 +87,7 @@ def append(
 
     path, weights, called = Path(ledger), _weights(mixture) if mixture else None, names or names_of(prefixes)
     while True:
-        # This may take hours; meanwhile others may change the ledger, or a run may start.
+        # What may take hours is done while others may change the ledger, and a run may begin.
         incoming = Ledger.load(path).incoming(prefixes, called, domain, on_duplicate, drop_duplicates)
         with edit(path) as file:
             old = file.ledger.stopped() if stopped else file.ledger
