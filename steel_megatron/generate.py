@@ -1,8 +1,8 @@
-"""Text from a model: a checkpoint of this library, or an exported Hugging Face folder.
+"""Text generation from a checkpoint or an exported Hugging Face folder.
 
-Both ways compute every new token from the whole text before it or an equal cached state, so greedy decoding gives
-the same tokens from both. A checkpoint is run without a cache: right in every routing mode, and meant for looking at
-samples. An exported folder decodes with one where its routing mode is causal.
+Both compute each new token from the whole preceding text, or from an equivalent cache, so greedy decoding gives the
+same tokens. A checkpoint decodes without a cache: correct in every routing mode, and meant for looking at samples. An
+exported folder uses a cache if its routing mode is causal.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        max_new_tokens: tokens to add, at most; the end-of-document token ends a text earlier.
-        temperature: the logits are divided by it; 0 takes the likeliest token.
-        top_k: only the k likeliest tokens are drawn from; 0 for all.
-        seed: of the draws.
+        max_new_tokens: maximum number of new tokens; an end-of-document token ends the text earlier.
+        temperature: divides the logits; 0 is greedy decoding.
+        top_k: sample only from the k likeliest tokens; 0 for all.
+        seed: random seed for sampling.
     """
 
     max_new_tokens: int = 64
@@ -59,10 +59,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """A text and what a model made of it.
+    """A prompt and its continuation.
 
     Attributes:
-        prompt: the text it began with.
+        prompt: the prompt.
         text: prompt and continuation.
         new_tokens: ids of the continuation, without the end-of-document token.
     """
@@ -75,19 +75,19 @@ class Generation:
 def generate(
     model: Path, prompts: Sequence[str], sampling: Sampling, tokenizer: tuple[TokenizerKind, str] | None = None
 ) -> list[Generation]:
-    """Continue texts.
+    """Continue prompts.
 
     Args:
-        model: a checkpoint's folder (``step_...``), or an exported Hugging Face folder.
-        prompts: the texts, none of them empty.
-        sampling: how tokens are chosen.
-        tokenizer: its kind and path; None takes the one that the model was trained or exported with.
+        model: checkpoint folder (``step_...``) or exported Hugging Face folder.
+        prompts: non-empty texts.
+        sampling: how tokens are sampled.
+        tokenizer: kind and path; None for the tokenizer that the model was trained or exported with.
 
     Raises:
-        CheckpointError: the folder is neither.
-        ConfigError: a prompt has no token, or prompt and new tokens are longer than the model's sequences.
+        CheckpointError: the folder is neither a checkpoint nor an exported model.
+        ConfigError: a prompt has no tokens, or prompt and new tokens exceed the model's sequence length.
     """
-    # Everything that can be wrong is looked at before the model is loaded.
+    # Check everything before loading the model.
     if (model / "config.json").is_file():
         settings = config_from_hf(read_config(model), str(model / "config.json"))
         loaded = load_tokenizer(*(tokenizer or ("huggingface", str(model))))
@@ -150,7 +150,7 @@ def _read_checkpoint(path: Path) -> CheckpointInfo:
 
 
 def _load_checkpoint(info: CheckpointInfo) -> NextLogits:
-    """The library's own model, in this one process."""
+    """The library's own model in a single process."""
     from steel_megatron.model.spec import build_model
     from steel_megatron.train import checkpoint
 
@@ -174,10 +174,10 @@ def _load_exported(path: Path) -> NextLogits:
 
 
 def with_cache(exported: torch.nn.Module) -> NextLogits:
-    """The logits after a text; what the model has computed of the last text is used again where this one goes on.
+    """Return a function from a text to its next-token logits that reuses the cache while the text only grows.
 
     Args:
-        exported: an exported model; one that is not causal gives no cache, and computes each text anew.
+        exported: an exported model; one that is not causal has no cache and recomputes each text.
     """
     from steel_megatron.hf.modeling_steel import CACHE
 
@@ -197,7 +197,7 @@ def with_cache(exported: torch.nn.Module) -> NextLogits:
 
 
 def _tokenizer_of_run(path: Path) -> Tokenizer:
-    """The tokenizer named in the settings beside a checkpoint."""
+    """The tokenizer named in the run.yaml of a checkpoint."""
     try:
         data = yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8"))["data"]
         kind, tokenizer_path = data["tokenizer_kind"], data["tokenizer_path"]

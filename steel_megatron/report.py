@@ -1,4 +1,4 @@
-"""What a run has written to TensorBoard, as numbers and as a picture."""
+"""The TensorBoard log of a run as numbers and as a plot."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ Series = list[tuple[int, float]]
 
 
 def read_scalars(tensorboard_dir: Path) -> dict[str, Series]:
-    """All scalars of a TensorBoard folder: for each name, its (step, value) pairs in the order of steps.
+    """Read all scalars of a TensorBoard folder: (step, value) pairs by name, ordered by step.
 
     Raises:
-        DataError: there is no log in the folder.
+        DataError: the folder has no log.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     events = EventAccumulator(str(tensorboard_dir), size_guidance={"scalars": 0})
     if not tensorboard_dir.is_dir() or not list(tensorboard_dir.glob("*tfevents*")):
-        raise DataError(f"{tensorboard_dir} holds no TensorBoard log")
+        raise DataError(f"{tensorboard_dir} has no TensorBoard log")
     events.Reload()
     return {
         name: sorted((event.step, event.value) for event in events.Scalars(name)) for name in events.Tags()["scalars"]
@@ -29,13 +29,13 @@ def read_scalars(tensorboard_dir: Path) -> dict[str, Series]:
 def plot_loss(
     scalars: dict[str, Series], picture: Path, *, unigram_entropy: float | None = None, title: str = ""
 ) -> None:
-    """Draw training and validation loss over steps into a PNG file.
+    """Plot training and validation loss over steps to a PNG file.
 
     Args:
         scalars: from :func:`read_scalars`.
-        picture: the file to write.
-        unigram_entropy: nats per token that token frequencies alone would give; drawn as a line.
-        title: stands over the picture.
+        picture: PNG file to write.
+        unigram_entropy: loss of a model that knows only token frequencies, in nats per token; drawn as a line.
+        title: title of the plot.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -123,7 +123,7 @@ def test_a_list_in_a_file_must_be_one(
     file = tmp_path_factory.mktemp("config") / "job.yaml"
     file.write_text("inputs: a.jsonl\n")
     said = refused(capsys, *PREPROCESS, "--config", str(file))
-    assert "'a.jsonl' is no list; write [a.jsonl]" in said and "job.yaml" in said
+    assert "'a.jsonl' is not a list; write [a.jsonl]" in said and "job.yaml" in said
 
 
 def run_pretrain(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""Clean corpora by a recipe: operators, deduplication, and a report of what was dropped.
+"""Clean corpora by a recipe: operators, deduplication, and a report of dropped documents.
 
 Example:
     python tools/clean_corpus.py examples/steel_1b/clean_text.yaml --output data/clean --workers 8 \\

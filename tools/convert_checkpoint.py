@@ -21,20 +21,20 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--direction", choices=("to-hf", "from-hf"), required=True)
     parser.add_argument("--load", type=Path, required=True, help="checkpoint (step_...) or Hugging Face folder to read")
-    parser.add_argument("--save", type=Path, required=True, help="folder to make; it appears only when it is complete")
+    parser.add_argument("--save", type=Path, required=True, help="output folder; it appears only when it is complete")
     parser.add_argument(
         "--tokenizer-type",
         choices=sorted(MEGATRON_TOKENIZER_TYPES),
-        help="to-hf: the tokenizer to export with the model",
+        help="to-hf: type of the tokenizer to export with the model",
     )
-    parser.add_argument("--tokenizer-model", help="its folder or .model file")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="to-hf: type of the weights; as saved if not given")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of that name")
+    parser.add_argument("--tokenizer-model", help="to-hf: tokenizer folder or .model file")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="to-hf: dtype of the weights; default: as saved")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     arguments = parser.parse_args()
     if (arguments.tokenizer_type is None) != (arguments.tokenizer_model is None):
-        parser.error("--tokenizer-type and --tokenizer-model go together")
+        parser.error("--tokenizer-type and --tokenizer-model must be given together")
     if arguments.direction == "from-hf" and (arguments.tokenizer_type or arguments.dtype):
-        parser.error("--tokenizer-type, --tokenizer-model and --dtype are for --direction to-hf")
+        parser.error("--tokenizer-type, --tokenizer-model and --dtype require --direction to-hf")
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""Show what indexed corpora (.bin and .idx) hold, and check them.
+"""Show the content of indexed corpora (.bin and .idx), and verify them.
 
 Example:
     python tools/inspect_dataset.py data/corpus_text_document --verify --tokenizer-type HuggingFaceTokenizer \\
@@ -17,14 +17,12 @@ from steel_megatron.log import exit_code
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prefix", nargs="+", help="path of a corpus without .bin or .idx, or a pattern")
+    parser.add_argument("prefix", nargs="+", help="corpus path without .bin or .idx, or a pattern")
     parser.add_argument("--tokenizer-type", choices=sorted(MEGATRON_TOKENIZER_TYPES), default="HuggingFaceTokenizer")
-    parser.add_argument(
-        "--tokenizer-model", help="folder of a Hugging Face tokenizer, or a .model file; decodes samples"
-    )
-    parser.add_argument("--samples", type=int, default=3, help="documents to decode, evenly spread")
-    parser.add_argument("--json", action="store_true", help="write JSON")
-    parser.add_argument("--verify", action="store_true", help="read everything; check ids and checksums")
+    parser.add_argument("--tokenizer-model", help="Hugging Face tokenizer folder or .model file, to decode samples")
+    parser.add_argument("--samples", type=int, default=3, help="number of documents to show, evenly spaced")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--verify", action="store_true", help="read everything and check ids and checksums")
     return parser.parse_args()
 
 

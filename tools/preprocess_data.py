@@ -1,6 +1,6 @@
-"""Tokenize a corpus into Megatron's .bin and .idx files, with the flags of Megatron's script of this name.
+"""Tokenize a corpus into Megatron's .bin and .idx files, with the flags of Megatron's script of that name.
 
-Given again after a kill, the same command goes on where it was.
+After a kill, repeat the same command to resume.
 
 Example:
     python tools/preprocess_data.py --input 'corpus/*.jsonl' --output-prefix data/corpus \\
@@ -24,25 +24,25 @@ from steel_megatron.log import exit_code, get_logger
 
 GPT2 = "GPT2BPETokenizer"
 KINDS: dict[str, TokenizerKind] = {**MEGATRON_TOKENIZER_TYPES, GPT2: "huggingface"}
-"""What each ``--tokenizer-type`` is here."""
+"""Tokenizer kind for each ``--tokenizer-type``."""
 
 NOT_NEEDED = {
-    "partitions": "the inputs are cut into pieces for all --workers anyway, in order",
-    "log_interval": "progress is logged by time",
-    "keep_sequential_samples": "documents always keep the order of the inputs",
-    "lang": "it only serves --split-sentences",
-    "keep_newlines": "it only serves --split-sentences",
-    "dataset_impl": "there is one format, Megatron's mmap",
-    "vocab_size": "the size is the tokenizer's",
-    "make_vocab_size_divisible_by": "ids are those of the tokenizer; a model pads its own vocabulary",
+    "partitions": "inputs are always split into chunks for all --workers, in order",
+    "log_interval": "progress is logged at time intervals",
+    "keep_sequential_samples": "documents always keep their input order",
+    "lang": "only used with --split-sentences",
+    "keep_newlines": "only used with --split-sentences",
+    "dataset_impl": "the only format is Megatron's mmap",
+    "vocab_size": "the tokenizer defines the size",
+    "make_vocab_size_divisible_by": "ids come from the tokenizer; the model pads its own vocabulary",
 }
-"""Flags of Megatron's that change nothing here, and why."""
+"""Megatron flags that have no effect here, and why."""
 
 REFUSED = {
-    "split_sentences": "documents are not cut into sentences, which only BERT and T5 need; for GPT leave it out",
-    "find_optimal_num_workers": "the best number of --workers is that of free cores; leave it out",
+    "split_sentences": "sentence splitting is not supported; only BERT and T5 need it. Leave it out for GPT",
+    "find_optimal_num_workers": "set --workers to the number of free cores and leave it out",
 }
-"""Flags of Megatron's that ask for something else, and what to do."""
+"""Unsupported Megatron flags, and what to do instead."""
 
 _log = get_logger("steel_megatron.tools.preprocess_data")
 
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _add_flags_without_use(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("flags of Megatron's that change nothing, or are refused")
+    group = parser.add_argument_group("Megatron flags without effect, or refused")
     switches = ("keep_sequential_samples", "keep_newlines", *REFUSED)
     for name, why in {**NOT_NEEDED, **REFUSED}.items():
         flag = f"--{name.replace('_', '-')}"
@@ -87,10 +87,10 @@ def _add_flags_without_use(parser: argparse.ArgumentParser) -> None:
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
-    """Say which flags are not needed.
+    """Log flags without effect.
 
     Raises:
-        ConfigError: one asks for what is not done here, or the tokenizer's files are not those of its type.
+        ConfigError: a flag is unsupported, or the tokenizer's files do not belong to its type.
     """
     for name, why in REFUSED.items():
         if getattr(arguments, name):
@@ -103,9 +103,9 @@ def check_flags(arguments: argparse.Namespace) -> None:
     for name in ("vocab_file", "merge_file", "tokenizer_model"):
         flag, given = f"--{name.replace('_', '-')}", getattr(arguments, name)
         if name in needed and not given:
-            raise ConfigError(f"{flag} is missing, which names the tokenizer of --tokenizer-type {kind}")
+            raise ConfigError(f"{flag} is missing; --tokenizer-type {kind} needs it")
         if given and name not in needed:
-            raise ConfigError(f"{flag} {given} is not of --tokenizer-type {kind}; leave it out, or change the type")
+            raise ConfigError(f"{flag} {given} does not belong to --tokenizer-type {kind}; change one of the two")
 
 
 def run(arguments: argparse.Namespace) -> PreprocessReport:

@@ -1,4 +1,4 @@
-"""Train a lossless SentencePiece BPE on a corpus and measure how many bytes of each kind of text a token holds.
+"""Train a lossless SentencePiece BPE and measure its bytes per token on each kind of text.
 
 Example:
     python tools/train_tokenizer.py --input 'skypile=sky/*.jsonl.zst' src/ --valid held_out.jsonl \\
@@ -25,28 +25,28 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         action="extend",
         required=True,
-        help="files, folders or patterns, each alone or as SOURCE=PATTERN",
+        help="files, folders or patterns, optionally as SOURCE=PATTERN",
     )
-    parser.add_argument("--output", required=True, help="path of the model without its suffix .model")
+    parser.add_argument("--output", required=True, help="output path without the suffix .model")
     parser.add_argument("--vocab-size", type=int, required=True)
     parser.add_argument(
-        "--valid", nargs="+", action="extend", default=[], help="what to measure on, if not on --input itself"
+        "--valid", nargs="+", action="extend", default=[], help="held-out text to measure on; default: --input"
     )
-    parser.add_argument("--json-key", default="text", help="key of the text in JSON rows")
+    parser.add_argument("--json-key", default="text", help="JSON key of the text")
     parser.add_argument(
         "--control-tokens",
         nargs="*",
         action="extend",
-        help=f"beside <unk>, <s> and </s>; default: {' '.join(DIALOGUE_MARKS)}",
+        help=f"in addition to <unk>, <s> and </s>; default: {' '.join(DIALOGUE_MARKS)}",
     )
     parser.add_argument(
-        "--character-coverage", type=float, default=0.9995, help="share of characters with their own token"
+        "--character-coverage", type=float, default=0.9995, help="fraction of characters that get their own token"
     )
     parser.add_argument(
-        "--max-bytes", type=int, default=32_000_000, help="train on a random sample of lines above this"
+        "--max-bytes", type=int, default=32_000_000, help="above this, train on a random sample of lines"
     )
-    parser.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="at a row that is no text")
-    parser.add_argument("--seed", type=int, default=0, help="of that sample")
+    parser.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="at a row without valid text")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of that sample")
     parser.add_argument("--report", help="file for the figures, as JSON")
     return parser.parse_args()
 
@@ -70,7 +70,7 @@ def main() -> None:
         write_atomically(arguments.report, content.encode(), DataError)
     tokenizer = trained.tokenizer
     print(f"{trained.model}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:16]}")
-    where = "held-out text" if trained.held_out else "the text trained on"
+    where = "held-out text" if trained.held_out else "the training text"
     print(f"measured on {where}; {trained.skipped:,} rows skipped")
     print(f"{'kind':6} {'documents':>10} {'bytes':>14} {'tokens':>14} {'bytes/token':>12}")
     for kind, found in trained.kinds.items():

@@ -1,7 +1,7 @@
-"""The whole pipeline on two cores: corpus, tokenizer, training under two layouts, Hugging Face export, text.
+"""The whole pipeline on two cores: corpus, tokenizer, training under two layouts, Hugging Face export, generation.
 
-Run by ``make demo``. Every stage is one of the library's commands, printed as it is run, so that each can be
-repeated by hand. Results are in runs/quickstart/; a second run starts anew.
+Run it with ``make demo``. Each step is one of the library's commands and is printed, so that you can repeat it by hand.
+Results are in runs/quickstart/; a second run starts over.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONFIG = "examples/quickstart/pretrain.yaml"
 STEPS = 250
 PROMPTS = {"zh": "问：为什么", "python": "import os\n\ndef "}
 NEW_TOKENS = 48
-# The whole standard library has far more text than the corpus: the small modules of its top level are enough.
+# The whole standard library would dwarf the corpus, so use only the small top-level modules.
 LARGEST_MODULE = 16 * 1024
 
 GENERATE_WITH_TRANSFORMERS = """
@@ -54,7 +54,7 @@ def main() -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            print("error: another demo is running in this folder; wait for it", file=sys.stderr)
+            print("error: another demo is running in this folder; wait until it ends", file=sys.stderr)
             return 2
         shutil.rmtree(RUN, ignore_errors=True)
         RUN.mkdir(parents=True)
@@ -67,7 +67,7 @@ def demo(started: float) -> int:
     inputs = [str(CORPUS), str(code)]
     title("2. Tokenizer: SentencePiece, 8,000 pieces")
     run("tools/train_tokenizer.py", "--input", *inputs, "--output", str(RUN / "tokenizer"), "--vocab-size", "8000")
-    title("3. Tokens: an indexed corpus in Megatron's format, with a validation split by document")
+    title("3. Preprocessing: an indexed corpus in Megatron's format, with a validation split by document")
     tokenizer = ["--tokenizer_kind", "sentencepiece", "--tokenizer_path", str(RUN / "tokenizer.model")]
     steel(
         *("preprocess", "--inputs", *inputs, "--output_prefix", str(RUN / "data/corpus"), *tokenizer),
@@ -80,7 +80,7 @@ def demo(started: float) -> int:
     title("5. Export to a Hugging Face folder")
     checkpoint, exported = RUN / f"model/checkpoints/step_{STEPS:08d}", RUN / "hf"
     steel("export-hf", "--checkpoint", str(checkpoint), "--output", str(exported), *tokenizer)
-    title("6. Text: from the folder through transformers, from the checkpoint through the library")
+    title("6. Generation: the exported folder through transformers, the checkpoint through the library")
     samples, same = generate(checkpoint, exported)
     if not same:
         print("error: transformers and the library generated different tokens", file=sys.stderr)
@@ -95,7 +95,7 @@ def title(text: str) -> None:
 
 
 def run(*words: str, capture: bool = False) -> str:
-    """Run a Python program of this environment; its failure is the demo's failure."""
+    """Run a Python program in this environment; if it fails, the demo fails."""
     shown = " ".join(word if len(word) < 80 and "\n" not in word else "..." for word in words)
     print(f"$ python {shown}", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -117,7 +117,7 @@ def pretrain(*overrides: str) -> None:
 
 
 def copy_standard_library(folder: Path) -> Path:
-    """Copies the top level's modules up to 16 KiB of the running interpreter."""
+    """Copy the top-level standard library modules of up to 16 KiB."""
     folder.mkdir()
     modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     for module in modules:
@@ -129,14 +129,14 @@ def copy_standard_library(folder: Path) -> Path:
 
 
 def generate(checkpoint: Path, exported: Path) -> tuple[list[dict[str, str]], bool]:
-    """Samples, and whether greedy continuations by both ways are the same tokens."""
+    """Samples, and whether both implementations give the same greedy tokens."""
     prompts = list(PROMPTS.values())
     words = ("--max_new_tokens", str(NEW_TOKENS), "--json_output", "true", "--prompts", *prompts)
     lines = run("-c", GENERATE_WITH_TRANSFORMERS, str(exported), str(NEW_TOKENS), *prompts, capture=True).splitlines()
     theirs = [json.loads(line) for line in lines]
     lines = steel("generate", "--model", str(checkpoint), *words, capture=True).splitlines()
     ours = [json.loads(line)["new_tokens"] for line in lines]
-    # A model this small repeats itself when it always takes the likeliest token: for people, draw.
+    # A model this small repeats itself under greedy decoding, so show sampled text.
     drawn = ("--temperature", "0.8", "--top_k", "40")
     lines = steel("generate", "--model", str(checkpoint), *drawn, *words, capture=True).splitlines()
     results = [json.loads(line) for line in lines]
@@ -191,7 +191,7 @@ def show(summary: dict[str, Any]) -> None:
     print(f"model        {summary['parameters']:,} parameters, trained as {' then '.join(summary['layouts'])}")
     print(f"loss         {summary['loss_first']:.3f} at the first step, {summary['loss_last']:.3f} at the last")
     print(
-        f"validation   {summary['validation_loss']:.3f} nats per token; token frequencies alone give "
+        f"validation   {summary['validation_loss']:.3f} nats per token; unigram entropy "
         f"{summary['unigram_entropy']:.3f}"
     )
     for label, name in (
@@ -203,7 +203,7 @@ def show(summary: dict[str, Any]) -> None:
         print(f"{label:12} {summary[name]}")
     for sample in summary["samples"]:
         print(f"\n[{sample['language']}] {sample['text']}")
-    print(f"\nboth ways generated the same tokens; {summary['seconds']:.0f} seconds in all")
+    print(f"\nboth implementations generated the same tokens; {summary['seconds']:.0f} seconds in all")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 @dataclass(frozen=True)
 class Command:
-    """A function of the command line, and which of its arguments are given without their names, in their order."""
+    """A command: its function, and the names of its positional arguments in order."""
 
     function: Callable[..., int | None]
     positional: tuple[str, ...] = ()
@@ -51,12 +51,12 @@ COMMANDS = {
     "generate": Command(models.generate),
     "audit": Command(models.audit, ("path",)),
 }
-GROUPS = {"data": "The ledger of a run: which corpora it reads, in which mixture, and which samples a step had."}
-"""Commands of two words, by the first."""
+GROUPS = {"data": "Create, change and show a run's ledger: its corpora, their mixture, the samples of a step."}
+"""The first words of two-word commands, with their help."""
 
 
 class _ListOption(Action):
-    """``--inputs A --inputs B`` means ``--inputs A B``; what a default or a file says is replaced, not added to."""
+    """``--inputs A --inputs B`` means ``--inputs A B``; a value from a default or a file is replaced, not extended."""
 
     _given: list[Any] | None = None
 
@@ -68,11 +68,11 @@ class _ListOption(Action):
         setattr(namespace, self.dest, self._given)
 
     def _check_type(self) -> None:
-        """Its being there tells jsonargparse to check values, also those of a file, with the next method."""
+        """Its presence makes jsonargparse check values, also those from a file, with the method below."""
 
     def _check_type_(self, value: object, **_: object) -> object:
         if not isinstance(value, list):
-            raise TypeError(f'Parser key "{self.dest}": {value!r} is no list; write [{value}]')
+            raise TypeError(f'Parser key "{self.dest}": {value!r} is not a list; write [{value}]')
         assert callable(self.type)
         try:
             return [self.type(entry) for entry in value]
@@ -101,7 +101,7 @@ def _add_options(parser: jsonargparse.ArgumentParser, command: Command) -> None:
 
 
 def _metavar(name: str, command: Command) -> str:
-    """``PREFIX`` for ``prefixes: list[str]``, of which the usage line says ``PREFIX ...``."""
+    """``PREFIX`` for ``prefixes: list[str]``; the usage line shows ``PREFIX ...``."""
     several = get_type_hints(command.function)[name] == list[str]
     return (
         (name.removesuffix("es") if name.endswith("xes") else name.removesuffix("s")).upper()
@@ -111,7 +111,7 @@ def _metavar(name: str, command: Command) -> str:
 
 
 def _command_parser(name: str, command: Command) -> jsonargparse.ArgumentParser:
-    # A usage line with every option of a run would fill a page before the help begins.
+    # A usage line with every option of a run would fill a page.
     hints = get_type_hints(command.function)
     shown = [_metavar(word, command) + (" ..." if hints[word] == list[str] else "") for word in command.positional]
     parser = jsonargparse.ArgumentParser(
@@ -120,7 +120,7 @@ def _command_parser(name: str, command: Command) -> jsonargparse.ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with options; later ones win.")
+    parser.add_argument("--config", action="config", help="YAML file of options; later options override it.")
     if command.function is models.pretrain:
         parser.add_class_arguments(RunConfig, None)
     else:
@@ -133,7 +133,7 @@ def _summary(command: Command) -> str:
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
-    """The parser of all commands."""
+    """Build the parser of all commands."""
     parser = jsonargparse.ArgumentParser(
         prog="steel-megatron",
         description="Pretrain Soft-MoE language models: corpus, training, Hugging Face.",
@@ -146,7 +146,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
         of_group = jsonargparse.ArgumentParser(
             prog=f"steel-megatron {group}", description=summary, exit_on_error=False, allow_abbrev=False
         )
-        commands.add_subcommand(group, of_group, help=summary)  # before it has commands of its own
+        commands.add_subcommand(group, of_group, help=summary)  # must precede its own subcommands
         levels[group] = of_group.add_subcommands(required=True, dest="command")
     for name, command in COMMANDS.items():
         group, _, last = name.rpartition(" ")
@@ -158,10 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: the words of the command line; None takes the process's own.
+        arguments: command-line arguments; None for ``sys.argv``.
 
     Returns:
-        the exit code: 0, or 1 when a command says so, or 2 when something that the user can mend went wrong.
+        the exit code: 0, 1 if the command itself reports a failure, or 2 for an error that the user can fix.
     """
     said = None
 
@@ -180,7 +180,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     try:
         parsed = build_parser().parse_args(list(arguments))
     except (ArgumentError, UnicodeDecodeError) as error:
-        message = " ".join(str(error).split())  # jsonargparse writes over several lines
+        message = " ".join(str(error).split())  # jsonargparse messages span several lines
         if "--config" in arguments[:-1]:
             message += f"; settings from {arguments[arguments.index('--config') + 1]}"
         raise ConfigError(f"{message} (steel-megatron COMMAND --help lists the options)") from None

@@ -1,4 +1,4 @@
-"""The commands that make and look at corpora: clean, preprocess, inspect, verify, merge."""
+"""The corpus commands: clean, preprocess, inspect, verify, merge."""
 
 from __future__ import annotations
 
@@ -132,14 +132,14 @@ def inspect_corpora(
     samples: int = 3,
     json_output: bool = False,
 ) -> None:
-    """Show what indexed corpora hold: counts, lengths, bytes per token by source, samples.
+    """Show counts, lengths, bytes per token by source, and samples of indexed corpora.
 
     Args:
-        prefixes: corpora without .bin or .idx, or patterns such as data/corpus_text_document_*.
-        tokenizer_path: the tokenizer's folder or file; decodes the samples and checks that it is the corpus' own.
-        tokenizer_kind: what it is.
-        samples: documents to show, evenly spread.
-        json_output: whether to write JSON.
+        prefixes: corpus paths without .bin or .idx, or patterns such as data/corpus_text_document_*.
+        tokenizer_path: tokenizer folder or file, to decode samples; must be the corpus' own.
+        tokenizer_kind: kind of the tokenizer.
+        samples: number of documents to show, evenly spaced.
+        json_output: print JSON.
     """
     from steel_megatron.data.indexed.inspection import inspect_corpus
 
@@ -150,9 +150,9 @@ def verify_corpora(prefixes: list[str], vocab_size: int | None = None, workers: 
     """Read indexed corpora in full and check their structure, ids and checksums.
 
     Args:
-        prefixes: corpora without .bin or .idx, or patterns such as data/corpus_text_document_*.
-        vocab_size: all ids must be below it; what the corpus' manifest says if not given.
-        workers: threads that read; one per processor, up to 8, if not given.
+        prefixes: corpus paths without .bin or .idx, or patterns such as data/corpus_text_document_*.
+        vocab_size: upper bound of all ids; default: from the manifest.
+        workers: reader threads; default: one per processor, up to 8.
     """
     from steel_megatron.data.indexed.inspection import verify_corpus
 
@@ -160,12 +160,12 @@ def verify_corpora(prefixes: list[str], vocab_size: int | None = None, workers: 
 
 
 def merge_corpora(prefixes: list[str], output: str, overwrite: bool = False) -> None:
-    """Write indexed corpora as one, in the given order, without loading them.
+    """Concatenate indexed corpora in the given order, without loading them.
 
     Args:
-        prefixes: corpora without .bin or .idx, or patterns such as data/corpus_text_document_*.
-        output: where the new corpus goes, without .bin or .idx.
-        overwrite: whether to replace an earlier corpus of that name.
+        prefixes: corpus paths without .bin or .idx, or patterns such as data/corpus_text_document_*.
+        output: path of the new corpus, without .bin or .idx.
+        overwrite: replace an existing corpus.
     """
     from steel_megatron.data.indexed.inspection import merge_corpora as run
 

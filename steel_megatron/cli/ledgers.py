@@ -1,4 +1,4 @@
-"""The commands of a run's ledger: data create, append, remove, reweight, mixture, cancel, show."""
+"""The ledger commands: data create, append, remove, reweight, mixture, cancel, show."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _SHOWN = 160
-"""Characters of a document's part that are shown."""
+"""Characters shown per document."""
 
 
 def create(
@@ -30,18 +30,18 @@ def create(
     domain: str = "default",
     epochs: float | None = None,
 ) -> None:
-    """Make a ledger before the run that will read by it: in its folder, or named by data.ledger.
+    """Create a ledger before its run starts: in the run's folder, or where data.ledger names it.
 
-    A run whose settings name corpora (data.train) makes its own.
+    A run that names its corpora in data.train creates its own ledger.
 
     Args:
-        ledger: the file to make, such as runs/first/ledger.json.
+        ledger: file to create, such as runs/first/ledger.json.
         prefixes: indexed corpora, without .bin or .idx.
-        sequence_length: tokens that a sample predicts; the model's.
-        seed: of the order of samples.
-        names: what to call the corpora, one for each; the last parts of their paths if not given.
-        domain: by which mixtures call them all.
-        epochs: how often each corpus is read in the whole run, such as 1 or 2.5; without end if not given.
+        sequence_length: the model's sequence length: tokens that a sample predicts.
+        seed: random seed of the sample order.
+        names: one name per corpus; default: the last parts of their paths.
+        domain: domain of all these corpora, as mixtures name it.
+        epochs: epochs over each corpus in the whole run, such as 1 or 2.5; default: unlimited.
     """
     from steel_megatron.data.ledger.ledger import edit
     from steel_megatron.data.ledger.session import new_ledger
@@ -52,7 +52,7 @@ def create(
     made = new_ledger(path.parent, prefixes, sequence_length, seed, names or None, domain, epochs)
     with edit(path, made) as file:
         if file.ledger != made:
-            raise DataError(f"{path} has just been made by somebody else; append to it (steel-megatron data append)")
+            raise DataError(f"{path} was just created by another process; append to it (steel-megatron data append)")
     sys.stdout.write(_summary(path, made))
 
 
@@ -68,19 +68,19 @@ def append(
     mixture: list[str] = [],  # noqa: B006 (read by the parser, never changed)
     stopped: bool = False,
 ) -> None:
-    """Add corpora; from the run's next checkpoint on, they are mixed with everything that it has not seen.
+    """Add corpora; from the run's next checkpoint, they are mixed with everything it has not read.
 
     Args:
         ledger: the run's ledger.json.
         prefixes: indexed corpora, without .bin or .idx.
-        names: what to call them, one for each; the last parts of their paths if not given.
-        domain: by which mixtures call them all.
-        epochs: how often each is read in the whole run, such as 1 or 2.5; null for without end.
-        at: the sample from which they are in; if not given, the run's next checkpoint, or where it resumes.
-        on_duplicate: whether a corpus that is in already stops the command or is left out.
-        drop_duplicates: whether to leave out documents that are exactly the same as one that is in already.
-        mixture: weights from then on, such as zh=0.8 en=0.2; as before if not given.
-        stopped: that no run is under way; frees what a killed one had still planned to read.
+        names: one name per corpus; default: the last parts of their paths.
+        domain: domain of all these corpora, as mixtures name it.
+        epochs: epochs over each corpus in the whole run, such as 1 or 2.5; null for unlimited.
+        at: sample at which they enter; default: the run's next checkpoint, or where it resumes.
+        on_duplicate: stop if a corpus is already in the ledger, or skip it.
+        drop_duplicates: drop documents that exactly equal one already in the ledger.
+        mixture: weights from then on, such as zh=0.8 en=0.2; default: unchanged.
+        stopped: declare that no run is live; frees the samples that a killed run had reserved.
     """
     from steel_megatron.data.ledger.ledger import Ledger, edit
     from steel_megatron.data.ledger.session import names_of
@@ -94,55 +94,55 @@ def append(
             if old.up_to_date(incoming):
                 file.ledger = old.take_in(incoming, epochs, at, on_duplicate, weights)
                 break
-        logger.info(f"{path} was changed while documents were compared; they are compared again")
+        logger.info(f"{path} changed while documents were compared; comparing again")
     sys.stdout.write(_summary(path, file.ledger))
 
 
 def remove(ledger: str, names: list[str], at: int | None = None, stopped: bool = False) -> None:
-    """Take corpora out of what is read, for good.
+    """Remove corpora from the run for good.
 
     Args:
         ledger: the run's ledger.json.
-        names: the corpora, as the ledger calls them.
-        at: the sample from which they are out; if not given, the run's next checkpoint, or where it resumes.
-        stopped: that no run is under way; frees what a killed one had still planned to read.
+        names: corpora, by their names in the ledger.
+        at: sample at which they leave; default: the run's next checkpoint, or where it resumes.
+        stopped: declare that no run is live; frees the samples that a killed run had reserved.
     """
     _change(ledger, stopped, lambda old: old.remove(names, at))
 
 
 def reweight(ledger: str, names: list[str], epochs: float | None, at: int | None = None, stopped: bool = False) -> None:
-    """Change how often corpora are read in the whole run; what was read counts.
+    """Change the number of epochs over corpora in the whole run; epochs already read count.
 
     Args:
         ledger: the run's ledger.json.
-        names: the corpora, as the ledger calls them.
-        epochs: such as 1 or 2.5; null for without end.
-        at: the sample from which it holds; if not given, the run's next checkpoint, or where it resumes.
-        stopped: that no run is under way; frees what a killed one had still planned to read.
+        names: corpora, by their names in the ledger.
+        epochs: such as 1 or 2.5; null for unlimited.
+        at: sample at which it takes effect; default: the run's next checkpoint, or where it resumes.
+        stopped: declare that no run is live; frees the samples that a killed run had reserved.
     """
     _change(ledger, stopped, lambda old: old.reweight(dict.fromkeys(names, epochs), at))
 
 
 def mixture(ledger: str, weights: list[str], at: int | None = None, stopped: bool = False) -> None:
-    """Read domains by weights, such as zh=0.8 en=0.2 code=0; several with --at make a curriculum.
+    """Set the mixture of domains, such as zh=0.8 en=0.2 code=0; several with --at make a curriculum.
 
     Args:
         ledger: the run's ledger.json.
-        weights: DOMAIN=WEIGHT for each domain, 0 to pause it; or the one word none, to read corpora by their sizes.
-        at: the sample from which they hold; if not given, the run's next checkpoint, or where it resumes.
-        stopped: that no run is under way; frees what a killed one had still planned to read.
+        weights: DOMAIN=WEIGHT for each domain, 0 to pause it; or the word none, to read corpora by size.
+        at: sample at which they take effect; default: the run's next checkpoint, or where it resumes.
+        stopped: declare that no run is live; frees the samples that a killed run had reserved.
     """
     chosen = None if weights == ["none"] else _weights(weights)
     _change(ledger, stopped, lambda old: old.set_mixture(chosen, at))
 
 
 def cancel(ledger: str, at: int | None = None, stopped: bool = False) -> None:
-    """Take back what waits for the run's next checkpoint, or what is planned for a sample that it has not read.
+    """Cancel pending changes, or changes planned for a sample that the run has not read.
 
     Args:
         ledger: the run's ledger.json.
-        at: the sample it is planned for; what waits if not given.
-        stopped: that no run is under way; frees what a killed one had still planned to read.
+        at: sample that the change is planned for; default: the pending changes.
+        stopped: declare that no run is live; frees the samples that a killed run had reserved.
     """
     _change(ledger, stopped, lambda old: old.cancel(at))
 
@@ -156,7 +156,7 @@ def _weights(words: list[str]) -> dict[str, float]:
         except ValueError:
             value = -1.0
         if not equals or not domain or domain in found or not 0 <= value < float("inf"):
-            raise ConfigError(f"weight {word!r} is not DOMAIN=WEIGHT with a number from 0 on, each domain once")
+            raise ConfigError(f"weight {word!r} is not DOMAIN=WEIGHT with a number of at least 0, each domain once")
         found[domain] = value
     return found
 
@@ -170,7 +170,7 @@ def _change(path: str, stopped: bool, change: Callable[[Ledger], Ledger]) -> Non
 
 
 def _summary(path: Path, ledger: Ledger) -> str:
-    """The corpora with how far they are read where the run last looked, and what changes when."""
+    """Each corpus with its progress at the last sync, and all changes with their position."""
     from steel_megatron.data.ledger.records import in_words
 
     lines = [f"{path}: samples of {ledger.sequence_length:,} tokens, seed {ledger.seed}, run at {ledger.reached:,}"]
@@ -201,16 +201,16 @@ def show(
     tokenizer_kind: TokenizerKind = "huggingface",
     json_output: bool = False,
 ) -> None:
-    """Show a ledger; or with --step, which documents were in an optimizer step: file, row, text.
+    """Show a ledger, or with --step the documents of an optimizer step: file, row, text.
 
     Args:
         ledger: the run's ledger.json.
-        step: an optimizer step, from 1.
-        sample: one sample, from 0, in place of a step.
-        global_batch_size: samples of each step; if not given, what the ledger recorded, or an older one's run.yaml.
-        tokenizer_path: decodes the text; that of run.yaml beside the ledger if not given.
-        tokenizer_kind: what it is.
-        json_output: one JSON object for each part of a document, with its token ids, in place of text.
+        step: optimizer step, from 1.
+        sample: a single sample, from 0, instead of a step.
+        global_batch_size: samples per step; default: as recorded in the ledger, or in run.yaml for older ledgers.
+        tokenizer_path: tokenizer to decode text; default: that of the run.yaml in the ledger's folder.
+        tokenizer_kind: kind of the tokenizer.
+        json_output: print one JSON object per document span, with its token ids.
     """
     import dataclasses
     import json
@@ -247,11 +247,11 @@ def show(
 def _numbers(path: Path, step: int | None, sample: int | None, global_batch_size: int | None) -> range:
     """The samples to show."""
     if step is not None and sample is not None:
-        raise ConfigError(f"step is {step} and sample is {sample}; give one of the two")
+        raise ConfigError(f"step is {step} and sample is {sample}; give only one")
     if sample is not None:
         numbers = range(sample, sample + 1)
     elif global_batch_size is None:
-        raise ConfigError(f"no run.yaml beside {path} says how many samples a step has; give --global_batch_size")
+        raise ConfigError(f"no run.yaml next to {path} gives the samples per step; give --global_batch_size")
     else:
         assert step is not None
         numbers = range((step - 1) * global_batch_size, step * global_batch_size)
@@ -264,7 +264,7 @@ def _numbers(path: Path, step: int | None, sample: int | None, global_batch_size
 
 
 def _shown(number: int, part: DocumentPart, text: str) -> str:
-    at = f"{part.origin.path}, row {part.origin.row}" if part.origin else "nobody recorded the file"
+    at = f"{part.origin.path}, row {part.origin.row}" if part.origin else "source file not recorded"
     last = part.offset + len(part.ids)
     shown = text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
     place = f"{part.corpus}, document {part.document}, tokens {part.offset} to {last}"
@@ -272,7 +272,7 @@ def _shown(number: int, part: DocumentPart, text: str) -> str:
 
 
 def _run_settings(ledger: Path) -> dict[str, dict[str, Any]]:
-    """The sections data and training of run.yaml in the ledger's folder; empty where there is none."""
+    """Sections ``data`` and ``training`` of the run.yaml in the ledger's folder; empty if there is none."""
     import yaml
 
     path = ledger.parent / "run.yaml"

@@ -1,4 +1,4 @@
-"""The commands that have to do with models: pretrain, export-hf, import-hf, generate, audit."""
+"""The model commands: pretrain, export-hf, import-hf, generate, audit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from steel_megatron.errors import DataError
 
 
 def pretrain(run: RunConfig) -> None:
-    """Train a model, or go on where its folder stands; alone, under torchrun or under srun."""
+    """Train a model, or resume from its newest checkpoint; alone, under torchrun or under srun."""
     from steel_megatron.platform import prepare
 
     prepare()  # before megatron-core is imported
@@ -27,15 +27,15 @@ def export_hf(
     dtype: Literal["float32", "bfloat16"] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Turn a checkpoint into a Hugging Face folder: weights, settings, tokenizer and the model's code.
+    """Export a checkpoint as a Hugging Face folder: weights, config, tokenizer and model code.
 
     Args:
-        checkpoint: the checkpoint's folder (step_...).
-        output: the folder to make.
-        tokenizer_path: the tokenizer's folder or file, to be exported with the model.
-        tokenizer_kind: what it is.
-        dtype: type of the exported weights; as saved if not given.
-        overwrite: whether to replace an earlier folder of that name.
+        checkpoint: checkpoint folder (step_...).
+        output: folder to create.
+        tokenizer_path: tokenizer folder or file, to export with the model.
+        tokenizer_kind: kind of the tokenizer.
+        dtype: dtype of the exported weights; default: as saved.
+        overwrite: replace an existing folder.
     """
     from pathlib import Path
 
@@ -46,12 +46,12 @@ def export_hf(
 
 
 def import_hf(folder: str, output: str, overwrite: bool = False) -> None:
-    """Turn a Hugging Face folder into a checkpoint to start from (checkpoint.init_from).
+    """Convert a Hugging Face folder to a checkpoint to start from (checkpoint.init_from).
 
     Args:
-        folder: the model's folder, with config.json and safetensors files.
-        output: the checkpoint to make.
-        overwrite: whether to replace an earlier checkpoint of that name.
+        folder: model folder with config.json and safetensors files.
+        output: checkpoint to create.
+        overwrite: replace an existing checkpoint.
     """
     from pathlib import Path
 
@@ -72,19 +72,19 @@ def generate(
     json_output: bool = False,
     routing_code: str | None = None,
 ) -> None:
-    """Continue texts with a checkpoint or an exported folder.
+    """Continue prompts with a checkpoint or an exported folder.
 
     Args:
-        model: a checkpoint's folder (step_...) or a Hugging Face folder.
-        prompts: the texts to continue.
-        max_new_tokens: tokens to add, at most.
-        temperature: the logits are divided by it; 0 takes the likeliest token.
-        top_k: only the k likeliest tokens are drawn from; 0 for all.
-        seed: of the draws.
-        tokenizer_path: the tokenizer's folder or file; the model's own if not given.
-        tokenizer_kind: what it is.
-        json_output: one JSON object per text, with the ids of the new tokens, in place of the text.
-        routing_code: module that registers the checkpoint's routing mode, if that is no part of the library.
+        model: checkpoint folder (step_...) or Hugging Face folder.
+        prompts: texts to continue.
+        max_new_tokens: maximum number of new tokens.
+        temperature: divides the logits; 0 is greedy decoding.
+        top_k: sample only from the k likeliest tokens; 0 for all.
+        seed: random seed for sampling.
+        tokenizer_path: tokenizer folder or file; default: the model's own.
+        tokenizer_kind: kind of the tokenizer.
+        json_output: print one JSON object per prompt, with the ids of the new tokens.
+        routing_code: module that registers the checkpoint's routing mode, if it is not one of the library's.
     """
     import dataclasses
     import json
@@ -112,19 +112,19 @@ def audit(
     json: str | None = None,
     routing_code: str | None = None,
 ) -> int:
-    """Find out whether a model's tokens see later ones, layer by layer, and whether it decodes what it computes.
+    """Test layer by layer whether tokens see later tokens, and whether decoding equals the forward pass.
 
-    The exit code is 0 if it is causal, 1 if it leaks or computes different things in different ways.
+    The exit code is 0 if the model is causal, 1 if it leaks or if its implementations disagree.
 
     Args:
-        path: a checkpoint's folder (step_...), a Hugging Face folder, or a YAML file with settings.
-        length: tokens of the random texts; two blocks and some more if not given.
-        positions: tokens to change; if not given, the first, the last, and those inside and at the edges of blocks.
-        seed: of texts and replacements, and of the weights where settings are audited.
-        tolerance: movement in standard deviations that counts as rounding; 1e-5 if not given.
-        layers: audit the first layers only, of a model that does not fit into memory.
+        path: checkpoint folder (step_...), Hugging Face folder, or YAML file with settings.
+        length: tokens of the random texts; default: two blocks and some more.
+        positions: tokens to change; default: the first, the last, and those inside and at the edges of blocks.
+        seed: seed of texts and replacements, and of the weights if settings are audited.
+        tolerance: movement in standard deviations that counts as rounding; default: 1e-5.
+        layers: audit only the first layers, for a model that does not fit into memory.
         json: file for the figures.
-        routing_code: module that registers the checkpoint's routing mode, if that is no part of the library.
+        routing_code: module that registers the checkpoint's routing mode, if it is not one of the library's.
     """
     import os
     from json import dumps

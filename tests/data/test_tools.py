@@ -137,10 +137,13 @@ def test_the_end_of_a_document_is_named(tmp_path: Path, hf_folder: Path) -> None
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--split-sentences",), "--split-sentences: documents are not cut into sentences"),
-        (("--find-optimal-num-workers",), "--find-optimal-num-workers: the best number of --workers"),
-        (("--vocab-file", "v.json"), "--vocab-file v.json is not of --tokenizer-type SentencePieceTokenizer"),
-        (("--tokenizer-type", "GPT2BPETokenizer"), "--vocab-file is missing, which names the tokenizer of --tokenizer"),
+        (("--split-sentences",), "--split-sentences: sentence splitting is not supported"),
+        (("--find-optimal-num-workers",), "--find-optimal-num-workers: set --workers to the number"),
+        (("--vocab-file", "v.json"), "--vocab-file v.json does not belong to --tokenizer-type SentencePiece"),
+        (
+            ("--tokenizer-type", "GPT2BPETokenizer"),
+            "--vocab-file is missing; --tokenizer-type GPT2BPETokenizer needs it",
+        ),
         (("--tokenizer-model", ""), "--tokenizer-model is missing"),
         (("--tokenizer-type", "BertWordPieceCase"), "invalid choice: 'BertWordPieceCase'"),
     ],

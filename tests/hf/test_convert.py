@@ -284,7 +284,7 @@ def test_the_script(small_folder: Path, tmp_path: Path) -> None:
     results = run_distributed(launched.run_tool, 1, calls)[0]
     assert [code for code, _ in results] == [0, 2, 0, 2, 2, 0], results
     assert results[1][1].splitlines()[-1].startswith("error: ") and "is already there" in results[1][1]
-    assert "are for --direction to-hf" in results[3][1] and "go together" in results[4][1]
+    assert "require --direction to-hf" in results[3][1] and "must be given together" in results[4][1]
     assert load_file(tmp_path / "hf/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
     assert (tmp_path / "hf/tokenizer.json").is_file()
 

@@ -137,7 +137,7 @@ def test_show(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
         return {part["sample"] for part in shown(*words)}
 
     assert data("show", "l.json", "--step", "1") == 2
-    assert "no run.yaml beside l.json" in capsys.readouterr().err
+    assert "no run.yaml next to l.json" in capsys.readouterr().err
     assert samples("--step", "2", "--global_batch_size", "4") == {4, 5, 6, 7}
     Path("run.yaml").write_text("training: {global_batch_size: 2}\n")
     assert samples("--step", "2") == {2, 3} and samples("--sample", "9") == {9}
