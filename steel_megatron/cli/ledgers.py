@@ -13,7 +13,7 @@ from steel_megatron.log import get_logger
 
 if TYPE_CHECKING:
     from steel_megatron.data.ledger.ledger import Ledger
-    from steel_megatron.data.ledger.session import DocumentPart
+    from steel_megatron.data.ledger.loader import DocumentPart
 
 logger = get_logger(__name__)
 
@@ -173,10 +173,11 @@ def _summary(path: Path, ledger: Ledger) -> str:
     """The corpora with how far they are read where the run last looked, and what changes when."""
     from steel_megatron.data.ledger.records import in_words
 
-    lines = [f"{path}: samples of {ledger.sequence_length:,} tokens, seed {ledger.seed}, run at {ledger.reached:,}"]
-    if ledger.reserved > ledger.reached:
-        lines[0] += f", reading on to {ledger.reserved:,}"
-    seen = ledger.cursors(ledger.reached)
+    synced = ledger.last_synced_sample
+    lines = [f"{path}: samples of {ledger.sequence_length:,} tokens, seed {ledger.seed}, run at {synced:,}"]
+    if ledger.next_sync_sample > synced:
+        lines[0] += f", reading on to {ledger.next_sync_sample:,}"
+    seen = ledger.cursors(synced)
     for number in sorted(ledger.used):
         corpus, samples = ledger.corpora[number], ledger.samples(number)
         dropped = f", {corpus.dropped.documents:,} documents dropped" if corpus.dropped else ""
@@ -216,8 +217,7 @@ def show(
     import json
 
     from steel_megatron.data.ledger.ledger import Ledger
-    from steel_megatron.data.ledger.loader import LedgerSamples
-    from steel_megatron.data.ledger.session import parts_of
+    from steel_megatron.data.ledger.loader import LedgerSamples, parts_of
     from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
 
     path = Path(ledger)

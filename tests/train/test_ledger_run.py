@@ -42,13 +42,16 @@ def write(prefix: Path, first: int) -> str:
 
 def read(run: RunConfig, first_step: int, last_step: int) -> list[list[list[list[int]]]]:
     """The micro batches of this process in some steps, as tokens with the last label."""
+    from steel_megatron.data.ledger.session import LedgerSession
+    from steel_megatron.parallel import agreement
     from steel_megatron.parallel.topology import initialize
 
     topology = initialize(run.parallel)
     from steel_megatron.train.batches import Batches
 
-    batches, size = Batches(run, topology), run.training.global_batch_size
-    batches.begin(first_step - 1, (first_step - 1) * size)
+    session, size = LedgerSession(run, agreement), run.training.global_batch_size
+    batches = Batches(run, topology, session)
+    session.start(first_step - 1, (first_step - 1) * size)
     found = []
     for step in range(first_step, last_step + 1):
         micro = batches.training((step - 1) * size)
@@ -186,7 +189,7 @@ def test_appended_data_is_taken_in_at_a_checkpoint(tmp_path: Path) -> None:
     assert [(event.at, [added.corpus for added in event.add]) for event in loaded.events] == [
         *((0, [0]), (16, [1]), (40, [2])),
     ]
-    assert (loaded.reached, loaded.reserved) == (32, 48)  # the kill left the stretch reserved
+    assert (loaded.last_synced_sample, loaded.next_sync_sample) == (32, 48)  # the kill left the stretch reserved
     before = was_read(folder)
     assert before == says(ledger, 0, 40)
     assert {sample[0] >= 30 for number in range(16) for sample in before[number]} == {False}
@@ -197,23 +200,25 @@ def test_appended_data_is_taken_in_at_a_checkpoint(tmp_path: Path) -> None:
     assert summary.finished and codes == [0] and Ledger.load(ledger).events[-1].at == 48
     assert was_read(folder, 2) == says(ledger, 32, 64)
     loaded = Ledger.load(ledger)
-    assert (loaded.reached, loaded.reserved) == (64, 64) and loaded.cursors(64)[1] == 20
+    assert (loaded.last_synced_sample, loaded.next_sync_sample) == (64, 64) and loaded.cursors(64)[1] == 20
     assert (summary.checkpoint / "ledger.json").read_bytes() == ledger.read_bytes()
 
 
 def _prepared(run: RunConfig) -> list[str]:
     """What is in the caches when a run has begun and read nothing yet."""
+    from steel_megatron.data.ledger.session import LedgerSession
     from steel_megatron.data.sampling import packing
+    from steel_megatron.parallel import agreement
     from steel_megatron.parallel.topology import initialize
-    from steel_megatron.train.batches import Batches
 
     packing._SAMPLES_OF_FILE = 0
-    batches = Batches(run, initialize(run.parallel))
+    initialize(run.parallel)
+    session = LedgerSession(run, agreement)
     cache = run.ledger_path.with_suffix(".cache")
     cache.mkdir(parents=True)
     (cache / "left.123.partial").touch()
     os.utime(cache / "left.123.partial", (0, 0))
-    batches.begin(0, 0)
+    session.start(0, 0)
     return sorted(path.suffix for path in cache.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""How a ledger's history changes: by commands, and by a run that looks at it. Each change is a new history."""
+"""How a ledger's history changes: by commands, and by a run that syncs with it. Each change is a new history."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Changeable(History):
         Args:
             corpora: the new ones.
             epochs: how often each is read, 2.5 for twice and half of a third time; None for without end.
-            at: the sample from which they are in; None for where the run looks at the ledger next.
+            at: the sample from which they are in; None for the next sync of the run.
             on_duplicate: what to do with a corpus that is in already, or was: ``stop`` or ``skip`` it.
             mixture: weights by domain from then on; None for as before. Needed where a mixture holds that does not name
                 the new corpora's domains.
@@ -138,7 +138,7 @@ class Changeable(History):
         Raises:
             DataError: nothing is, the run may have passed it, or documents were dropped for the sake of what would go.
         """
-        if at is not None and at < self.reserved:
+        if at is not None and at < self.next_sync_sample:
             raise DataError(f"what is planned for sample {at:,} stays: {self._why_not_before()}")
         kept = tuple(event for event in self.events if event.at != at)
         if len(kept) == len(self.events):
@@ -150,26 +150,30 @@ class Changeable(History):
 
     def stopped(self) -> Self:
         """What the ledger says when no run is under way that would read on from where it last looked."""
-        return dataclasses.replace(self, reserved=self.reached)
+        return dataclasses.replace(self, next_sync_sample=self.last_synced_sample)
 
-    def activate(self, consumed: int, reserved: int | None = None) -> Self:
-        """Give pending changes the position at which a run looks at the ledger.
+    def apply_pending(self, consumed: int, next_sync: int | None = None) -> Self:
+        """Give pending changes the position at which a run syncs with the ledger.
 
         Args:
             consumed: the position.
-            reserved: where the run looks next; None for a run that does not go on.
+            next_sync: where the run syncs next; None for a run that ends.
 
         Raises:
             DataError: they do not fit there, or there were fewer samples before.
         """
-        placed = (event if event.at is not None else dataclasses.replace(event, at=consumed) for event in self.events)
-        active = dataclasses.replace(self, events=tuple(placed)).looked(consumed, reserved)
+        scheduled = (
+            event if event.at is not None else dataclasses.replace(event, at=consumed) for event in self.events
+        )
+        active = dataclasses.replace(self, events=tuple(scheduled)).synced(consumed, next_sync)
         active.cursors(consumed)  # that many there must have been
         return active
 
-    def looked(self, consumed: int, reserved: int | None = None) -> Self:
-        """:meth:`activate`, but what is pending stays so."""
-        return dataclasses.replace(self, reached=consumed, reserved=consumed if reserved is None else reserved)
+    def synced(self, consumed: int, next_sync: int | None = None) -> Self:
+        """:meth:`apply_pending`, but what is pending stays so."""
+        return dataclasses.replace(
+            self, last_synced_sample=consumed, next_sync_sample=consumed if next_sync is None else next_sync
+        )
 
     def at_step(self, step: int, consumed: int, global_batch_size: int) -> Self:
         """Note that a run goes on with steps of ``global_batch_size`` samples after ``step`` steps; what was noted of
@@ -185,7 +189,7 @@ class Changeable(History):
             raise DataError(f"the mixture is {shown(event.mixture)}; it must be {MIXTURE}")
         if not self.events and event.at is None:
             event = dataclasses.replace(event, at=0)  # a run begins with something
-        if event.at is not None and event.at < self.reserved:
+        if event.at is not None and event.at < self.next_sync_sample:
             raise DataError(
                 f"a change at sample {event.at:,} is no good: {self._why_not_before()}; or leave out the position "
                 "(--at): then it holds from the run's next checkpoint, or from where it resumes"
@@ -197,12 +201,12 @@ class Changeable(History):
         return self._changed(dataclasses.replace(self, events=(*self.events, event), corpora=corpora or self.corpora))
 
     def _why_not_before(self) -> str:
-        """Why nothing can change before :attr:`reserved`, and what can be done."""
-        if self.reserved == self.reached:
-            return f"the run last looked at the ledger at sample {self.reached:,}; plan for a later one"
+        """Why nothing can change before :attr:`next_sync_sample`, and what can be done."""
+        if self.next_sync_sample == self.last_synced_sample:
+            return f"the run last looked at the ledger at sample {self.last_synced_sample:,}; plan for a later one"
         return (
-            f"a run reads on to sample {self.reserved:,} before it looks at the ledger again; plan for that or a later "
-            "one, or say --stopped true if no run is under way"
+            f"a run reads on to sample {self.next_sync_sample:,} before it looks at the ledger again; plan for that or "
+            "a later one, or say --stopped true if no run is under way"
         )
 
     def _changed(self, new: Self) -> Self:
@@ -219,13 +223,13 @@ class Changeable(History):
         """Of which corpora documents were dropped that another one has which is not read to its end; names of both."""
         if not any(corpus.dropped and corpus.dropped.like for corpus in self._known()):
             return set()
-        placed = self._placed(self.reserved)
-        whole = dataclasses.replace(self, events=tuple(placed))
-        last = pools_of(self.corpora, placed, self.sequence_length)[-1].epochs
+        scheduled = self._scheduled(self.next_sync_sample)
+        whole = dataclasses.replace(self, events=tuple(scheduled))
+        last = pools_of(self.corpora, scheduled, self.sequence_length)[-1].epochs
         read = {number for number, epochs in last.items() if epochs is None or epochs >= 1}
-        cursors = self.cursors(self.reached)
+        cursors = self.cursors(self.last_synced_sample)
         read |= {number for number in self.used if cursors[number] >= self.samples(number)}
-        for event in placed:
+        for event in scheduled:
             for number in map(self.number_of, event.remove):
                 assert event.at is not None
                 if whole.cursors(int(min(event.at, whole.capacity())))[number] >= self.samples(number):

@@ -47,19 +47,19 @@ class History:
     number goes to the next corpus."""
     events: tuple[Event, ...] = ()
     """In the order in which they were written down."""
-    reached: int = 0
-    """Where a run last looked at the ledger, by starting, resuming or saving a checkpoint."""
-    reserved: int = 0
-    """The sample before which a run that is under way does not look again; nothing can be put before."""
+    last_synced_sample: int = 0
+    """Where a run last synced, by starting, resuming or saving a checkpoint."""
+    next_sync_sample: int = 0
+    """Where a run that is under way syncs next; nothing can be put before."""
     steps: tuple[StepSize, ...] = ()
     """How many samples the run's steps took, from the first on; empty in ledgers that no run has begun with."""
 
     def __post_init__(self) -> None:
         assert self.sequence_length >= 1 and 0 <= self.seed < 2**63, (self.sequence_length, self.seed)
-        assert self.reached <= self.reserved, (self.reached, self.reserved)
+        assert self.last_synced_sample <= self.next_sync_sample, (self.last_synced_sample, self.next_sync_sample)
         self._check_corpora()
-        # Pending changes are taken as if they held from where the run looks next; activate() checks their real place.
-        pools_of(self.corpora, self._placed(self.reserved), self.sequence_length)
+        # Pending changes are taken as if they held from the next sync; apply_pending() checks their real position.
+        pools_of(self.corpora, self._scheduled(self.next_sync_sample), self.sequence_length)
 
     def _check_corpora(self) -> None:
         corpora = [self.corpora[number] for number in sorted(self.used)]
@@ -85,14 +85,14 @@ class History:
                     f"{self.sequence_length + 1:,} tokens; shorten the sequence or take more text"
                 )
 
-    def _placed(self, pending_at: int | None) -> list[Event]:
+    def _scheduled(self, pending_at: int | None) -> list[Event]:
         """The events by position, pending ones at a given one, or None to leave them out."""
-        placed = [
+        scheduled = [
             dataclasses.replace(event, at=pending_at) if event.at is None else event
             for event in self.events
             if event.at is not None or pending_at is not None
         ]
-        return sorted(placed, key=lambda event: event.at or 0)
+        return sorted(scheduled, key=lambda event: event.at or 0)
 
     @functools.cached_property
     def _schedule(self) -> Schedule:
@@ -106,24 +106,24 @@ class History:
 
     def _pools_until_pending(self) -> list[Pool]:
         """The pools without what is pending."""
-        placed = self._placed(None)
+        scheduled = self._scheduled(None)
         try:
-            return pools_of(self.corpora, placed, self.sequence_length)
+            return pools_of(self.corpora, scheduled, self.sequence_length)
         except DataError:  # a plan needs what is pending, which comes before it: so far it is for no certain samples
-            settled = [event for event in placed if event.at is not None and event.at < self.reserved]
+            settled = [event for event in scheduled if event.at is not None and event.at < self.next_sync_sample]
             return pools_of(self.corpora, settled, self.sequence_length)
 
     @property
     def pending(self) -> tuple[Event, ...]:
-        """Changes that wait for a run to look at the ledger."""
+        """Changes that wait for the next sync of a run."""
         return tuple(event for event in self.events if event.at is None)
 
     def in_use(self) -> list[int]:
-        """The numbers of the corpora that are read from :attr:`reached` on, with or without pending changes."""
+        """The numbers of the corpora that are read from the last sync on, with or without pending changes."""
         found: set[int] = set()
-        with_pending = pools_of(self.corpora, self._placed(self.reserved), self.sequence_length)
+        with_pending = pools_of(self.corpora, self._scheduled(self.next_sync_sample), self.sequence_length)
         for pools in (self._pools_until_pending(), with_pending):
-            current = max(number for number, pool in enumerate(pools) if pool.at <= self.reached)
+            current = max(number for number, pool in enumerate(pools) if pool.at <= self.last_synced_sample)
             found |= {corpus for pool in pools[current:] for corpus in pool.epochs}
         return sorted(found)
 
@@ -195,7 +195,7 @@ class History:
 
     def before(self, position: int) -> list[Event]:
         """The events that decide the samples before a position, in their order."""
-        return [event for event in self._placed(None) if event.at is not None and event.at < position]
+        return [event for event in self._scheduled(None) if event.at is not None and event.at < position]
 
     def meaning(self, event: Event) -> dict[str, Any]:
         """All that an event of this history decides, without names and paths."""

@@ -5,8 +5,8 @@ the two (:mod:`~steel_megatron.data.ledger.schedule`), the same for any number o
 events to which one is appended for every change, and is never changed in the past: what decides the samples before a
 position has a fingerprint, which a checkpoint holds against the ledger it resumes with.
 
-A change is pending (``at`` is null) until a run looks at the ledger, by starting, resuming or saving a checkpoint, and
-gives it the position it is at. Then the pool is everything unseen plus the new, in a new order. A change with a
+A change is pending (``at`` is null) until a run syncs, by starting, resuming or saving a checkpoint, and gives it the
+position it is at. Then the pool is everything unseen plus the new, in a new order. A change with a
 position of its own is planned, a stage of a curriculum.
 """
 
@@ -43,8 +43,8 @@ logger = get_logger(__name__)
 
 LOCK_SECONDS = 300.0
 """How long to wait for somebody who changes a ledger; changes take no longer than a corpus takes to be opened."""
-LOOK_SECONDS = 5.0
-"""The same for a run that looks before a checkpoint: it can look again at the next, and may be about to be killed."""
+SYNC_SECONDS = 5.0
+"""The same for a run that syncs before a checkpoint: it can sync again at the next, and may be about to be killed."""
 
 
 class Read(NamedTuple):
@@ -105,7 +105,7 @@ class Ledger(Changeable):
             names: by which commands call them; None for the last parts of the prefixes.
             domain: by which mixtures call all of them.
             epochs: how often each is read, 2.5 for twice and half of a third time; None for without end.
-            at: the sample from which they are in; None for where the run looks at the ledger next.
+            at: the sample from which they are in; None for the next sync of the run.
             on_duplicate: what to do with a corpus that is in already, or was: ``stop`` or ``skip`` it.
             mixture: weights by domain from then on; None for as before.
             drop_duplicates: whether to leave out documents that are exactly the same as others in the pool, or as
@@ -138,7 +138,7 @@ class Ledger(Changeable):
 
     def _compared(self) -> tuple[Read, ...]:
         """What new documents are compared with: all that a run has read, or may still read."""
-        cursors, in_use = self.cursors(self.reached), set(self.in_use())
+        cursors, in_use = self.cursors(self.last_synced_sample), set(self.in_use())
         return tuple(
             Read(number, self.corpora[number].content, None if number in in_use else int(cursors[number]))
             for number in sorted(self.used)
@@ -294,7 +294,7 @@ def open_corpora(ledger: Ledger, vocab_size: int | None = None) -> OpenCorpora:
 def dumps(ledger: Ledger) -> str:
     """A ledger as JSON."""
     values: dict[str, Any] = {"format": FORMAT, "sequence_length": ledger.sequence_length, "seed": ledger.seed}
-    values |= {"reached": ledger.reached, "reserved": ledger.reserved}
+    values |= {"reached": ledger.last_synced_sample, "reserved": ledger.next_sync_sample}
     values["steps"] = [vars(size) for size in ledger.steps]
     values["corpora"] = [corpus_to(corpus) for corpus in ledger.corpora]
     values["events"] = [event_to(event) for event in ledger.events]

@@ -10,12 +10,13 @@ the same for any number.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from steel_megatron.data.indexed.dataset import IndexedCorpus, open_indexed
+from steel_megatron.data.indexed.dataset import IndexedCorpus, Origin, open_indexed
 from steel_megatron.data.ledger.ledger import Ledger, open_corpora
 from steel_megatron.data.sampling.packing import PackedEpoch, Piece, samples_of
 from steel_megatron.errors import ConfigError, DataError
@@ -179,3 +180,39 @@ def read_samples(stream: Samples, numbers: Sequence[int], with_starts: bool) -> 
         return np.stack([stream.sample(number) for number in numbers]), None
     tokens, starts = zip(*(stream.sample_with_starts(number) for number in numbers), strict=True)
     return np.stack(tokens), np.stack(starts)
+
+
+@dataclass(frozen=True)
+class DocumentPart:
+    """A part of a document in a sample."""
+
+    corpus: str
+    """Name of the corpus in the ledger."""
+    document: int
+    """Number of the document in its corpus."""
+    origin: Origin | None
+    """The file and row it came from; None where nobody recorded it."""
+    offset: int
+    """The document's token with which the part begins."""
+    ids: tuple[int, ...]
+    """The token ids of the part."""
+
+
+def parts_of(samples: LedgerSamples, number: int) -> list[DocumentPart]:
+    """The documents that a sample is made of, in order.
+
+    Raises:
+        DataError: the ledger has no such sample.
+    """
+    name = samples.ledger.corpora[samples.ledger.locate(number).corpus].name
+    corpus, pieces = samples.documents(number)
+    return [
+        DocumentPart(
+            name,
+            piece.document,
+            corpus.origin(piece.document),
+            piece.offset,
+            tuple(corpus.tokens_of(piece.document, piece.offset, piece.length).tolist()),
+        )
+        for piece in pieces
+    ]

@@ -86,7 +86,7 @@ def test_duplicates_are_dropped_on_append(tmp_path: Path) -> None:
     assert dropped[0] is None
     assert [(of.documents, of.tokens) for of in dropped[1:] if of] == [(12, 240), (40, 800)]
     ledger.save(path)
-    again = Ledger.load(path).activate(30)
+    again = Ledger.load(path).apply_pending(30)
     assert set(read(again).values()) == {1}
     assert again.capacity() == 99 + 79 + 59
     # Where documents were dropped decides what was read.
@@ -134,9 +134,9 @@ def test_documents_are_compared_with_all_that_is_read(tmp_path: Path) -> None:
     assert dropped(append_all(path, new)) == 10
     begin.append([write(tmp_path / "c", texts(*range(60, 80)))], at=120).save(path)  # comes in later
     assert dropped(append_all(path, new)) == 30
-    begin.remove(["a"], at=218).activate(218).save(path)  # was read in full
+    begin.remove(["a"], at=218).apply_pending(218).save(path)  # was read in full
     assert dropped(append_all(path, new)) == 10
-    begin.remove(["a"], at=0).activate(10).save(path)  # was never read
+    begin.remove(["a"], at=0).apply_pending(10).save(path)  # was never read
     assert dropped(append_all(path, new)) == 0
 
 
@@ -144,7 +144,7 @@ def test_of_a_removed_corpus_what_was_read_counts(tmp_path: Path, caplog: pytest
     path, new = tmp_path / "ledger.json", write(tmp_path / "new", texts(*range(90)))
     begin = Ledger.create([write(tmp_path / "a", texts(*range(50)))], sequence_length=10, seed=1)
     begin = begin.append([write(tmp_path / "base", texts(*range(200, 260)))], at=0)
-    ledger = begin.remove(["a"], at=100).activate(100)
+    ledger = begin.remove(["a"], at=100).apply_pending(100)
     ledger.save(path)
     first = ledger.packed(0, 0, open_corpora(ledger)[0])
     pieces = [piece for sample in range(int(ledger.cursors(100)[0])) for piece in first.pieces(sample)]

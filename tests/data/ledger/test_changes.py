@@ -16,20 +16,22 @@ from tests.data.ledgers import LENGTH, corpus, ledger_of, located, two
 
 
 def test_what_is_reserved_is_freed_by_a_stop() -> None:
-    running = two().activate(50, 70)
+    running = two().apply_pending(50, 70)
     assert running.add([corpus("c", 9)]).events[-1].at is None
     planned = running.add([corpus("c", 9)], at=70)
     assert planned.cancel(70) == running
     assert running.stopped().remove(["a"], at=50).cancel(50) == running.stopped() != running
-    taken = running.stopped().remove(["a"]).activate(50)  # a run took it in, and was killed before its checkpoint
+    taken = running.stopped().remove(["a"]).apply_pending(50)  # a run took it in, and was killed before its checkpoint
     assert taken.fingerprint(50) == running.fingerprint(50) and taken.cancel(50) == running.stopped()
 
 
 def test_a_plan_may_need_what_is_pending() -> None:
-    ledger = two().activate(20, 40).add([corpus("c", 50, "code")]).set_mixture({"zh": 1, "en": 1, "code": 2}, at=60)
+    ledger = (
+        two().apply_pending(20, 40).add([corpus("c", 50, "code")]).set_mixture({"zh": 1, "en": 1, "code": 2}, at=60)
+    )
     ledger = ledger.set_mixture({"zh": 1, "en": 1, "code": 0}, at=90).remove(["c"], at=90)
     assert located(ledger, 0, 40) == located(two(), 0, 40) and ledger.in_use() == [0, 1, 2]
-    stages = np.array([number for number, *_ in located(ledger.activate(40), 0, 120)])
+    stages = np.array([number for number, *_ in located(ledger.apply_pending(40), 0, 120)])
     assert [2 in stages[begin:end] for begin, end in ((0, 40), (40, 60), (60, 90), (90, 120))] == [
         False,
         True,
@@ -85,7 +87,7 @@ def kept_and_dropped(**options: int | None) -> Ledger:
     [
         lambda: kept_and_dropped(at=40).cancel(40),
         lambda: kept_and_dropped(at=40).remove(["a"], at=70),
-        lambda: kept_and_dropped(at=40).activate(61).remove(["a"]),
+        lambda: kept_and_dropped(at=40).apply_pending(61).remove(["a"]),
         lambda: kept_and_dropped(at=40).reweight({"a": 0.5}, at=70),
         lambda: kept_and_dropped(epochs=0.5, at=40),
     ],
@@ -102,7 +104,7 @@ def test_what_is_read_once_or_not_needed_may_go() -> None:
     ledger.remove(["a", "b"], at=70)
     ledger.cancel(60).cancel(40)
     ledger.reweight({"a": 1.5}, at=70)
-    read = ledger.activate(249)
+    read = ledger.apply_pending(249)
     assert read.remove(["a"]).reweight({"b": 2}).lost() == set()
     assert ledger.remove(["a"], at=249).lost() == set()
     assert read.reweight({"a": 0.5}).lost() == set()
@@ -120,9 +122,12 @@ def test_what_is_read_once_or_not_needed_may_go() -> None:
         (lambda: two().add([corpus("c", 2**20)], 2.0**30), "corpus 'c' has 1,048,576 samples .* lower epochs"),
         (lambda: two().add([corpus("c", 9, "math")], mixture={"zh": 1.0}), "does not name domain 'en'"),
         (lambda: two().set_mixture({"zh": 1, "en": 1}).add([corpus("c", 9, "math")]), "does not name domain 'math'"),
-        (lambda: two().activate(50).add([corpus("c", 9)], at=49), "49 is no good: the run last looked .* sample 50"),
         (
-            lambda: two().activate(50, 60).add([corpus("c", 9)], at=59),
+            lambda: two().apply_pending(50).add([corpus("c", 9)], at=49),
+            "49 is no good: the run last looked .* sample 50",
+        ),
+        (
+            lambda: two().apply_pending(50, 60).add([corpus("c", 9)], at=59),
             "59 is no good: a run reads on to sample 60 .*--at",
         ),
         (lambda: two().add([corpus("c", 9)], at=2**41), "the last that can be planned is 1,099,511,627,776"),
@@ -145,11 +150,14 @@ def test_what_is_read_once_or_not_needed_may_go() -> None:
         (lambda: two().cancel(0), "nothing would be left in the ledger"),
         (lambda: two().cancel(70), "nothing is planned for sample 70"),
         (
-            lambda: two().remove(["a"], at=20).activate(21).cancel(20),
+            lambda: two().remove(["a"], at=20).apply_pending(21).cancel(20),
             "sample 20 stays: the run last looked .* sample 21",
         ),
-        (lambda: two().remove(["a"], at=20).activate(10, 21).cancel(20), "20 stays: a run reads on to .*21.*--stopped"),
-        (lambda: two().activate(201), "has 200 samples, and 201 were asked for: every corpus is read .*a, b"),
+        (
+            lambda: two().remove(["a"], at=20).apply_pending(10, 21).cancel(20),
+            "20 stays: a run reads on to .*21.*--stopped",
+        ),
+        (lambda: two().apply_pending(201), "has 200 samples, and 201 were asked for: every corpus is read .*a, b"),
         (lambda: two().locate(200), "has 200 samples, and 201 were asked for"),
         (lambda: two().locate_range(0, 201), "has 200 samples, and 201 were asked for"),
         (lambda: two().require(999, "train_steps"), "has 200 samples, and 999 were asked for by train_steps: every"),

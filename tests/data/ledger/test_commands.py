@@ -48,12 +48,12 @@ def last(path: str = "l.json") -> Event:
 
 def running(reached: int, reserved: int) -> None:
     with edit("l.json") as file:
-        file.ledger = file.ledger.activate(reached, reserved)
+        file.ledger = file.ledger.apply_pending(reached, reserved)
 
 
 def test_create(folder: Folder) -> None:
     ledger = Ledger.load("l.json")
-    assert (ledger.sequence_length, ledger.seed, ledger.reached, ledger.reserved) == (10, 1234, 0, 0)
+    assert (ledger.sequence_length, ledger.seed, ledger.last_synced_sample, ledger.next_sync_sample) == (10, 1234, 0, 0)
     assert [(corpus.name, corpus.domain, corpus.prefix) for corpus in ledger.corpora] == [("a", "zh", f"{folder}/a")]
     assert ledger.events == (Event(0, ledger.events[0].add),) and ledger.events[0].add[0].epochs == 2.0
     words = ["create", "m.json", "a", "b", "--sequence_length", "12", "--seed", "5", "--names", "x", "y"]
@@ -124,7 +124,9 @@ def test_what_a_run_reads_before_it_looks_again_stays(
     assert Path("l.json").read_bytes() == before
     assert data(*words, "--stopped", "true") == 0
     ledger = Ledger.load("l.json")
-    assert (ledger.reached, ledger.reserved) == (20, 20) and len(ledger.events) == (2 if words[0] == "cancel" else 4)
+    assert (ledger.last_synced_sample, ledger.next_sync_sample) == (20, 20) and len(ledger.events) == (
+        2 if words[0] == "cancel" else 4
+    )
 
 
 def test_show(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,7 +226,7 @@ def test_others_may_change_the_ledger_while_corpora_are_read(folder: Folder) -> 
     drop = False
     assert beside(work, "append", "l.json", "b") == 0
     assert [corpus.name for corpus in Ledger.load("l.json").corpora] == ["a", "c", "b"]
-    assert Ledger.load("l.json").reserved == 30
+    assert Ledger.load("l.json").next_sync_sample == 30
 
 
 @pytest.mark.timeout(90)

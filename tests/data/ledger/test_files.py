@@ -33,7 +33,7 @@ def test_a_ledger_is_the_same_after_a_file(tmp_path: Path) -> None:
 
 
 def test_ledgers_of_earlier_versions_can_be_read(tmp_path: Path) -> None:
-    run = full().activate(40, 50).at_step(5, 40, 8)
+    run = full().apply_pending(40, 50).at_step(5, 40, 8)
     content = json.loads(dumps(run))
     for added in ("reserved", "steps"):
         del content[added]
@@ -42,7 +42,7 @@ def test_ledgers_of_earlier_versions_can_be_read(tmp_path: Path) -> None:
             del entry["dropped"]["like"]
     (tmp_path / "ledger.json").write_text(json.dumps(content))
     loaded = Ledger.load(tmp_path / "ledger.json")
-    assert loaded == dataclasses.replace(run, reserved=40, steps=())
+    assert loaded == dataclasses.replace(run, next_sync_sample=40, steps=())
     assert loaded.fingerprint(90) == run.fingerprint(90)
 
 
@@ -213,7 +213,7 @@ def test_a_run_reads_each_token_of_its_corpora_once(tmp_path: Path) -> None:
     prefixes = [write(tmp_path / "a", documents(0)), write(tmp_path / "b", documents(2000), np.int32)]
     ledger = Ledger.create(prefixes, sequence_length=8, seed=5)
     grown = ledger.append([write_megatron(tmp_path / "c", [[text] for text in documents(4000)])], domain="old")
-    run = grown.activate(50)
+    run = grown.apply_pending(50)
     assert [(entry.name, entry.domain) for entry in run.corpora] == [("a", "default"), ("b", "default"), ("c", "old")]
     found = tokens_of(run, 0, int(run.capacity()))
     assert set(found.values()) == {1} and len(found) == 8 * run.capacity()
@@ -301,7 +301,7 @@ def test_a_copy_needs_the_files_beside_it(tmp_path: Path) -> None:
 
 def test_a_removed_corpus_may_be_gone(tmp_path: Path) -> None:
     prefixes = [write(tmp_path / "a", documents(0)), write(tmp_path / "b", documents(2000))]
-    ledger = Ledger.create(prefixes, sequence_length=8, seed=5).remove(["a"]).activate(20)
+    ledger = Ledger.create(prefixes, sequence_length=8, seed=5).remove(["a"]).apply_pending(20)
     for path in tmp_path.glob("a.*"):
         path.unlink()
     corpora = open_corpora(ledger)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from steel_megatron.data.ledger.ledger import Ledger, dumps, loads
 from steel_megatron.data.ledger.loader import micro_batches
 from steel_megatron.data.ledger.records import Dropped, StepSize, in_words, samples_in
-from steel_megatron.data.ledger.session import Place, begun, continued, left
+from steel_megatron.data.ledger.sync import RunPosition, defer, resume, start
 from steel_megatron.errors import DataError
 from tests.data.ledgers import LENGTH, corpus, ledger_of, located, two
 
@@ -37,7 +37,7 @@ class Run:
 
     def train(self, ranks: int, accumulation: int) -> None:
         """To where the run looks next, by whole batches, each process by a ledger of its own."""
-        end, size = int(min(self.own.reserved, self.own.capacity())), ranks * accumulation
+        end, size = int(min(self.own.next_sync_sample, self.own.capacity())), ranks * accumulation
         ledgers = [loads(dumps(self.own), "memory") for _ in range(ranks)]
         while self.consumed + size <= end:
             shares = [micro_batches(self.consumed, size, 1, rank, ranks) for rank in range(ranks)]
@@ -46,23 +46,23 @@ class Run:
                     self.seen += [tuple(own.locate(number)) for number in numbers]
             self.consumed += size
 
-    def place(self, ahead: int) -> Place:
-        return Place(self.consumed, self.consumed, self.consumed + ahead, 0, 1)
+    def position(self, ahead: int) -> RunPosition:
+        return RunPosition(self.consumed, self.consumed, self.consumed + ahead, 0, 1)
 
     def look(self, ahead: int, refuse: bool) -> None:
         """Before a checkpoint, perhaps at changes that cannot be taken in."""
         try:
             if refuse:
                 raise DataError("a corpus cannot be opened")
-            self.ledger = self.own = continued(self.ledger, self.own, self.place(ahead))
+            self.ledger = self.own = resume(self.ledger, self.own, self.position(ahead))
         except DataError:
             before = {in_words(event, self.ledger.corpora) for event in self.ledger.events}
             try:
-                self.ledger = left(self.ledger, self.own, self.place(ahead))
+                self.ledger = defer(self.ledger, self.own, self.position(ahead))
                 assert before <= {in_words(event, self.ledger.corpora) for event in self.ledger.events}
             except DataError:
-                self.ledger = self.own.looked(self.consumed, self.consumed + ahead)  # what does not fit is set aside
-            self.own = dataclasses.replace(self.own, reserved=self.ledger.reserved)
+                self.ledger = self.own.synced(self.consumed, self.consumed + ahead)  # what does not fit is set aside
+            self.own = dataclasses.replace(self.own, next_sync_sample=self.ledger.next_sync_sample)
         self.saved[self.consumed] = self.own.fingerprint(self.consumed)
 
     def resume(self, checkpoint: int, ahead: int) -> None:
@@ -70,7 +70,7 @@ class Run:
         del self.seen[checkpoint:]
         self.consumed = checkpoint
         self.saved = {at: of for at, of in self.saved.items() if at <= checkpoint}
-        self.ledger = self.own = begun(self.ledger, self.place(ahead))
+        self.ledger = self.own = start(self.ledger, self.position(ahead))
 
     def check(self) -> None:
         """What holds at every moment."""
@@ -94,7 +94,7 @@ EPOCHS = st.sampled_from([0.5, 1.0, 1.7, 2.5, 3])
 def in_pool(ledger: Ledger) -> dict[str, float | None]:
     """Names and epochs of the corpora that are in at last; by a plain replay of the events."""
     pool: dict[str, float | None] = {}
-    for event in sorted(ledger.events, key=lambda event: ledger.reserved if event.at is None else event.at):
+    for event in sorted(ledger.events, key=lambda event: ledger.next_sync_sample if event.at is None else event.at):
         pool |= {ledger.corpora[added.corpus].name: added.epochs for added in event.add}
         pool |= event.epochs
         for name in event.remove:
@@ -108,7 +108,7 @@ def changed(ledger: Ledger, data: st.DataObject, endless: bool, mixtures: bool) 
     names, domains = sorted(in_pool(ledger)), sorted({entry.domain for entry in ledger.corpora})
     kind = data.draw(st.sampled_from(["add", "add", "remove", "reweight", "mixture", "cancel"]))
     weights = st.fixed_dictionaries({domain: st.sampled_from([0.0, 1.0, 2.5]) for domain in domains})
-    at = data.draw(st.one_of(st.none(), st.integers(ledger.reserved - 2, ledger.reserved + 20)))
+    at = data.draw(st.one_of(st.none(), st.integers(ledger.next_sync_sample - 2, ledger.next_sync_sample + 20)))
     try:
         if kind == "add":
             name, domain = f"c{data.draw(st.integers(2, 10**6))}", data.draw(st.sampled_from(["zh", "en"]))
@@ -134,7 +134,7 @@ def changed(ledger: Ledger, data: st.DataObject, endless: bool, mixtures: bool) 
 def resumed(run: Run, checkpoint: int, ahead: int) -> None:
     """Resume; what does not fit there, as a later change was made for another pool, is taken back."""
     try:
-        run.ledger.activate(checkpoint)
+        run.ledger.apply_pending(checkpoint)
     except DataError:
         kept = tuple(event for event in run.ledger.events if event.at is not None)
         run.ledger = dataclasses.replace(run.ledger, events=kept)
@@ -238,7 +238,7 @@ def test_the_order_is_the_same_for_ever() -> None:
 
 
 def test_unseen_and_new_are_shuffled_together() -> None:
-    ledger = ledger_of(corpus("a", 1000)).add([corpus("b", 600)]).activate(400)
+    ledger = ledger_of(corpus("a", 1000)).add([corpus("b", 600)]).apply_pending(400)
     numbers = np.array([number for number, *_ in located(ledger, 0, 1600)])
     assert not numbers[:400].any() and numbers[400:].sum() == 600
     for stretch in np.split(numbers[400:], 12):
@@ -248,7 +248,7 @@ def test_unseen_and_new_are_shuffled_together() -> None:
 def test_the_example_of_the_docs() -> None:
     ledger = ledger_of(corpus("zh", 6), epochs=2.0).add([corpus("code", 4)])
     assert ledger.events[-1].at is None and ledger.capacity() == 12
-    resumed_at_5 = ledger.activate(5)
+    resumed_at_5 = ledger.apply_pending(5)
     assert resumed_at_5.capacity() == 16
     rest = located(resumed_at_5, 5, 16)
     assert sorted(rest) == [(0, 0, 5), *((0, 1, n) for n in range(6)), *((1, 0, n) for n in range(4))]
@@ -267,7 +267,7 @@ def test_endless_corpora_come_in_rounds() -> None:
     rounds = {tuple(number for number, *_ in located(both, begin, begin + 40)) for begin in range(0, 160, 40)}
     assert len(rounds) == 4 and all(sum(numbers) == 20 for numbers in rounds)
     # What comes in when an epoch is half read: the round is what is left of it.
-    halfway = ledger_of(corpus("web", 10), epochs=None).add([corpus("book", 5)]).activate(4)
+    halfway = ledger_of(corpus("web", 10), epochs=None).add([corpus("book", 5)]).apply_pending(4)
     assert Counter(number for number, *_ in located(halfway, 4, 15)) == {0: 6, 1: 5}
 
 
@@ -282,9 +282,9 @@ def test_a_mixture_is_held_until_a_corpus_is_used_up() -> None:
         assert np.abs(np.cumsum(corpora == number) - share * np.arange(1, 534)).max() < 3
     with pytest.raises(DataError, match=r"has 533 samples, and 534 were asked for: the mixture used up domain 'zh'"):
         ledger.locate(533)
-    paused = ledger.set_mixture({"zh": 0, "en": 1}).activate(533)
+    paused = ledger.set_mixture({"zh": 0, "en": 1}).apply_pending(533)
     assert {number for number, *_ in located(paused, 533, 1000)} == {2}
-    used_up = ledger.set_mixture({"zh": 1, "en": 0}).activate(533).set_mixture(None, at=600)
+    used_up = ledger.set_mixture({"zh": 1, "en": 0}).apply_pending(533).set_mixture(None, at=600)
     with pytest.raises(DataError, match="has 533 samples, before what is planned for sample 600"):
         used_up.locate(540)
 
@@ -299,23 +299,23 @@ def test_a_mixture_without_end_repeats_small_corpora() -> None:
 
 def test_a_curriculum_is_planned_and_an_append_comes_between() -> None:
     planned = ledger_of(corpus("a", 500, "zh"), corpus("b", 500, "en")).set_mixture({"zh": 1, "en": 3}, at=600)
-    grown = planned.add([corpus("c", 200, "zh")]).activate(200)
+    grown = planned.add([corpus("c", 200, "zh")]).apply_pending(200)
     assert located(grown, 0, 200) == located(planned, 0, 200)
     assert located(grown, 200, 400) != located(planned, 200, 400)
     assert [event.at for event in grown.events] == [0, 600, 200]
     stage = Counter(grown.corpora[number].domain for number, *_ in located(grown, 600, 800))
     assert stage["zh"] == pytest.approx(50, abs=3)
     # A stage that the run has passed comes before what is pending until then.
-    late = planned.add([corpus("c", 200, "zh")]).activate(650)
+    late = planned.add([corpus("c", 200, "zh")]).apply_pending(650)
     assert located(late, 0, 650) == located(planned, 0, 650)
     # Resumed from before a change, the change stays where it is, and can be taken back.
-    again = grown.activate(100)
+    again = grown.apply_pending(100)
     assert located(again, 0, 800) == located(grown, 0, 800)
     assert again.cancel(200).locate_range(0, 500)[0].max() == 1
 
 
 def test_removed_corpora_do_not_come_again() -> None:
-    ledger = ledger_of(corpus("a", 100), corpus("b", 100)).remove(["a"]).activate(50)
+    ledger = ledger_of(corpus("a", 100), corpus("b", 100)).remove(["a"]).apply_pending(50)
     assert 0 in {number for number, *_ in located(ledger, 0, 50)}
     assert {number for number, *_ in located(ledger, 50, int(ledger.capacity()))} == {1}
     assert ledger.cursors(int(ledger.capacity()))[1] == 100
@@ -325,22 +325,22 @@ def test_removed_corpora_do_not_come_again() -> None:
 
 
 def test_a_paused_domain_may_lose_its_last_corpus() -> None:
-    ledger = two().set_mixture({"zh": 1, "en": 0}, at=0).remove(["b"]).activate(10)
+    ledger = two().set_mixture({"zh": 1, "en": 0}, at=0).remove(["b"]).apply_pending(10)
     assert ledger.capacity() == 100
 
 
 def test_lower_epochs_end_a_corpus_that_was_read_so_far() -> None:
     ledger = ledger_of(corpus("a", 100), corpus("b", 100), epochs=3)
-    lowered = ledger.reweight({"a": 0.1}).activate(300)
+    lowered = ledger.reweight({"a": 0.1}).apply_pending(300)
     assert lowered.capacity() == 300 + 300 - int(lowered.cursors(300)[1])
-    raised = lowered.reweight({"a": 3}).activate(400)
+    raised = lowered.reweight({"a": 3}).apply_pending(400)
     assert raised.cursors(int(raised.capacity())).tolist() == [300, 300]
 
 
 def test_a_cancelled_corpus_can_come_in_later() -> None:
     ledger = ledger_of(corpus("a", 10)).add([corpus("b", 10)]).cancel()
     assert ledger.pending == () and ledger.capacity() == 10
-    again = ledger.add([corpus("b", 10, domain="other")], 2.0).activate(10)
+    again = ledger.add([corpus("b", 10, domain="other")], 2.0).apply_pending(10)
     assert again.capacity() == 30 and len(again.corpora) == 2 and again.corpora[1].domain == "other"
 
 
@@ -370,7 +370,12 @@ def test_fingerprints_say_what_decided_the_past() -> None:
         ledger.reweight({"a": 2}, at=49),
         ledger.reweight({"a": None}, at=49),
     ]
-    assert dataclasses.replace(ledger, reached=9, reserved=20, steps=(StepSize(0, 0, 4),)).fingerprint(50) == base
+    assert (
+        dataclasses.replace(ledger, last_synced_sample=9, next_sync_sample=20, steps=(StepSize(0, 0, 4),)).fingerprint(
+            50
+        )
+        == base
+    )
     assert len({base, *(other.fingerprint(50) for other in others)}) == 1 + len(others)
 
 

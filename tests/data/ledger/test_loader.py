@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from steel_megatron.data.indexed.dataset import Origin
 from steel_megatron.data.indexed.writer import IndexedWriter
 from steel_megatron.data.ledger.ledger import Ledger, edit
-from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, micro_batches, read_samples
-from steel_megatron.data.ledger.session import names_of, new_ledger, parts_of, read_ledger
+from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, micro_batches, parts_of, read_samples
+from steel_megatron.data.ledger.session import names_of, new_ledger, read_ledger
 from steel_megatron.data.sampling import packing
 from steel_megatron.errors import ConfigError, DataError
 
