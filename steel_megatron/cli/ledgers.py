@@ -12,6 +12,7 @@ from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.log import get_logger
 
 if TYPE_CHECKING:
+    from steel_megatron.data.ledger.history import History
     from steel_megatron.data.ledger.ledger import Ledger
     from steel_megatron.data.ledger.loader import DocumentPart
 
@@ -43,13 +44,13 @@ def create(
         domain: by which mixtures call them all.
         epochs: how often each corpus is read in the whole run, such as 1 or 2.5; without end if not given.
     """
-    from steel_megatron.data.ledger.ledger import edit
-    from steel_megatron.data.ledger.session import new_ledger
+    from steel_megatron.data.ledger.ledger import Ledger, edit
 
     path = Path(ledger)
     if path.exists():
         raise DataError(f"{path} exists already; append to it (steel-megatron data append), or choose another name")
-    made = new_ledger(path.parent, prefixes, sequence_length, seed, names or None, domain, epochs)
+    named = {"names": names or None, "domain": domain, "epochs": epochs}
+    made = Ledger.create(prefixes, sequence_length, seed, path.parent, **named)
     with edit(path, made) as file:
         if file.ledger != made:
             raise DataError(f"{path} has just been made by somebody else; append to it (steel-megatron data append)")
@@ -82,15 +83,15 @@ def append(
         mixture: weights from then on, such as zh=0.8 en=0.2; as before if not given.
         stopped: that no run is under way; frees what a killed one had still planned to read.
     """
+    from steel_megatron.data.ledger import changes
     from steel_megatron.data.ledger.ledger import Ledger, edit
-    from steel_megatron.data.ledger.session import names_of
 
-    path, weights, called = Path(ledger), _weights(mixture) if mixture else None, names or names_of(prefixes)
+    path, weights = Path(ledger), _weights(mixture) if mixture else None
     while True:
         # What may take hours is done while others may change the ledger, and a run may begin.
-        incoming = Ledger.load(path).incoming(prefixes, called, domain, on_duplicate, drop_duplicates)
+        incoming = Ledger.load(path).incoming(prefixes, names or None, domain, on_duplicate, drop_duplicates)
         with edit(path) as file:
-            old = file.ledger.stopped() if stopped else file.ledger
+            old = file.ledger.then(changes.stopped) if stopped else file.ledger
             if old.up_to_date(incoming):
                 file.ledger = old.take_in(incoming, epochs, at, on_duplicate, weights)
                 break
@@ -107,7 +108,9 @@ def remove(ledger: str, names: list[str], at: int | None = None, stopped: bool =
         at: the sample from which they are out; if not given, the run's next checkpoint, or where it resumes.
         stopped: that no run is under way; frees what a killed one had still planned to read.
     """
-    _change(ledger, stopped, lambda old: old.remove(names, at))
+    from steel_megatron.data.ledger import changes
+
+    _change(ledger, stopped, lambda old: changes.remove(old, names, at))
 
 
 def reweight(ledger: str, names: list[str], epochs: float | None, at: int | None = None, stopped: bool = False) -> None:
@@ -120,7 +123,9 @@ def reweight(ledger: str, names: list[str], epochs: float | None, at: int | None
         at: the sample from which it holds; if not given, the run's next checkpoint, or where it resumes.
         stopped: that no run is under way; frees what a killed one had still planned to read.
     """
-    _change(ledger, stopped, lambda old: old.reweight(dict.fromkeys(names, epochs), at))
+    from steel_megatron.data.ledger import changes
+
+    _change(ledger, stopped, lambda old: changes.reweight(old, dict.fromkeys(names, epochs), at))
 
 
 def mixture(ledger: str, weights: list[str], at: int | None = None, stopped: bool = False) -> None:
@@ -132,8 +137,10 @@ def mixture(ledger: str, weights: list[str], at: int | None = None, stopped: boo
         at: the sample from which they hold; if not given, the run's next checkpoint, or where it resumes.
         stopped: that no run is under way; frees what a killed one had still planned to read.
     """
+    from steel_megatron.data.ledger import changes
+
     chosen = None if weights == ["none"] else _weights(weights)
-    _change(ledger, stopped, lambda old: old.set_mixture(chosen, at))
+    _change(ledger, stopped, lambda old: changes.set_mixture(old, chosen, at))
 
 
 def cancel(ledger: str, at: int | None = None, stopped: bool = False) -> None:
@@ -144,7 +151,9 @@ def cancel(ledger: str, at: int | None = None, stopped: bool = False) -> None:
         at: the sample it is planned for; what waits if not given.
         stopped: that no run is under way; frees what a killed one had still planned to read.
     """
-    _change(ledger, stopped, lambda old: old.cancel(at))
+    from steel_megatron.data.ledger import changes
+
+    _change(ledger, stopped, lambda old: changes.cancel(old, at))
 
 
 def _weights(words: list[str]) -> dict[str, float]:
@@ -161,11 +170,12 @@ def _weights(words: list[str]) -> dict[str, float]:
     return found
 
 
-def _change(path: str, stopped: bool, change: Callable[[Ledger], Ledger]) -> None:
+def _change(path: str, stopped: bool, change: Callable[[History], History]) -> None:
+    from steel_megatron.data.ledger import changes
     from steel_megatron.data.ledger.ledger import edit
 
     with edit(path) as file:
-        file.ledger = change(file.ledger.stopped() if stopped else file.ledger)
+        file.ledger = (file.ledger.then(changes.stopped) if stopped else file.ledger).then(change)
     sys.stdout.write(_summary(Path(path), file.ledger))
 
 
@@ -173,22 +183,23 @@ def _summary(path: Path, ledger: Ledger) -> str:
     """The corpora with how far they are read where the run last looked, and what changes when."""
     from steel_megatron.data.ledger.records import in_words
 
-    synced = ledger.last_synced_sample
-    lines = [f"{path}: samples of {ledger.sequence_length:,} tokens, seed {ledger.seed}, run at {synced:,}"]
-    if ledger.next_sync_sample > synced:
-        lines[0] += f", reading on to {ledger.next_sync_sample:,}"
-    seen = ledger.cursors(synced)
-    for number in sorted(ledger.used):
-        corpus, samples = ledger.corpora[number], ledger.samples(number)
+    history = ledger.history
+    synced = history.last_synced_sample
+    lines = [f"{path}: samples of {history.sequence_length:,} tokens, seed {history.seed}, run at {synced:,}"]
+    if history.next_sync_sample > synced:
+        lines[0] += f", reading on to {history.next_sync_sample:,}"
+    seen = history.schedule.cursors(synced)
+    for number in sorted(history.used):
+        corpus, samples = history.corpora[number], history.samples(number)
         dropped = f", {corpus.dropped.documents:,} documents dropped" if corpus.dropped else ""
         lines.append(
             f"  {corpus.name} ({corpus.domain}): {samples:,} samples, {corpus.documents:,} documents{dropped}, "
             f"read {int(seen[number]) / samples:.2f} times"
         )
-    for event in ledger.events:
+    for event in history.events:
         at = "the next checkpoint, or from where the run resumes" if event.at is None else f"sample {event.at:,}"
-        lines.append(f"  from {at}: {in_words(event, ledger.corpora)}")
-    capacity = ledger.capacity()
+        lines.append(f"  from {at}: {in_words(event, history.corpora)}")
+    capacity = history.schedule.capacity()
     lines.append(f"  samples in all: {'without end' if capacity == float('inf') else f'{capacity:,}'}")
     return "\n".join(lines) + "\n"
 
@@ -226,7 +237,7 @@ def show(
         sys.stdout.write(_summary(path, loaded))
         return
     settings = _run_settings(path)
-    numbers = loaded.step_samples(step) if step is not None and step > 0 and sample is None else None
+    numbers = loaded.history.step_samples(step) if step is not None and step > 0 and sample is None else None
     if numbers is None or global_batch_size is not None:
         numbers = _numbers(path, step, sample, global_batch_size or settings["training"].get("global_batch_size"))
     data = settings["data"]

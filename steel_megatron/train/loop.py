@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from steel_megatron.config import RunConfig, dump_yaml
-from steel_megatron.data.ledger.ledger import Ledger
+from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.session import LedgerSession
 from steel_megatron.data.ledger.sync import check_past
 from steel_megatron.errors import CheckpointError
@@ -138,10 +138,12 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSe
         path = checkpoint.path_of(run, step)
         info = together(lambda: checkpoint.read_info(path))
 
-        def check(ledger: Ledger | None) -> None:
-            check_past(ledger, run.ledger_path, path, info.consumed_samples, info.data_fingerprint)
+        def check(history: History | None) -> None:
+            check_past(history, run.ledger_path, path, info.consumed_samples, info.data_fingerprint)
 
-        on_first_process(lambda: check(session.ledger))  # before anything large is read
+        on_first_process(
+            lambda: check(session.ledger.history if session.ledger else None)
+        )  # before anything large is read
         checkpoint.load(engine, info)
         session.start(step, info.consumed_samples, check)
         logger.info(f"resuming after step {info.step} ({info.layout} before, {topology.describe()} now)")

@@ -159,7 +159,11 @@ def test_data_is_appended_between_stops(tmp_path: Path, capsys: pytest.CaptureFi
     summary = one(rest)
     assert summary.finished and [step for step, _ in losses(rest)] == [1, 2, 3, 4, 5]
     settled = Ledger.load(ledger)
-    assert [event.at for event in settled.events] == [0, 8, 8] and settled.capacity() == 2 * SAMPLES
+    assert [event.at for event in settled.history.events] == [
+        0,
+        8,
+        8,
+    ] and settled.history.schedule.capacity() == 2 * SAMPLES
     assert json.loads((summary.checkpoint / "ledger.json").read_text()) == json.loads(ledger.read_text())
     assert main(["data", "show", str(ledger), "--step", "1", "--json_output", "true"]) == 0
     before = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -186,10 +190,13 @@ def test_appended_data_is_taken_in_at_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="died with exit code -9"):
         run_distributed(live, 1, run, commands, 40)
     loaded = Ledger.load(ledger)
-    assert [(event.at, [added.corpus for added in event.add]) for event in loaded.events] == [
+    assert [(event.at, [added.corpus for added in event.add]) for event in loaded.history.events] == [
         *((0, [0]), (16, [1]), (40, [2])),
     ]
-    assert (loaded.last_synced_sample, loaded.next_sync_sample) == (32, 48)  # the kill left the stretch reserved
+    assert (loaded.history.last_synced_sample, loaded.history.next_sync_sample) == (
+        32,
+        48,
+    )  # the kill left the stretch reserved
     before = was_read(folder)
     assert before == says(ledger, 0, 40)
     assert {sample[0] >= 30 for number in range(16) for sample in before[number]} == {False}
@@ -197,10 +204,13 @@ def test_appended_data_is_taken_in_at_a_checkpoint(tmp_path: Path) -> None:
     with_worker = dataclasses.replace(run, data=dataclasses.replace(run.data, num_workers=1))
     fourth = ["append", str(ledger), write(tmp_path / "d", 65)]
     summary, codes, _ = run_distributed(live, 2, with_worker, {40: [fourth]})[0]
-    assert summary.finished and codes == [0] and Ledger.load(ledger).events[-1].at == 48
+    assert summary.finished and codes == [0] and Ledger.load(ledger).history.events[-1].at == 48
     assert was_read(folder, 2) == says(ledger, 32, 64)
     loaded = Ledger.load(ledger)
-    assert (loaded.last_synced_sample, loaded.next_sync_sample) == (64, 64) and loaded.cursors(64)[1] == 20
+    assert (loaded.history.last_synced_sample, loaded.history.next_sync_sample) == (
+        64,
+        64,
+    ) and loaded.history.schedule.cursors(64)[1] == 20
     assert (summary.checkpoint / "ledger.json").read_bytes() == ledger.read_bytes()
 
 
@@ -235,7 +245,7 @@ def test_a_live_run_refuses_positions_that_it_has_read(tmp_path: Path) -> None:
     summary, codes, said = run_distributed(live, 1, run, {8: [words, ["cancel", str(ledger), "--at", "12"]]})[0]
     assert summary.finished and codes == [2, 2]
     assert "a run reads on to sample 16 before it looks at the ledger again" in said and "--stopped true" in said
-    assert len(Ledger.load(ledger).corpora) == 1
+    assert len(Ledger.load(ledger).history.corpora) == 1
 
 
 def test_what_a_run_cannot_take_in_does_not_end_it(tmp_path: Path) -> None:
@@ -248,7 +258,7 @@ def test_what_a_run_cannot_take_in_does_not_end_it(tmp_path: Path) -> None:
     assert summary.finished and codes == [0, 0]
     assert "cannot be taken in at sample 16, and waits for the next checkpoint" in said
     assert "holds token id 1" in said and "take it back (steel-megatron data cancel)" in said
-    events = [(event.at, [added.corpus for added in event.add]) for event in Ledger.load(ledger).events]
+    events = [(event.at, [added.corpus for added in event.add]) for event in Ledger.load(ledger).history.events]
     assert events == [(0, [0]), (None, [1]), (None, [2])]  # nothing is lost, and the file says what was read
     assert was_read(folder, 2) == says(ledger, 0, 48)
 
@@ -276,12 +286,12 @@ def test_a_full_disk_for_a_moment_delays_a_change(tmp_path: Path) -> None:
     commands = {8: [["append", str(ledger), second]], 24: [["append", str(ledger), third]]}
     summary, codes, said = run_distributed(_without_room_at_16, 2, run, commands)[0]
     assert summary.finished and codes == [0, 0] and "cannot be taken in at sample 16" in said
-    settled = Ledger.load(ledger)
+    settled = Ledger.load(ledger).history
     assert [(event.at, [settled.corpora[added.corpus].name for added in event.add]) for event in settled.events] == [
         (0, ["a"]), (32, ["b"]), (32, ["c"]),
     ]  # fmt: skip
     saved = Ledger.load(tmp_path / "run/checkpoints/step_00000002/ledger.json")
-    assert [event.at for event in saved.events] == [0]
+    assert [event.at for event in saved.history.events] == [0]
 
 
 def test_other_sizes_of_batches_on_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,7 +311,7 @@ def test_other_sizes_of_batches_on_resume(tmp_path: Path, capsys: pytest.Capture
     shutil.rmtree(summary.checkpoint)
     again = one(changed(run, global_batch_size=8, train_steps=6, stop_after_step=None))
     assert again.finished
-    assert [dataclasses.astuple(size) for size in Ledger.load(folder / "ledger.json").steps] == [
+    assert [dataclasses.astuple(size) for size in Ledger.load(folder / "ledger.json").history.steps] == [
         *((0, 0, 8), (2, 16, 4), (5, 28, 8)),
     ]
 

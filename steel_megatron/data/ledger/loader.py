@@ -66,22 +66,22 @@ class LedgerSamples:
         Raises:
             DataError: the ledger has no such sample.
         """
-        corpus, epoch, place = self.ledger.locate(number)
+        corpus, epoch, place = self.ledger.history.schedule.locate(number)
         return self._pass(corpus, epoch).tokens(place)
 
     def sample_with_starts(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a sample, and for each the position in the sample of its document's first token."""
-        corpus, epoch, place = self.ledger.locate(number)
+        corpus, epoch, place = self.ledger.history.schedule.locate(number)
         return self._pass(corpus, epoch).with_starts(place)
 
     def documents(self, number: int) -> tuple[IndexedCorpus, list[Piece]]:
         """The corpus of a sample, and which parts of its documents the sample is made of."""
-        corpus, epoch, place = self.ledger.locate(number)
+        corpus, epoch, place = self.ledger.history.schedule.locate(number)
         return self._corpora[corpus], self._pass(corpus, epoch).pieces(place)
 
     def prepare(self, begin: int, end: int) -> None:
         """Make the indices that samples ``begin`` to before ``end`` need."""
-        corpora, epochs, _ = self.ledger.locate_range(begin, end)
+        corpora, epochs, _ = self.ledger.history.schedule.locate_range(begin, end)
         for corpus, epoch in sorted(set(zip(corpora.tolist(), epochs.tolist(), strict=True)), reverse=True):
             self._pass(corpus, epoch)
 
@@ -204,7 +204,8 @@ def parts_of(samples: LedgerSamples, number: int) -> list[DocumentPart]:
     Raises:
         DataError: the ledger has no such sample.
     """
-    name = samples.ledger.corpora[samples.ledger.locate(number).corpus].name
+    history = samples.ledger.history
+    name = history.corpora[history.schedule.locate(number).corpus].name
     corpus, pieces = samples.documents(number)
     return [
         DocumentPart(

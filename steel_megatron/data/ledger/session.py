@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from steel_megatron.config import RunConfig
+from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import SYNC_SECONDS, Ledger, dumps, edit
 from steel_megatron.data.ledger.loader import LedgerSamples
 from steel_megatron.data.ledger.sync import RunPosition, defer_file, resume, run_position, start
@@ -19,43 +19,6 @@ from steel_megatron.log import get_logger, launched_rank
 logger = get_logger(__name__)
 
 Result = TypeVar("Result")
-
-
-def names_of(prefixes: Sequence[str]) -> list[str]:
-    """Names for corpora: the last parts of their paths, or the whole paths of those that would have the same."""
-    counts = Counter(Path(prefix).name for prefix in prefixes)
-    return [Path(prefix).name if counts[Path(prefix).name] == 1 else str(prefix) for prefix in prefixes]
-
-
-def new_ledger(
-    folder: Path,
-    prefixes: Sequence[str],
-    sequence_length: int,
-    seed: int,
-    names: Sequence[str] | None = None,
-    domain: str = "default",
-    epochs: float | None = None,
-) -> Ledger:
-    """A ledger that begins with some corpora.
-
-    Args:
-        folder: where it will be.
-        prefixes: paths without a suffix; each once.
-        sequence_length: tokens that a sample predicts.
-        seed: of all orders.
-        names: one for each; by default as :func:`names_of`.
-        domain: of all of them.
-        epochs: how often each is read; None for without end.
-
-    Raises:
-        ConfigError: the length or the seed is out of range.
-        DataError: a corpus cannot be used.
-    """
-    if not (1 <= sequence_length <= 2**31 and 0 <= seed < 2**63):
-        raise ConfigError(
-            f"sequence_length is {sequence_length} and seed {seed}; they must be from 1 to 2**31 and 0 to 2**63 - 1"
-        )
-    return Ledger(sequence_length, seed, folder=folder).append(prefixes, names or names_of(prefixes), domain, epochs)
 
 
 def read_ledger(path: Path, sequence_length: int, beginning: Sequence[str]) -> Ledger | None:
@@ -72,9 +35,9 @@ def read_ledger(path: Path, sequence_length: int, beginning: Sequence[str]) -> L
     if not path.exists():
         return None
     ledger = Ledger.load(path)
-    if ledger.sequence_length != sequence_length:
+    if ledger.history.sequence_length != sequence_length:
         raise DataError(
-            f"{path} cuts samples of {ledger.sequence_length:,} tokens, but model.sequence_length is "
+            f"{path} cuts samples of {ledger.history.sequence_length:,} tokens, but model.sequence_length is "
             f"{sequence_length:,}; take another checkpoint.directory or ledger"
         )
     if beginning:
@@ -124,8 +87,8 @@ class LedgerSession:
         self.end = 0
         self.ledger, self._new = self._shared(processes.on_first_process(self._read)), None
         if self.ledger is None:
-            arguments = self._path.parent, run.data.train, run.model.sequence_length, run.training.seed
-            self._new = processes.on_first_process(lambda: new_ledger(*arguments))
+            arguments = run.data.train, run.model.sequence_length, run.training.seed, self._path.parent
+            self._new = processes.on_first_process(lambda: Ledger.create(*arguments, epochs=None))
 
     def _read(self) -> Ledger | None:
         train = self._run.data.train
@@ -138,11 +101,11 @@ class LedgerSession:
 
     def _shared(self, ledger: Ledger | None) -> Ledger | None:
         """The first process's ledger on every process, byte for byte; None if it has none."""
-        content = self._processes.first_process_bytes(dumps(ledger).encode() if ledger is not None else b"")
+        content = self._processes.first_process_bytes(dumps(ledger.history).encode() if ledger is not None else b"")
         return Ledger.parse(content, self._path) if content else None
 
     def start(
-        self, step: int = 0, consumed_samples: int = 0, check: Callable[[Ledger], None] = lambda ledger: None
+        self, step: int = 0, consumed_samples: int = 0, check: Callable[[History], None] = lambda history: None
     ) -> None:
         """Give pending changes the position at which the run starts or resumes, and get ready to read from there.
 
@@ -160,9 +123,9 @@ class LedgerSession:
         """
         position = run_position(self._run, step, consumed_samples)
 
-        def change(ledger: Ledger) -> Ledger:
-            check(ledger)
-            return start(ledger, position)
+        def change(history: History) -> History:
+            check(history)
+            return start(history, position)
 
         self.end = position.end
         self._apply(position, change)
@@ -175,7 +138,7 @@ class LedgerSession:
         position, own = run_position(self._run, step, consumed_samples), self.ledger
         assert own is not None, "start() comes first"
         try:
-            self._apply(position, lambda ledger: resume(ledger, own, position))
+            self._apply(position, lambda history: resume(history, own.history, position))
         except SteelError as error:
             _warn(
                 f"a change of {self._path} cannot be taken in at sample {consumed_samples:,}, and waits for the next "
@@ -194,24 +157,24 @@ class LedgerSession:
     def _defer(self, own: Ledger, position: RunPosition) -> Ledger | None:
         """The ledger's file after :func:`~steel_megatron.data.ledger.sync.defer`, or ``own`` if that fails."""
         try:
-            return self._shared(self._processes.on_first_process(lambda: defer_file(self._path, own, position)))
+            return self._shared(self._processes.on_first_process(lambda: defer_file(self._path, own.history, position)))
         except SteelError as error:
             _warn(f"{self._path} stays as it is, and does not say how far the run has read", error)
             return own
 
-    def _apply(self, position: RunPosition, change: Callable[[Ledger], Ledger]) -> None:
+    def _apply(self, position: RunPosition, change: Callable[[History], History]) -> None:
         """Change the ledger's file and read by it from then on, unless a process cannot; then all is as it was."""
         processes, before, samples = self._processes, self.ledger, self.samples
         with ExitStack() as locked:
 
             def changed() -> Ledger:
                 file = locked.enter_context(edit(self._path, self._new, SYNC_SECONDS if samples else None))
-                file.ledger = change(file.ledger)
+                file.ledger = file.ledger.then(change)
                 return file.ledger
 
             ledger = self._shared(processes.on_first_process(changed))
             assert ledger is not None
-            if samples is None or before is None or ledger.differs_from(before):
+            if samples is None or before is None or ledger.history.differs_from(before.history):
                 samples = processes.together(lambda: LedgerSamples(ledger, self._run.model.vocab_size, self._cache))
             # Before it is written: what cannot be read must not be in the file. Others then find the same index.
             step_end = min(position.consumed + position.global_batch_size, position.end)
@@ -220,7 +183,7 @@ class LedgerSession:
         if self.samples not in (None, samples):
             logger.info(f"from sample {position.consumed:,} on, {self._path} says something new of what is read")
         self.ledger, self.samples = ledger, samples
-        processes.on_first_process(lambda: prune_cache(ledger, self._cache))
+        processes.on_first_process(lambda: prune_cache(ledger.history, self._cache))
 
 
 def _warn(message: str, error: SteelError) -> None:
@@ -229,8 +192,8 @@ def _warn(message: str, error: SteelError) -> None:
         logger.warning(f"{message}: {error}")
 
 
-def prune_cache(ledger: Ledger, cache: Path) -> None:
-    """Remove from a ledger's caches what no run reads that goes on from where it was looked at last."""
-    cursors = ledger.cursors(ledger.last_synced_sample).tolist()
-    over = {ledger.corpora[n].content: cursors[n] // ledger.samples(n) for n in ledger.used}
+def prune_cache(history: History, cache: Path) -> None:
+    """Remove from a ledger's caches what no run reads that resumes from its last sync."""
+    cursors = history.schedule.cursors(history.last_synced_sample).tolist()
+    over = {history.corpora[n].content: cursors[n] // history.samples(n) for n in history.used}
     remove_caches(cache, over)

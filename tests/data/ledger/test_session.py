@@ -13,6 +13,8 @@ import pytest
 
 from steel_megatron.config import CheckpointConfig, RunConfig, TrainingConfig
 from steel_megatron.data.ledger import ledger as ledger_module
+from steel_megatron.data.ledger.changes import add, cancel, remove, reweight, set_mixture, stopped, synced
+from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import Ledger, dumps, edit
 from steel_megatron.data.ledger.session import prune_cache
 from steel_megatron.data.ledger.sync import (
@@ -33,9 +35,9 @@ def position(consumed: int, next_sync: int, end: int = 100) -> RunPosition:
     return RunPosition(consumed // 4, consumed, next_sync, end, 4)
 
 
-def own() -> Ledger:
+def own() -> History:
     """A run that read from 0 to 20, and looks again at 40; at 30 and 60 something is planned."""
-    ledger = two().reweight({"a": 2}, at=30).add([corpus("late", 30, "zh")], at=60)
+    ledger = two().then(reweight, {"a": 2}, at=30).then(add, [corpus("late", 30, "zh")], at=60)
     return start(start(ledger, position(0, 20)), position(20, 40))
 
 
@@ -58,19 +60,19 @@ def test_places_follow_the_settings() -> None:
 
 
 def test_what_has_come_is_taken_in() -> None:
-    ledger = own().add([corpus("new", 10, "en")]).remove(["late"], at=80)
+    ledger = own().then(add, [corpus("new", 10, "en")]).then(remove, ["late"], at=80)
     taken = resume(ledger, own(), position(40, 60))
     assert [event.at for event in taken.events] == [0, 30, 60, 40, 80]
     assert (taken.last_synced_sample, taken.next_sync_sample) == (40, 60) and taken.differs_from(own())
     same = resume(own(), own(), position(40, 60))
     assert not same.differs_from(own()) and same.next_sync_sample == 60
     with pytest.raises(DataError, match="has 40 samples, and 100 were asked for"):
-        resume(own().remove(["a", "b"]).cancel(60), own(), position(40, 60))
+        resume(own().then(remove, ["a", "b"]).then(cancel, 60), own(), position(40, 60))
     with pytest.raises(DataError, match="it has read a 2 times at sample 30, where there was none, other than what"):
-        resume(own(), own().stopped().cancel(30), position(40, 60))
+        resume(own(), own().then(stopped).then(cancel, 30), position(40, 60))
 
 
-def events(ledger: Ledger) -> list[tuple[int | None, list[str], tuple[str, ...], list[str]]]:
+def events(ledger: History) -> list[tuple[int | None, list[str], tuple[str, ...], list[str]]]:
     return [
         (event.at, [ledger.corpora[added.corpus].name for added in event.add], event.remove, list(event.epochs))
         for event in ledger.events
@@ -78,16 +80,16 @@ def events(ledger: Ledger) -> list[tuple[int | None, list[str], tuple[str, ...],
 
 
 def test_what_cannot_be_taken_in_waits(caplog: pytest.LogCaptureFixture) -> None:
-    pending = own().add([corpus("new", 10, "en")])
+    pending = own().then(add, [corpus("new", 10, "en")])
     waiting = defer(pending, own(), position(40, 80))
     assert waiting.events == pending.events and (waiting.last_synced_sample, waiting.next_sync_sample) == (40, 80)
     # Planned for the stretch that is read next: it cannot hold there.
-    planned = own().add([corpus("soon", 9, "en")], at=50).remove(["b"], at=80)
+    planned = own().then(add, [corpus("soon", 9, "en")], at=50).then(remove, ["b"], at=80)
     waiting = defer(planned, own(), position(40, 80))
     assert events(waiting)[-3:] == [(60, ["late"], (), []), (None, ["soon"], (), []), (80, [], ("b",), [])]
     assert located(waiting, 0, 80) == located(own(), 0, 80)
     # Taken back, but read all the same; its number went to another corpus.
-    cancelled = own().cancel(60).add([corpus("other", 30, "en")], at=70)
+    cancelled = own().then(cancel, 60).then(add, [corpus("other", 30, "en")], at=70)
     waiting = defer(cancelled, own(), position(40, 80))
     assert events(waiting)[-2:] == [(60, ["late"], (), []), (None, ["other"], (), [])]
     assert located(waiting, 0, 80) == located(own(), 0, 80)
@@ -95,56 +97,58 @@ def test_what_cannot_be_taken_in_waits(caplog: pytest.LogCaptureFixture) -> None
         "add late (1 times) at sample 60 was taken back, but the run goes on by the ledger that has it" in caplog.text
     )
     # What comes to wait together does so in the order in which it would have held.
-    mixed = own().set_mixture({"zh": 1, "en": 3}, at=50).set_mixture({"zh": 1, "en": 1})
+    mixed = own().then(set_mixture, {"zh": 1, "en": 3}, at=50).then(set_mixture, {"zh": 1, "en": 1})
     waiting = defer(mixed, own(), position(40, 80))
     assert [event.mixture for event in waiting.events if event.sets_mixture] == [{"zh": 1, "en": 1}, {"zh": 1, "en": 3}]
     # Nobody may change what was read, and the file is as the run knows it again.
     forged = dataclasses.replace(own(), seed=9)
-    assert defer(forged, own(), position(40, 80)) == own().synced(40, 80)
+    assert defer(forged, own(), position(40, 80)) == own().then(synced, 40, 80)
 
 
 def test_a_stop_frees_what_was_reserved() -> None:
-    ledger = own().add([corpus("new", 10, "en")])
+    ledger = own().then(add, [corpus("new", 10, "en")])
     stopped = defer(ledger, own(), position(24, 24))
     assert stopped.events == ledger.events and (stopped.last_synced_sample, stopped.next_sync_sample) == (24, 24)
 
 
 def test_what_does_not_fit_any_more_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "ledger.json"
-    changed = own().cancel(60).add([corpus("late", 30, "zh")], at=90)  # in at 60 by what is read, and at 90 again
-    changed.save(path)
-    assert defer_file(path, own(), position(40, 80)) == Ledger.load(path) == own().synced(40, 80)
-    assert Ledger.load(tmp_path / "ledger.refused-40.json") == changed
+    changed = (
+        own().then(cancel, 60).then(add, [corpus("late", 30, "zh")], at=90)
+    )  # in at 60 by what is read, and at 90 again
+    Ledger(changed).save(path)
+    assert defer_file(path, own(), position(40, 80)).history == Ledger.load(path).history == own().then(synced, 40, 80)
+    assert Ledger.load(tmp_path / "ledger.refused-40.json").history == changed
     assert "changes that do not fit are left in" in caplog.text
 
 
 def test_another_past_is_refused(tmp_path: Path) -> None:
     path, saved = tmp_path / "ledger.json", tmp_path / "step_00000010"
     saved.mkdir()
-    past = own().stopped()
-    past.save(saved / "ledger.json")
+    past = own().then(stopped)
+    Ledger(past).save(saved / "ledger.json")
     fingerprint = past.fingerprint(50)
 
-    def message(ledger: Ledger | None) -> str:
+    def message(ledger: History | None) -> str:
         with pytest.raises(CheckpointError) as error:
             check_past(ledger, path, saved, 50, fingerprint)
         return str(error.value)
 
-    check_past(past.remove(["b"], at=50), path, saved, 50, fingerprint)
+    check_past(past.then(remove, ["b"], at=50), path, saved, 50, fingerprint)
     copy = f"cp {saved}/ledger.json {path}"
-    said = message(past.remove(["b"], at=45))
+    said = message(past.then(remove, ["b"], at=45))
     assert "of the first 50 samples: it has remove b at sample 45, where there was none" in said
     assert f"take it back: steel-megatron data cancel {path} --at 45 --stopped true" in said
-    past.remove(["b"], at=45).save(path)
+    Ledger(past).then(remove, ["b"], at=45).save(path)
     with edit(path) as file:
-        file.ledger = file.ledger.stopped().cancel(45)  # what the message says mends it
-    check_past(Ledger.load(path), path, saved, 50, fingerprint)
-    assert "it has no change, where there was read a 2 times at sample 30" in message(past.cancel(30))
-    assert copy in message(past.cancel(30))
+        file.ledger = file.ledger.then(stopped).then(cancel, 45)  # what the message says mends it
+    check_past(Ledger.load(path).history, path, saved, 50, fingerprint)
+    assert "it has no change, where there was read a 2 times at sample 30" in message(past.then(cancel, 30))
+    assert copy in message(past.then(cancel, 30))
     assert "its seed is 7 in place of 1234" in message(dataclasses.replace(past, seed=7))
     assert f"the first 50 samples: it is gone; go back to the checkpoint's ({copy})" in message(None)
     (saved / "ledger.json").unlink()
-    assert f"says of the first 50 samples; go back to the checkpoint's ({copy})" in message(past.cancel(30))
+    assert f"says of the first 50 samples; go back to the checkpoint's ({copy})" in message(past.then(cancel, 30))
 
 
 def test_the_first_difference_is_found() -> None:
@@ -152,7 +156,7 @@ def test_the_first_difference_is_found() -> None:
     assert first_difference(two(), own(), 30) is None
     assert first_difference(two(), own(), 31) == ("it has no change, where there was read a 2 times at sample 30", None)
     assert first_difference(own(), two(), 31) == ("it has read a 2 times at sample 30, where there was none", 30)
-    other = two().reweight({"a": 3}, at=30)
+    other = two().then(reweight, {"a": 3}, at=30)
     assert first_difference(own(), other, 31) == (
         "it has read a 2 times at sample 30, where there was read a 3 times at sample 30",
         None,
@@ -161,8 +165,8 @@ def test_the_first_difference_is_found() -> None:
 
 
 def test_caches_of_passes_that_are_over_go(tmp_path: Path) -> None:
-    ledger = start(two().reweight({"a": 3, "b": None}, at=0), position(250, 260, 260))
-    cursors = ledger.cursors(250).tolist()
+    ledger = start(two().then(reweight, {"a": 3, "b": None}, at=0), position(250, 260, 260))
+    cursors = ledger.schedule.cursors(250).tolist()
     assert max(cursors) >= 100
     for number, entry in enumerate(ledger.corpora):
         for epoch in range(3):
@@ -174,7 +178,7 @@ def test_caches_of_passes_that_are_over_go(tmp_path: Path) -> None:
     assert {path.stem for path in tmp_path.iterdir()} == left_over and len(left_over) < 6
 
 
-def _settle(path: Path, moment: int, change: Callable[[Ledger], Ledger]) -> None:
+def _settle(path: Path, moment: int, change: Callable[[History], History]) -> None:
     fsync, count = os.fsync, [0]
 
     def die(descriptor: int) -> None:
@@ -185,13 +189,13 @@ def _settle(path: Path, moment: int, change: Callable[[Ledger], Ledger]) -> None
 
     os.fsync = die
     with edit(path) as file:
-        file.ledger = change(file.ledger)
+        file.ledger = file.ledger.then(change)
     os._exit(0)
 
 
 @pytest.mark.timeout(60)
 def test_a_kill_while_a_change_is_settled_loses_nothing(tmp_path: Path) -> None:
-    path, before = tmp_path / "ledger.json", own().add([corpus("new", 10, "en")])
+    path, before = tmp_path / "ledger.json", own().then(add, [corpus("new", 10, "en")])
     after = resume(before, own(), position(40, 60))
     found = []
     for moment in (1, 2, 3):
@@ -200,12 +204,12 @@ def test_a_kill_while_a_change_is_settled_loses_nothing(tmp_path: Path) -> None:
         process = multiprocessing.get_context("fork").Process(target=_settle, args=arguments)
         process.start()
         process.join(timeout=30)
-        found.append(Ledger.load(path) == after)
-        assert Ledger.load(path) in (before, after)
+        found.append(Ledger.load(path).history == after)
+        assert Ledger.load(path).history in (before, after)
         # Killed before the checkpoint at 40: resumed at 20, the new corpus comes at 40 or now, and all of it.
-        resumed = start(Ledger.load(path), position(20, 40))
+        resumed = start(Ledger.load(path).history, position(20, 40))
         assert resumed.fingerprint(20) == own().fingerprint(20)
-        assert resumed.cursors(int(resumed.capacity())).tolist() == [200, 100, 30, 10]
+        assert resumed.schedule.cursors(int(resumed.schedule.capacity())).tolist() == [200, 100, 30, 10]
         if found[-1]:
             assert located(resumed, 0, 60) == located(after, 0, 60)
     assert found == [False, True, True]
@@ -213,7 +217,7 @@ def test_a_kill_while_a_change_is_settled_loses_nothing(tmp_path: Path) -> None:
 
 def test_a_lock_that_stays_is_an_error_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ledger.json"
-    own().save(path)
+    Ledger(own()).save(path)
     monkeypatch.setattr(ledger_module, "LOCK_SECONDS", 0.2)
     with edit(path), pytest.raises(DataError, match="another job is writing"), edit(path):
         pass
