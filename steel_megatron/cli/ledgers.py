@@ -81,19 +81,20 @@ def append(
         on_duplicate: whether a corpus that is in already stops the command or is left out.
         drop_duplicates: whether to leave out documents that are exactly the same as one that is in already.
         mixture: weights from then on, such as zh=0.8 en=0.2; as before if not given.
-        stopped: that no run is under way; frees what a killed one had still planned to read.
+        stopped: no longer needed: a run that is under way holds a lock, and one that was killed does not.
     """
-    from steel_megatron.data.ledger import changes
     from steel_megatron.data.ledger.ledger import Ledger, edit
 
     path, weights = Path(ledger), _weights(mixture) if mixture else None
     while True:
         # What may take hours is done while others may change the ledger, and a run may begin.
-        incoming = Ledger.load(path).incoming(prefixes, names or None, domain, on_duplicate, drop_duplicates)
+        incoming = _free(path, Ledger.load(path), stopped).incoming(
+            prefixes, names or None, domain, on_duplicate, drop_duplicates
+        )
         with edit(path) as file:
-            old = file.ledger.then(changes.stopped) if stopped else file.ledger
+            old = _free(path, file.ledger)
             if old.up_to_date(incoming):
-                file.ledger = old.take_in(incoming, epochs, at, on_duplicate, weights)
+                file.ledger = old.take_in(incoming, epochs, at, weights)
                 break
         logger.info(f"{path} was changed while documents were compared; they are compared again")
     sys.stdout.write(_summary(path, file.ledger))
@@ -106,7 +107,7 @@ def remove(ledger: str, names: list[str], at: int | None = None, stopped: bool =
         ledger: the run's ledger.json.
         names: the corpora, as the ledger calls them.
         at: the sample from which they are out; if not given, the run's next checkpoint, or where it resumes.
-        stopped: that no run is under way; frees what a killed one had still planned to read.
+        stopped: no longer needed: a run that is under way holds a lock, and one that was killed does not.
     """
     from steel_megatron.data.ledger import changes
 
@@ -121,7 +122,7 @@ def reweight(ledger: str, names: list[str], epochs: float | None, at: int | None
         names: the corpora, as the ledger calls them.
         epochs: such as 1 or 2.5; null for without end.
         at: the sample from which it holds; if not given, the run's next checkpoint, or where it resumes.
-        stopped: that no run is under way; frees what a killed one had still planned to read.
+        stopped: no longer needed: a run that is under way holds a lock, and one that was killed does not.
     """
     from steel_megatron.data.ledger import changes
 
@@ -135,7 +136,7 @@ def mixture(ledger: str, weights: list[str], at: int | None = None, stopped: boo
         ledger: the run's ledger.json.
         weights: DOMAIN=WEIGHT for each domain, 0 to pause it; or the one word none, to read corpora by their sizes.
         at: the sample from which they hold; if not given, the run's next checkpoint, or where it resumes.
-        stopped: that no run is under way; frees what a killed one had still planned to read.
+        stopped: no longer needed: a run that is under way holds a lock, and one that was killed does not.
     """
     from steel_megatron.data.ledger import changes
 
@@ -149,7 +150,7 @@ def cancel(ledger: str, at: int | None = None, stopped: bool = False) -> None:
     Args:
         ledger: the run's ledger.json.
         at: the sample it is planned for; what waits if not given.
-        stopped: that no run is under way; frees what a killed one had still planned to read.
+        stopped: no longer needed: a run that is under way holds a lock, and one that was killed does not.
     """
     from steel_megatron.data.ledger import changes
 
@@ -170,23 +171,33 @@ def _weights(words: list[str]) -> dict[str, float]:
     return found
 
 
+def _free(path: Path, ledger: Ledger, stopped: bool = False) -> Ledger:
+    """The ledger that a command changes: what a run that was killed had still planned to read is free."""
+    from steel_megatron.data.ledger.changes import freed
+    from steel_megatron.data.ledger.ledger import run_is_live
+
+    if stopped:
+        logger.info("--stopped is no longer needed: the lock of a run tells whether it is under way")
+    return ledger if run_is_live(path) else ledger.then(freed)
+
+
 def _change(path: str, stopped: bool, change: Callable[[History], History]) -> None:
-    from steel_megatron.data.ledger import changes
     from steel_megatron.data.ledger.ledger import edit
 
     with edit(path) as file:
-        file.ledger = (file.ledger.then(changes.stopped) if stopped else file.ledger).then(change)
+        file.ledger = _free(Path(path), file.ledger, stopped).then(change)
     sys.stdout.write(_summary(Path(path), file.ledger))
 
 
 def _summary(path: Path, ledger: Ledger) -> str:
     """The corpora with how far they are read where the run last looked, and what changes when."""
+    from steel_megatron.data.ledger.ledger import run_is_live
     from steel_megatron.data.ledger.records import in_words
 
     history = ledger.history
     synced = history.last_synced_sample
     lines = [f"{path}: samples of {history.sequence_length:,} tokens, seed {history.seed}, run at {synced:,}"]
-    if history.next_sync_sample > synced:
+    if history.next_sync_sample > synced and run_is_live(path):
         lines[0] += f", reading on to {history.next_sync_sample:,}"
     seen = history.schedule.cursors(synced)
     for number in sorted(history.used):

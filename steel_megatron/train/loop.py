@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.session import LedgerSession
 from steel_megatron.data.ledger.sync import check_past
 from steel_megatron.errors import CheckpointError
-from steel_megatron.files import exclusive_lock, write_atomically
+from steel_megatron.files import exclusive_lock, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 from steel_megatron.parallel import agreement
 from steel_megatron.parallel.agreement import any_process, first_process_says, on_first_process, together
@@ -67,7 +67,18 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         stack.callback(shutdown)
         lock = exclusive_lock(Path(run.checkpoint.directory) / "run", CheckpointError)
         on_first_process(lambda: stack.enter_context(lock))
+        if run.ledger_path.parent != Path(run.checkpoint.directory):
+            on_first_process(lambda: stack.enter_context(_ledger_lock(run.ledger_path)))
         return _train(run, topology, [*callbacks_of(run), *callbacks])
+
+
+@contextmanager
+def _ledger_lock(path: Path) -> Iterator[None]:
+    """Tell commands that a ledger outside of the run's folder is read; a second run may read by it as well."""
+    with ExitStack() as stack:
+        with suppress(CheckpointError):
+            stack.enter_context(exclusive_lock(with_suffix(path, ".run"), CheckpointError))
+        yield
 
 
 def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) -> TrainingSummary:

@@ -201,6 +201,9 @@ def test_appended_data_is_taken_in_at_a_checkpoint(tmp_path: Path) -> None:
     assert before == says(ledger, 0, 40)
     assert {sample[0] >= 30 for number in range(16) for sample in before[number]} == {False}
     assert {sample[0] >= 30 for number in range(16, 40) for sample in before[number]} == {False, True}
+    for words in (["cancel", str(ledger), "--at", "40"], ["append", str(ledger), third, "--at", "40"]):
+        assert main(["data", *words]) == 0  # the kill freed what the run had not saved
+    assert Ledger.load(ledger).history.events == loaded.history.events
     with_worker = dataclasses.replace(run, data=dataclasses.replace(run.data, num_workers=1))
     fourth = ["append", str(ledger), write(tmp_path / "d", 65)]
     summary, codes, _ = run_distributed(live, 2, with_worker, {40: [fourth]})[0]
@@ -238,14 +241,16 @@ def test_the_first_indices_are_made_by_one_process(tmp_path: Path) -> None:
 
 
 def test_a_live_run_refuses_positions_that_it_has_read(tmp_path: Path) -> None:
-    folder, ledger = tmp_path / "run", tmp_path / "run" / "ledger.json"
+    ledger = tmp_path / "elsewhere" / "ledger.json"  # not in the run's folder, which has a lock of its own
     first, second = write(tmp_path / "a", 0), write(tmp_path / "b", 30)
-    run = changed(make_run(DataConfig(train=[first]), folder, train_steps=4), save_interval=2)
+    data = DataConfig(train=[first], ledger=str(ledger))
+    run = changed(make_run(data, tmp_path / "run", train_steps=4), save_interval=2)
     words = ["append", str(ledger), second, "--at", "12"]
     summary, codes, said = run_distributed(live, 1, run, {8: [words, ["cancel", str(ledger), "--at", "12"]]})[0]
     assert summary.finished and codes == [2, 2]
-    assert "a run reads on to sample 16 before it looks at the ledger again" in said and "--stopped true" in said
+    assert "a run reads on to sample 16 before it looks at the ledger again" in said and "stop the run" in said
     assert len(Ledger.load(ledger).history.corpora) == 1
+    assert not list(ledger.parent.glob("*.lock"))
 
 
 def test_what_a_run_cannot_take_in_does_not_end_it(tmp_path: Path) -> None:

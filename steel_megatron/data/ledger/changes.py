@@ -37,15 +37,7 @@ def add(
     on_duplicate: OnDuplicate = "stop",
     mixture: Mapping[str, float] | None = None,
 ) -> History:
-    """Put corpora into the pool.
-
-    Args:
-        corpora: the new ones.
-        epochs: how often each is read, 2.5 for twice and half of a third time; None for without end.
-        at: the sample from which they are in; None for the next sync of the run.
-        on_duplicate: what to do with a corpus that is in already, or was: ``stop`` or ``skip`` it.
-        mixture: weights by domain from then on; None for as before. Needed where a mixture holds that does not name
-            the new corpora's domains.
+    """Put corpora into the pool; the arguments are those of :meth:`~steel_megatron.data.ledger.ledger.Ledger.append`.
 
     Raises:
         DataError: a corpus is in already, or does not fit; ``at`` is in the past; the mixture is wrong.
@@ -136,8 +128,8 @@ def cancel(history: History, at: int | None = None) -> History:
     return _changed(history, dataclasses.replace(history, events=kept, corpora=cancelled))
 
 
-def stopped(history: History) -> History:
-    """What the ledger says when no run is under way that would read on from where it last looked."""
+def freed(history: History) -> History:
+    """What the ledger says when no run is under way that would read on from its last sync."""
     return dataclasses.replace(history, next_sync_sample=history.last_synced_sample)
 
 
@@ -210,7 +202,7 @@ def _why_not_before(history: History) -> str:
         return f"the run last looked at the ledger at sample {history.last_synced_sample:,}; plan for a later one"
     return (
         f"a run reads on to sample {history.next_sync_sample:,} before it looks at the ledger again; plan for that or "
-        "a later one, or say --stopped true if no run is under way"
+        "a later one, or stop the run"
     )
 
 

@@ -41,7 +41,7 @@ class History:
     last_synced_sample: int = 0
     """Where a run last synced, by starting, resuming or saving a checkpoint."""
     next_sync_sample: int = 0
-    """Where a run that is under way syncs next; nothing can be put before."""
+    """Where the run that wrote it syncs next; while it is under way, nothing can be put before."""
     steps: tuple[StepSize, ...] = ()
     """How many samples the run's steps took, from the first on; empty in ledgers that no run has begun with."""
 

@@ -37,7 +37,7 @@ from steel_megatron.data.ledger.records import (
 )
 from steel_megatron.data.sampling.packing import PackedEpoch
 from steel_megatron.errors import ConfigError, DataError
-from steel_megatron.files import disk_errors, exclusive_lock, write_atomically
+from steel_megatron.files import disk_errors, exclusive_lock, is_locked, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 
 logger = get_logger(__name__)
@@ -66,6 +66,7 @@ class Incoming:
     """What is to be written of dropped documents, by name."""
     compared: tuple[Read, ...] | None
     """With what they were compared; None where they were not."""
+    on_duplicate: OnDuplicate
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ class Ledger:
             epochs: how often each is read, 2.5 for twice and half of a third time; None for without end.
             at: the sample from which they are in; None for the next sync of the run.
             on_duplicate: what to do with a corpus that is in already, or was: ``stop`` or ``skip`` it.
-            mixture: weights by domain from then on; None for as before.
+            mixture: weights by domain from then on; None for as before. Needed where a mixture holds that does not name
+                the new corpora's domains.
             drop_duplicates: whether to leave out documents that are exactly the same as others in the pool, or as
                 earlier ones of the new corpora. Which ones is written beside the ledger at once.
 
@@ -128,7 +130,7 @@ class Ledger:
             DataError: a corpus cannot be used or does not fit, or the disk refuses.
         """
         incoming = self.incoming(prefixes, names, domain, on_duplicate, drop_duplicates)
-        return self.take_in(incoming, epochs, at, on_duplicate, mixture)
+        return self.take_in(incoming, epochs, at, mixture)
 
     def incoming(
         self,
@@ -144,11 +146,11 @@ class Ledger:
         called = names if names is not None else names_of(prefixes)
         new = [describe(prefix, name, domain) for prefix, name in zip(prefixes, called, strict=True)]
         if not drop_duplicates:
-            return Incoming(tuple(new), {}, None)
+            return Incoming(tuple(new), {}, None, on_duplicate)
         compared = self._compared()
         others = [other for read in compared if (other := self._other(read)) is not None]
         reduced, files = without_duplicates(fresh(self.history, new, on_duplicate), others)
-        return Incoming(tuple(reduced), files, compared)
+        return Incoming(tuple(reduced), files, compared, on_duplicate)
 
     def _compared(self) -> tuple[Read, ...]:
         """What new documents are compared with: all that a run has read, or may still read."""
@@ -182,12 +184,11 @@ class Ledger:
         incoming: Incoming,
         epochs: float | None = 1.0,
         at: int | None = None,
-        on_duplicate: OnDuplicate = "stop",
         mixture: Mapping[str, float] | None = None,
     ) -> Self:
         """The part of :meth:`append` that changes the ledger; ``incoming`` must be :meth:`up_to_date`."""
         assert self.up_to_date(incoming)
-        appended = self.then(add, incoming.corpora, epochs, at, on_duplicate, mixture)
+        appended = self.then(add, incoming.corpora, epochs, at, incoming.on_duplicate, mixture)
         for name, content in incoming.files.items():
             write_atomically(self.folder / name, content, DataError)
         return appended
@@ -350,6 +351,11 @@ def loads(content: str | bytes, where: str) -> History:
         )
     except DataError as error:
         raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from None
+
+
+def run_is_live(path: Path) -> bool:
+    """Whether a run is under way that reads by a ledger's file: the lock of its folder, or of the ledger, is held."""
+    return is_locked(path.parent / "run") or is_locked(with_suffix(path, ".run"))
 
 
 class Edit:

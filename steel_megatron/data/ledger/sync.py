@@ -1,7 +1,8 @@
 """The protocol between a run and its ledger's file: what a sync takes in, what it defers, and which past it refuses.
 
 A run syncs when it starts or resumes, and before each checkpoint. What has come by then holds from that sample on.
-The sample of the next sync is written into the file, so that no command changes what is read until there.
+The sample of the next sync is written into the file. While the run holds its lock, no command changes what is read
+until there; a change that comes too late all the same, where locks do not tell, is deferred to the next sync.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def check_past(history: History | None, path: Path, checkpoint: Path, consumed: 
         elif difference := first_difference(history, Ledger.load(own).history, consumed):
             found = f": {difference[0]}"
             if difference[1] is not None and difference[1] >= history.last_synced_sample:
-                cure = f"take it back: steel-megatron data cancel {path} --at {difference[1]} --stopped true"
+                cure = f"take it back: steel-megatron data cancel {path} --at {difference[1]}"
     raise CheckpointError(
         f"{checkpoint} was trained on other data than {path} says of the first {consumed:,} samples{found}; {cure}. Or "
         "use the weights in another folder (checkpoint.init_from)"

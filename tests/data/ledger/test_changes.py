@@ -14,11 +14,11 @@ from steel_megatron.data.ledger.changes import (
     apply_pending,
     at_step,
     cancel,
+    freed,
     lost,
     remove,
     reweight,
     set_mixture,
-    stopped,
 )
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import dumps, loads
@@ -32,11 +32,11 @@ def test_what_is_reserved_is_freed_by_a_stop() -> None:
     assert running.then(add, [corpus("c", 9)]).events[-1].at is None
     planned = running.then(add, [corpus("c", 9)], at=70)
     assert planned.then(cancel, 70) == running
-    assert running.then(stopped).then(remove, ["a"], at=50).then(cancel, 50) == running.then(stopped) != running
+    assert running.then(freed).then(remove, ["a"], at=50).then(cancel, 50) == running.then(freed) != running
     taken = (
-        running.then(stopped).then(remove, ["a"]).then(apply_pending, 50)
+        running.then(freed).then(remove, ["a"]).then(apply_pending, 50)
     )  # a run took it in, and was killed before its checkpoint
-    assert taken.fingerprint(50) == running.fingerprint(50) and taken.then(cancel, 50) == running.then(stopped)
+    assert taken.fingerprint(50) == running.fingerprint(50) and taken.then(cancel, 50) == running.then(freed)
 
 
 def test_a_plan_may_need_what_is_pending() -> None:
@@ -194,7 +194,7 @@ def test_what_is_read_once_or_not_needed_may_go() -> None:
         ),
         (
             lambda: two().then(remove, ["a"], at=20).then(apply_pending, 10, 21).then(cancel, 20),
-            "20 stays: a run reads on to .*21.*--stopped",
+            "20 stays: a run reads on to .*21.*stop the run",
         ),
         (
             lambda: two().then(apply_pending, 201),

@@ -132,15 +132,20 @@ CHANGES = [
 def test_what_a_run_reads_before_it_looks_again_stays(
     folder: Folder, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    lock = "l.json.run" if words[0] == "append" else "run"
     assert data("append", "l.json", "b") == 0
     assert data("mixture", "l.json", "none", "--at", "28") == 0
     running(20, 30)
     before = Path("l.json").read_bytes()
-    assert data(*words) == 2
-    said = capsys.readouterr().err
-    assert "a run reads on to sample 30 before it looks at the ledger again" in said and "--stopped true" in said
-    assert Path("l.json").read_bytes() == before
-    assert data(*words, "--stopped", "true") == 0
+    with exclusive_lock(lock, ledger_module.DataError):
+        assert data(*words) == 2 == data(*words, "--stopped", "true")
+        said = capsys.readouterr().err
+        assert "a run reads on to sample 30 before it looks at the ledger again" in said and "stop the run" in said
+        assert Path("l.json").read_bytes() == before
+        assert data("show", "l.json") == 0 and "run at 20, reading on to 30" in capsys.readouterr().out
+    Path(f"{lock}.lock").touch()  # left by a kill
+    assert data("show", "l.json") == 0 and "reading on" not in capsys.readouterr().out
+    assert data(*words, "--stopped", "true") == 0 and "--stopped is no longer needed" in capsys.readouterr().err
     ledger = Ledger.load("l.json")
     assert (ledger.history.last_synced_sample, ledger.history.next_sync_sample) == (20, 20) and len(
         ledger.history.events
@@ -242,7 +247,8 @@ def test_others_may_change_the_ledger_while_corpora_are_read(folder: Folder) -> 
         assert data("append", "l.json", "a" if drop else "c", "--on_duplicate", "skip") == 0
 
     drop = False
-    assert beside(work, "append", "l.json", "b") == 0
+    with exclusive_lock("run", ledger_module.DataError):
+        assert beside(work, "append", "l.json", "b") == 0
     assert [corpus.name for corpus in Ledger.load("l.json").history.corpora] == ["a", "c", "b"]
     assert Ledger.load("l.json").history.next_sync_sample == 30
 

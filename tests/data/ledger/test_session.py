@@ -8,15 +8,16 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from steel_megatron.config import CheckpointConfig, RunConfig, TrainingConfig
+from steel_megatron.config import CheckpointConfig, DataConfig, RunConfig, TrainingConfig
 from steel_megatron.data.ledger import ledger as ledger_module
-from steel_megatron.data.ledger.changes import add, cancel, remove, reweight, set_mixture, stopped, synced
+from steel_megatron.data.ledger.changes import add, cancel, freed, remove, reweight, set_mixture, synced
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import Ledger, dumps, edit
-from steel_megatron.data.ledger.session import prune_cache
+from steel_megatron.data.ledger.session import LedgerSession, prune_cache
 from steel_megatron.data.ledger.sync import (
     RunPosition,
     check_past,
@@ -28,7 +29,9 @@ from steel_megatron.data.ledger.sync import (
     start,
 )
 from steel_megatron.errors import CheckpointError, ConfigError, DataError
+from tests.data.corpora import write
 from tests.data.ledgers import corpus, located, two
+from tests.train.test_loop import make_run
 
 
 def position(consumed: int, next_sync: int, end: int = 100) -> RunPosition:
@@ -69,7 +72,7 @@ def test_what_has_come_is_taken_in() -> None:
     with pytest.raises(DataError, match="has 40 samples, and 100 were asked for"):
         resume(own().then(remove, ["a", "b"]).then(cancel, 60), own(), position(40, 60))
     with pytest.raises(DataError, match="it has read a 2 times at sample 30, where there was none, other than what"):
-        resume(own(), own().then(stopped).then(cancel, 30), position(40, 60))
+        resume(own(), own().then(freed).then(cancel, 30), position(40, 60))
 
 
 def events(ledger: History) -> list[tuple[int | None, list[str], tuple[str, ...], list[str]]]:
@@ -122,10 +125,55 @@ def test_what_does_not_fit_any_more_is_set_aside(tmp_path: Path, caplog: pytest.
     assert "changes that do not fit are left in" in caplog.text
 
 
+class Alone:
+    """A run of one process."""
+
+    def together(self, action: Callable[[], Any]) -> Any:
+        return action()
+
+    on_first_process = together
+
+    def first_process_bytes(self, content: bytes) -> bytes:
+        return content
+
+
+def test_a_session_reads_what_fits_and_defers_the_rest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second, wrong = (write(tmp_path / name, [[n] * 241]) for name, n in (("a", 1), ("b", 2), ("wrong", 300)))
+    run, path = make_run(DataConfig(train=[first]), tmp_path / "run", train_steps=8), tmp_path / "run" / "ledger.json"
+
+    def marks() -> tuple[int, int]:
+        return (history := Ledger.load(path).history).last_synced_sample, history.next_sync_sample
+
+    def append(prefix: str) -> None:
+        with edit(path) as file:
+            file.ledger = file.ledger.append([prefix])
+
+    run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, save_interval=2))
+    session = LedgerSession(run, Alone())
+    assert session.ledger is None and not path.exists()
+    session.start()
+    before = session.samples
+    assert marks() == (0, 16) and session.end == 64 and before is not None
+    session.sync(2, 16)
+    assert session.samples is before and marks() == (16, 32)  # nothing has to be opened or read ahead again
+    append(second)
+    session.sync(4, 32)
+    samples = session.samples
+    assert samples is not None and samples is not before and {1, 2} == {samples.sample(n)[0] for n in range(32, 44)}
+    append(wrong)
+    session.sync(6, 48)
+    assert session.samples is samples and marks() == (48, 64)
+    assert session.ledger == samples.ledger != Ledger.load(path)
+    assert "cannot be taken in at sample 48" in caplog.text and "token id 300" in caplog.text
+    session.release(7, 56)
+    assert marks() == (56, 56) and session.ledger == Ledger.load(path)
+    assert [event.at for event in Ledger.load(path).history.events] == [0, 32, None]
+
+
 def test_another_past_is_refused(tmp_path: Path) -> None:
     path, saved = tmp_path / "ledger.json", tmp_path / "step_00000010"
     saved.mkdir()
-    past = own().then(stopped)
+    past = own().then(freed)
     Ledger(past).save(saved / "ledger.json")
     fingerprint = past.fingerprint(50)
 
@@ -138,10 +186,10 @@ def test_another_past_is_refused(tmp_path: Path) -> None:
     copy = f"cp {saved}/ledger.json {path}"
     said = message(past.then(remove, ["b"], at=45))
     assert "of the first 50 samples: it has remove b at sample 45, where there was none" in said
-    assert f"take it back: steel-megatron data cancel {path} --at 45 --stopped true" in said
+    assert f"take it back: steel-megatron data cancel {path} --at 45" in said
     Ledger(past).then(remove, ["b"], at=45).save(path)
     with edit(path) as file:
-        file.ledger = file.ledger.then(stopped).then(cancel, 45)  # what the message says mends it
+        file.ledger = file.ledger.then(freed).then(cancel, 45)  # what the message says mends it
     check_past(Ledger.load(path).history, path, saved, 50, fingerprint)
     assert "it has no change, where there was read a 2 times at sample 30" in message(past.then(cancel, 30))
     assert copy in message(past.then(cancel, 30))
