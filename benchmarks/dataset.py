@@ -113,7 +113,7 @@ def samples(prefix: str, folder: Path, count: int, rounds: int) -> None:
     ledger = Ledger.create([prefix], sequence_length=LENGTH, seed=1234, epochs=None)
     ours = LedgerSamples(ledger, VOCABULARY, folder / "cache")
     theirs = megatron_samples(prefix, folder / "megatron")
-    epoch = ledger.samples(0)
+    epoch = ledger.history.samples(0)
     assert abs(len(theirs) - epoch) <= 1, (len(theirs), epoch)
     predicted = np.bincount(np.concatenate([ours.sample(n)[1:] for n in range(len(theirs))]), minlength=VOCABULARY)
     expected = np.bincount(

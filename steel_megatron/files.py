@@ -25,6 +25,8 @@ logger = get_logger(__name__)
 
 _LOCK_SECONDS = 0.05
 """Between two looks whether a lock is free."""
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+"""What the operating system says of a lock that another process holds."""
 
 
 @contextmanager
@@ -116,7 +118,8 @@ def exclusive_lock(prefix: str | Path, error_type: type[SteelError], wait: float
     Raises:
         SteelError: of the given type; another job holds it, or the folder cannot be made or written to.
     """
-    path, until, told = with_suffix(prefix, ".lock"), time.monotonic() + wait, False
+    path, told = with_suffix(prefix, ".lock"), not wait
+    until = time.monotonic() + max(wait, _LOCK_SECONDS)  # is_locked() of another process may have it for a moment
     made = [folder for folder in path.parents if not folder.exists()]
     while (descriptor := _locked(path, error_type)) is None:
         if time.monotonic() >= until:
@@ -137,6 +140,21 @@ def exclusive_lock(prefix: str | Path, error_type: type[SteelError], wait: float
                 folder.rmdir()
 
 
+def is_locked(prefix: str | Path) -> bool:
+    """Whether a process holds :func:`exclusive_lock` of ``prefix``; False where the file system does not tell."""
+    try:
+        descriptor = os.open(with_suffix(prefix, ".lock"), os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _HELD
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _locked(path: Path, error_type: type[SteelError]) -> int | None:
     """The descriptor of a lock file that this process holds now; None when another one does."""
     with disk_errors("write", path, error_type):
@@ -150,7 +168,7 @@ def _locked(path: Path, error_type: type[SteelError]) -> int | None:
         # The holder may have removed this very file between our opening and locking it.
         ours = os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path))
     except OSError as error:
-        ours = error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.ENOENT)
+        ours = error.errno not in (*_HELD, errno.ENOENT)
         if ours:  # some cluster file systems know no locks
             logger.warning(f"{path} cannot be locked ({error.strerror}); make sure that no other job writes there")
     if ours:

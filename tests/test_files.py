@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from steel_megatron.errors import DataError
-from steel_megatron.files import replace_folder, sha256_of, write_atomically
+from steel_megatron.files import exclusive_lock, is_locked, replace_folder, sha256_of, write_atomically
 from tests.file_system import full_disk_at, killed_before, watched
 
 
@@ -123,3 +125,17 @@ def test_a_hash_is_of_all_of_a_file(tmp_path: Path) -> None:
         content[place] ^= 1
     (tmp_path / "x").write_bytes(content)
     assert len(digests | {sha256_of(tmp_path / "x")}) == 4
+
+
+def test_a_lock_is_seen_and_looking_at_it_refuses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = tmp_path / "run"
+    assert not is_locked(prefix)
+    with exclusive_lock(prefix, DataError):
+        assert is_locked(prefix)
+    (tmp_path / "run.lock").touch()  # left by a kill
+    assert not is_locked(prefix)
+    looking = os.open(tmp_path / "run.lock", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr("time.sleep", lambda seconds: os.close(looking))
+    with exclusive_lock(prefix, DataError):
+        assert is_locked(prefix)

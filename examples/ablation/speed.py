@@ -20,15 +20,17 @@ def measure_speed(plan: job.Plan, variants: list[Variant], rounds: int) -> None:
     """Time one optimizer step of each variant, ``rounds`` times around; the median goes to OUTPUT/speed.json."""
     prepare()
     torch.set_num_threads(1)
+    from steel_megatron.data.ledger.session import LedgerSession
+    from steel_megatron.parallel import agreement
     from steel_megatron.parallel.topology import initialize, shutdown
     from steel_megatron.train.batches import Batches
     from steel_megatron.train.engine import Engine
 
     topology = initialize(ParallelConfig())
     runs = [job.run_config(plan, variant.model, 1, plan.output / "work/speed") for variant in variants]
-    batches = Batches(runs[0], topology)
-    batches.begin(0)
-    batch = batches.training(0)
+    session = LedgerSession(runs[0], agreement)
+    session.start()
+    batch = Batches(runs[0], topology, session).training(0)
     engines = [Engine(run, topology) for run in runs]
     seconds: list[list[float]] = [[] for _ in engines]
     for turn in range(rounds + 1):

@@ -12,8 +12,9 @@ from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.log import get_logger
 
 if TYPE_CHECKING:
+    from steel_megatron.data.ledger.history import History
     from steel_megatron.data.ledger.ledger import Ledger
-    from steel_megatron.data.ledger.session import DocumentPart
+    from steel_megatron.data.ledger.loader import DocumentPart
 
 logger = get_logger(__name__)
 
@@ -43,13 +44,13 @@ def create(
         domain: domain of all these corpora, as mixtures name it.
         epochs: epochs over each corpus in the whole run, such as 1 or 2.5; default: unlimited.
     """
-    from steel_megatron.data.ledger.ledger import edit
-    from steel_megatron.data.ledger.session import new_ledger
+    from steel_megatron.data.ledger.ledger import Ledger, edit
 
     path = Path(ledger)
     if path.exists():
         raise DataError(f"{path} exists already; append to it (steel-megatron data append), or choose another name")
-    made = new_ledger(path.parent, prefixes, sequence_length, seed, names or None, domain, epochs)
+    named = {"names": names or None, "domain": domain, "epochs": epochs}
+    made = Ledger.create(prefixes, sequence_length, seed, path.parent, **named)
     with edit(path, made) as file:
         if file.ledger != made:
             raise DataError(f"{path} was just created by another process; append to it (steel-megatron data append)")
@@ -80,19 +81,20 @@ def append(
         on_duplicate: stop if a corpus is already in the ledger, or skip it.
         drop_duplicates: drop documents that exactly equal one already in the ledger.
         mixture: weights from then on, such as zh=0.8 en=0.2; default: unchanged.
-        stopped: declare that no run is live; frees the samples that a killed run had reserved.
+        stopped: no longer needed: a live run holds a lock, and a killed one does not.
     """
     from steel_megatron.data.ledger.ledger import Ledger, edit
-    from steel_megatron.data.ledger.session import names_of
 
-    path, weights, called = Path(ledger), _weights(mixture) if mixture else None, names or names_of(prefixes)
+    path, weights = Path(ledger), _weights(mixture) if mixture else None
     while True:
         # What may take hours is done while others may change the ledger, and a run may begin.
-        incoming = Ledger.load(path).incoming(prefixes, called, domain, on_duplicate, drop_duplicates)
+        incoming = _free(path, Ledger.load(path), stopped).incoming(
+            prefixes, names or None, domain, on_duplicate, drop_duplicates
+        )
         with edit(path) as file:
-            old = file.ledger.stopped() if stopped else file.ledger
+            old = _free(path, file.ledger)
             if old.up_to_date(incoming):
-                file.ledger = old.take_in(incoming, epochs, at, on_duplicate, weights)
+                file.ledger = old.take_in(incoming, epochs, at, weights)
                 break
         logger.info(f"{path} changed while documents were compared; comparing again")
     sys.stdout.write(_summary(path, file.ledger))
@@ -105,9 +107,11 @@ def remove(ledger: str, names: list[str], at: int | None = None, stopped: bool =
         ledger: the run's ledger.json.
         names: corpora, by their names in the ledger.
         at: sample at which they leave; default: the run's next checkpoint, or where it resumes.
-        stopped: declare that no run is live; frees the samples that a killed run had reserved.
+        stopped: no longer needed: a live run holds a lock, and a killed one does not.
     """
-    _change(ledger, stopped, lambda old: old.remove(names, at))
+    from steel_megatron.data.ledger import changes
+
+    _change(ledger, stopped, lambda old: changes.remove(old, names, at))
 
 
 def reweight(ledger: str, names: list[str], epochs: float | None, at: int | None = None, stopped: bool = False) -> None:
@@ -118,9 +122,11 @@ def reweight(ledger: str, names: list[str], epochs: float | None, at: int | None
         names: corpora, by their names in the ledger.
         epochs: such as 1 or 2.5; null for unlimited.
         at: sample at which it takes effect; default: the run's next checkpoint, or where it resumes.
-        stopped: declare that no run is live; frees the samples that a killed run had reserved.
+        stopped: no longer needed: a live run holds a lock, and a killed one does not.
     """
-    _change(ledger, stopped, lambda old: old.reweight(dict.fromkeys(names, epochs), at))
+    from steel_megatron.data.ledger import changes
+
+    _change(ledger, stopped, lambda old: changes.reweight(old, dict.fromkeys(names, epochs), at))
 
 
 def mixture(ledger: str, weights: list[str], at: int | None = None, stopped: bool = False) -> None:
@@ -130,10 +136,12 @@ def mixture(ledger: str, weights: list[str], at: int | None = None, stopped: boo
         ledger: the run's ledger.json.
         weights: DOMAIN=WEIGHT for each domain, 0 to pause it; or the word none, to read corpora by size.
         at: sample at which they take effect; default: the run's next checkpoint, or where it resumes.
-        stopped: declare that no run is live; frees the samples that a killed run had reserved.
+        stopped: no longer needed: a live run holds a lock, and a killed one does not.
     """
+    from steel_megatron.data.ledger import changes
+
     chosen = None if weights == ["none"] else _weights(weights)
-    _change(ledger, stopped, lambda old: old.set_mixture(chosen, at))
+    _change(ledger, stopped, lambda old: changes.set_mixture(old, chosen, at))
 
 
 def cancel(ledger: str, at: int | None = None, stopped: bool = False) -> None:
@@ -142,9 +150,11 @@ def cancel(ledger: str, at: int | None = None, stopped: bool = False) -> None:
     Args:
         ledger: the run's ledger.json.
         at: sample that the change is planned for; default: the pending changes.
-        stopped: declare that no run is live; frees the samples that a killed run had reserved.
+        stopped: no longer needed: a live run holds a lock, and a killed one does not.
     """
-    _change(ledger, stopped, lambda old: old.cancel(at))
+    from steel_megatron.data.ledger import changes
+
+    _change(ledger, stopped, lambda old: changes.cancel(old, at))
 
 
 def _weights(words: list[str]) -> dict[str, float]:
@@ -161,33 +171,46 @@ def _weights(words: list[str]) -> dict[str, float]:
     return found
 
 
-def _change(path: str, stopped: bool, change: Callable[[Ledger], Ledger]) -> None:
+def _free(path: Path, ledger: Ledger, stopped: bool = False) -> Ledger:
+    """The ledger that a command changes: what a run that was killed had still planned to read is free."""
+    from steel_megatron.data.ledger.changes import freed
+    from steel_megatron.data.ledger.ledger import run_is_live
+
+    if stopped:
+        logger.info("--stopped is no longer needed: the lock of a run tells whether it is under way")
+    return ledger if run_is_live(path) else ledger.then(freed)
+
+
+def _change(path: str, stopped: bool, change: Callable[[History], History]) -> None:
     from steel_megatron.data.ledger.ledger import edit
 
     with edit(path) as file:
-        file.ledger = change(file.ledger.stopped() if stopped else file.ledger)
+        file.ledger = _free(Path(path), file.ledger, stopped).then(change)
     sys.stdout.write(_summary(Path(path), file.ledger))
 
 
 def _summary(path: Path, ledger: Ledger) -> str:
     """Each corpus with its progress at the last sync, and all changes with their position."""
+    from steel_megatron.data.ledger.ledger import run_is_live
     from steel_megatron.data.ledger.records import in_words
 
-    lines = [f"{path}: samples of {ledger.sequence_length:,} tokens, seed {ledger.seed}, run at {ledger.reached:,}"]
-    if ledger.reserved > ledger.reached:
-        lines[0] += f", reading on to {ledger.reserved:,}"
-    seen = ledger.cursors(ledger.reached)
-    for number in sorted(ledger.used):
-        corpus, samples = ledger.corpora[number], ledger.samples(number)
+    history = ledger.history
+    synced = history.last_synced_sample
+    lines = [f"{path}: samples of {history.sequence_length:,} tokens, seed {history.seed}, run at {synced:,}"]
+    if history.next_sync_sample > synced and run_is_live(path):
+        lines[0] += f", reading on to {history.next_sync_sample:,}"
+    seen = history.schedule.cursors(synced)
+    for number in sorted(history.used):
+        corpus, samples = history.corpora[number], history.samples(number)
         dropped = f", {corpus.dropped.documents:,} documents dropped" if corpus.dropped else ""
         lines.append(
             f"  {corpus.name} ({corpus.domain}): {samples:,} samples, {corpus.documents:,} documents{dropped}, "
             f"read {int(seen[number]) / samples:.2f} times"
         )
-    for event in ledger.events:
+    for event in history.events:
         at = "the next checkpoint, or from where the run resumes" if event.at is None else f"sample {event.at:,}"
-        lines.append(f"  from {at}: {in_words(event, ledger.corpora)}")
-    capacity = ledger.capacity()
+        lines.append(f"  from {at}: {in_words(event, history.corpora)}")
+    capacity = history.schedule.capacity()
     lines.append(f"  samples in all: {'without end' if capacity == float('inf') else f'{capacity:,}'}")
     return "\n".join(lines) + "\n"
 
@@ -216,8 +239,7 @@ def show(
     import json
 
     from steel_megatron.data.ledger.ledger import Ledger
-    from steel_megatron.data.ledger.loader import LedgerSamples
-    from steel_megatron.data.ledger.session import parts_of
+    from steel_megatron.data.ledger.loader import LedgerSamples, parts_of
     from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
 
     path = Path(ledger)
@@ -226,7 +248,7 @@ def show(
         sys.stdout.write(_summary(path, loaded))
         return
     settings = _run_settings(path)
-    numbers = loaded.step_samples(step) if step is not None and step > 0 and sample is None else None
+    numbers = loaded.history.step_samples(step) if step is not None and step > 0 and sample is None else None
     if numbers is None or global_batch_size is not None:
         numbers = _numbers(path, step, sample, global_batch_size or settings["training"].get("global_batch_size"))
     data = settings["data"]

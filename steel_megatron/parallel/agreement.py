@@ -59,3 +59,13 @@ def first_process_says(number: int) -> int:
     said = torch.tensor([number], device=probe().device)
     dist.broadcast(said, src=0)
     return int(said.item())
+
+
+def first_process_bytes(content: bytes) -> bytes:
+    """The first process's ``content``, on every process."""
+    values = torch.zeros(first_process_says(len(content)), dtype=torch.uint8)
+    if dist.get_rank() == 0 and content:
+        values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    values = values.to(probe().device)
+    dist.broadcast(values, src=0)
+    return values.cpu().numpy().tobytes()

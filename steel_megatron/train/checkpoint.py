@@ -156,7 +156,7 @@ def write_checkpoint(
         "layout": layout,
         "world_size": dist.get_world_size(),
         "has_optimizer": "optimizer" in state,
-        "data_fingerprint": ledger.fingerprint(consumed_samples) if ledger else "",
+        "data_fingerprint": ledger.history.fingerprint(consumed_samples) if ledger else "",
         "model": to_dict(model),
     }
     # What the first process does alone fails on all of them, or the others would wait for it.
@@ -207,7 +207,7 @@ def _finish(partial: Path, final: Path, manifest: dict[str, Any], run: RunConfig
         if run is not None:
             (partial / "run.yaml").write_text(dump_yaml(run), encoding="utf-8")
         if ledger is not None:
-            (partial / "ledger.json").write_text(dumps(ledger), encoding="utf-8")
+            (partial / "ledger.json").write_text(dumps(ledger.history), encoding="utf-8")
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         facts = {
             str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files

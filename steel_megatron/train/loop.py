@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from steel_megatron.config import RunConfig, dump_yaml
-from steel_megatron.data.ledger.ledger import Ledger
-from steel_megatron.data.ledger.session import check_past
+from steel_megatron.data.ledger.history import History
+from steel_megatron.data.ledger.session import LedgerSession
+from steel_megatron.data.ledger.sync import check_past
 from steel_megatron.errors import CheckpointError
-from steel_megatron.files import exclusive_lock, write_atomically
+from steel_megatron.files import exclusive_lock, with_suffix, write_atomically
 from steel_megatron.log import get_logger
+from steel_megatron.parallel import agreement
 from steel_megatron.parallel.agreement import any_process, first_process_says, on_first_process, together
 from steel_megatron.parallel.topology import Topology, initialize, shutdown
 from steel_megatron.train import checkpoint
@@ -65,14 +67,27 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         stack.callback(shutdown)
         lock = exclusive_lock(Path(run.checkpoint.directory) / "run", CheckpointError)
         on_first_process(lambda: stack.enter_context(lock))
+        if run.ledger_path.parent != Path(run.checkpoint.directory):
+            on_first_process(lambda: stack.enter_context(_ledger_lock(run.ledger_path)))
         return _train(run, topology, [*callbacks_of(run), *callbacks])
+
+
+@contextmanager
+def _ledger_lock(path: Path) -> Iterator[None]:
+    """Tell commands that a ledger outside of the run's folder is read; a second run may read by it as well."""
+    with ExitStack() as stack:
+        with suppress(CheckpointError):
+            stack.enter_context(exclusive_lock(with_suffix(path, ".run"), CheckpointError))
+        yield
 
 
 def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) -> TrainingSummary:
     training = run.training
-    batches = Batches(run, topology)
+    run.num_micro_batches(topology.launch.world_size)  # checks the batch before anything is read
+    session = LedgerSession(run, agreement)
+    batches = Batches(run, topology, session)
     engine = Engine(run, topology)
-    consumed, saved = _start(run, topology, engine, batches)
+    consumed, saved = _start(run, topology, engine, session)
     view = RunView(run, topology, engine)
     validation: dict[str, float] = {}
     losses = array("d")
@@ -92,8 +107,8 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
                 for callback in callbacks:
                     callback.after_validation(view, validation)
             if result.step % run.checkpoint.save_interval == 0 or is_last or stopping:
-                batches.look(result.step, consumed, goes_on=not stopping and not is_last)
-                saved = checkpoint.save(engine, consumed, batches.ledger)
+                (session.release if stopping or is_last else session.sync)(result.step, consumed)
+                saved = checkpoint.save(engine, consumed, session.ledger)
                 for callback in callbacks:
                     callback.after_save(view, saved)
             if stopping:
@@ -125,7 +140,7 @@ def _started(callbacks: Sequence[Callback], view: RunView) -> Iterator[None]:
         yield
 
 
-def _start(run: RunConfig, topology: Topology, engine: Engine, batches: Batches) -> tuple[int, Path | None]:
+def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSession) -> tuple[int, Path | None]:
     """Resume, or take initial weights from elsewhere, or begin; returns the samples consumed and the checkpoint."""
     # One process reads and compares all checksums; the others follow.
     found = on_first_process(lambda: _find(run))
@@ -134,12 +149,14 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, batches: Batches)
         path = checkpoint.path_of(run, step)
         info = together(lambda: checkpoint.read_info(path))
 
-        def check(ledger: Ledger | None) -> None:
-            check_past(ledger, run.ledger_path, path, info.consumed_samples, info.data_fingerprint)
+        def check(history: History | None) -> None:
+            check_past(history, run.ledger_path, path, info.consumed_samples, info.data_fingerprint)
 
-        on_first_process(lambda: check(batches.ledger))  # before anything large is read
+        on_first_process(
+            lambda: check(session.ledger.history if session.ledger else None)
+        )  # before anything large is read
         checkpoint.load(engine, info)
-        batches.begin(step, info.consumed_samples, check)
+        session.start(step, info.consumed_samples, check)
         logger.info(f"resuming after step {info.step} ({info.layout} before, {topology.describe()} now)")
         return info.consumed_samples, path
     if run.checkpoint.init_from:
@@ -152,7 +169,7 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, batches: Batches)
     path = Path(run.checkpoint.directory) / "run.yaml"
     text = dump_yaml(run).encode()
     on_first_process(lambda: write_atomically(path, text, CheckpointError))
-    batches.begin()
+    session.start()
     return 0, None
 
 

@@ -148,7 +148,7 @@ def test_a_requeued_run_goes_on_with_the_data_that_came(
     assert steps == list(range(1, steps[-1] + 1))  # the log goes on, and no step comes twice
     size = run.training.global_batch_size
     settled = Ledger.load(tmp_path / "run/ledger.json")
-    assert [event.at for event in settled.events] == [0, size * stopped]
+    assert [event.at for event in settled.history.events] == [0, size * stopped]
     corpora = []
     for step in (stopped, *range(stopped + 1, stopped + 41)):
         assert (

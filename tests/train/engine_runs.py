@@ -177,12 +177,14 @@ def through_the_loop(run: RunConfig) -> LoopRecord:
 
 def validation_batches(runs: list[RunConfig]) -> list[list[list[tuple[list[int], bool]]]]:
     """For each run, this process's micro batches of a validation: the tokens of each row, and whether it counts."""
+    from steel_megatron.data.ledger.session import LedgerSession
+    from steel_megatron.parallel import agreement
     from steel_megatron.parallel.topology import initialize
     from steel_megatron.train.batches import Batches
 
     topology, found = initialize(runs[0].parallel), []
     for run in runs:
-        ((_, batches),) = Batches(run, topology).validation()
+        ((_, batches),) = Batches(run, topology, LedgerSession(run, agreement)).validation()
         found.append(
             [
                 [(row.tolist(), bool(mask.all())) for row, mask in zip(one.tokens, one.loss_mask, strict=True)]

@@ -44,13 +44,16 @@ def write(prefix: Path, first: int) -> str:
 
 def read(run: RunConfig, first_step: int, last_step: int) -> list[list[list[list[int]]]]:
     """The micro batches of this process in some steps, as tokens with the last label."""
+    from steel_megatron.data.ledger.session import LedgerSession
+    from steel_megatron.parallel import agreement
     from steel_megatron.parallel.topology import initialize
 
     topology = initialize(run.parallel)
     from steel_megatron.train.batches import Batches
 
-    batches, size = Batches(run, topology), run.training.global_batch_size
-    batches.begin(first_step - 1, (first_step - 1) * size)
+    session, size = LedgerSession(run, agreement), run.training.global_batch_size
+    batches = Batches(run, topology, session)
+    session.start(first_step - 1, (first_step - 1) * size)
     found = []
     for step in range(first_step, last_step + 1):
         micro = batches.training((step - 1) * size)
@@ -158,7 +161,11 @@ def test_data_is_appended_between_stops(tmp_path: Path, capsys: pytest.CaptureFi
     summary = one(rest)
     assert summary.finished and [step for step, _ in losses(rest)] == [1, 2, 3, 4, 5]
     settled = Ledger.load(ledger)
-    assert [event.at for event in settled.events] == [0, 8, 8] and settled.capacity() == 2 * SAMPLES
+    assert [event.at for event in settled.history.events] == [
+        0,
+        8,
+        8,
+    ] and settled.history.schedule.capacity() == 2 * SAMPLES
     assert json.loads((summary.checkpoint / "ledger.json").read_text()) == json.loads(ledger.read_text())
     assert main(["data", "show", str(ledger), "--step", "1", "--json_output", "true"]) == 0
     before = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -185,37 +192,48 @@ def test_appended_data_is_taken_in_at_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="died with exit code -9"):
         run_distributed(live, 1, run, commands, 40)
     loaded = Ledger.load(ledger)
-    assert [(event.at, [added.corpus for added in event.add]) for event in loaded.events] == [
+    assert [(event.at, [added.corpus for added in event.add]) for event in loaded.history.events] == [
         *((0, [0]), (16, [1]), (40, [2])),
     ]
-    assert (loaded.reached, loaded.reserved) == (32, 48)  # the kill left the stretch reserved
+    assert (loaded.history.last_synced_sample, loaded.history.next_sync_sample) == (
+        32,
+        48,
+    )  # the kill left the stretch reserved
     before = was_read(folder)
     assert before == says(ledger, 0, 40)
     assert {sample[0] >= 30 for number in range(16) for sample in before[number]} == {False}
     assert {sample[0] >= 30 for number in range(16, 40) for sample in before[number]} == {False, True}
+    for words in (["cancel", str(ledger), "--at", "40"], ["append", str(ledger), third, "--at", "40"]):
+        assert main(["data", *words]) == 0  # the kill freed what the run had not saved
+    assert Ledger.load(ledger).history.events == loaded.history.events
     with_worker = dataclasses.replace(run, data=dataclasses.replace(run.data, num_workers=1))
     fourth = ["append", str(ledger), write(tmp_path / "d", 65)]
     summary, codes, _ = run_distributed(live, 2, with_worker, {40: [fourth]})[0]
-    assert summary.finished and codes == [0] and Ledger.load(ledger).events[-1].at == 48
+    assert summary.finished and codes == [0] and Ledger.load(ledger).history.events[-1].at == 48
     assert was_read(folder, 2) == says(ledger, 32, 64)
     loaded = Ledger.load(ledger)
-    assert (loaded.reached, loaded.reserved) == (64, 64) and loaded.cursors(64)[1] == 20
+    assert (loaded.history.last_synced_sample, loaded.history.next_sync_sample) == (
+        64,
+        64,
+    ) and loaded.history.schedule.cursors(64)[1] == 20
     assert (summary.checkpoint / "ledger.json").read_bytes() == ledger.read_bytes()
 
 
 def _prepared(run: RunConfig) -> list[str]:
     """What is in the caches when a run has begun and read nothing yet."""
+    from steel_megatron.data.ledger.session import LedgerSession
     from steel_megatron.data.sampling import packing
+    from steel_megatron.parallel import agreement
     from steel_megatron.parallel.topology import initialize
-    from steel_megatron.train.batches import Batches
 
     packing._SAMPLES_OF_FILE = 0
-    batches = Batches(run, initialize(run.parallel))
+    initialize(run.parallel)
+    session = LedgerSession(run, agreement)
     cache = run.ledger_path.with_suffix(".cache")
     cache.mkdir(parents=True)
     (cache / "left.123.partial").touch()
     os.utime(cache / "left.123.partial", (0, 0))
-    batches.begin(0, 0)
+    session.start(0, 0)
     return sorted(path.suffix for path in cache.iterdir())
 
 
@@ -225,14 +243,16 @@ def test_the_first_indices_are_made_by_one_process(tmp_path: Path) -> None:
 
 
 def test_a_live_run_refuses_positions_that_it_has_read(tmp_path: Path) -> None:
-    folder, ledger = tmp_path / "run", tmp_path / "run" / "ledger.json"
+    ledger = tmp_path / "elsewhere" / "ledger.json"  # not in the run's folder, which has a lock of its own
     first, second = write(tmp_path / "a", 0), write(tmp_path / "b", 30)
-    run = changed(make_run(DataConfig(train=[first]), folder, train_steps=4), save_interval=2)
+    data = DataConfig(train=[first], ledger=str(ledger))
+    run = changed(make_run(data, tmp_path / "run", train_steps=4), save_interval=2)
     words = ["append", str(ledger), second, "--at", "12"]
     summary, codes, said = run_distributed(live, 1, run, {8: [words, ["cancel", str(ledger), "--at", "12"]]})[0]
     assert summary.finished and codes == [2, 2]
-    assert "a run reads on to sample 16 before it looks at the ledger again" in said and "--stopped true" in said
-    assert len(Ledger.load(ledger).corpora) == 1
+    assert "a run reads on to sample 16 before it looks at the ledger again" in said and "stop the run" in said
+    assert len(Ledger.load(ledger).history.corpora) == 1
+    assert not list(ledger.parent.glob("*.lock"))
 
 
 def test_what_a_run_cannot_take_in_does_not_end_it(tmp_path: Path) -> None:
@@ -245,7 +265,7 @@ def test_what_a_run_cannot_take_in_does_not_end_it(tmp_path: Path) -> None:
     assert summary.finished and codes == [0, 0]
     assert "cannot be taken in at sample 16, and waits for the next checkpoint" in said
     assert "holds token id 1" in said and "take it back (steel-megatron data cancel)" in said
-    events = [(event.at, [added.corpus for added in event.add]) for event in Ledger.load(ledger).events]
+    events = [(event.at, [added.corpus for added in event.add]) for event in Ledger.load(ledger).history.events]
     assert events == [(0, [0]), (None, [1]), (None, [2])]  # nothing is lost, and the file says what was read
     assert was_read(folder, 2) == says(ledger, 0, 48)
 
@@ -273,12 +293,12 @@ def test_a_full_disk_for_a_moment_delays_a_change(tmp_path: Path) -> None:
     commands = {8: [["append", str(ledger), second]], 24: [["append", str(ledger), third]]}
     summary, codes, said = run_distributed(_without_room_at_16, 2, run, commands)[0]
     assert summary.finished and codes == [0, 0] and "cannot be taken in at sample 16" in said
-    settled = Ledger.load(ledger)
+    settled = Ledger.load(ledger).history
     assert [(event.at, [settled.corpora[added.corpus].name for added in event.add]) for event in settled.events] == [
         (0, ["a"]), (32, ["b"]), (32, ["c"]),
     ]  # fmt: skip
     saved = Ledger.load(tmp_path / "run/checkpoints/step_00000002/ledger.json")
-    assert [event.at for event in saved.events] == [0]
+    assert [event.at for event in saved.history.events] == [0]
 
 
 def test_other_sizes_of_batches_on_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,7 +318,7 @@ def test_other_sizes_of_batches_on_resume(tmp_path: Path, capsys: pytest.Capture
     shutil.rmtree(summary.checkpoint)
     again = one(changed(run, global_batch_size=8, train_steps=6, stop_after_step=None))
     assert again.finished
-    assert [dataclasses.astuple(size) for size in Ledger.load(folder / "ledger.json").steps] == [
+    assert [dataclasses.astuple(size) for size in Ledger.load(folder / "ledger.json").history.steps] == [
         *((0, 0, 8), (2, 16, 4), (5, 28, 8)),
     ]
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,12 @@ logger = get_logger(__name__)
 
 _CHUNK = 1 << 20
 """Ids that are looked at at a time."""
+
+
+def names_of(prefixes: Sequence[str | Path]) -> list[str]:
+    """Names for corpora: the last parts of their paths, or the whole paths of those that would have the same."""
+    counts = Counter(Path(prefix).name for prefix in prefixes)
+    return [Path(prefix).name if counts[Path(prefix).name] == 1 else str(prefix) for prefix in prefixes]
 
 
 def describe(prefix: str | Path, name: str | None = None, domain: str = "default") -> Corpus:

@@ -1,7 +1,4 @@
-"""The history of a ledger, without any file: corpora, the events that change the pool, and what is read by them.
-
-Everything here is a function of the values of a frozen dataclass, so it can be tested over random histories.
-"""
+"""The history of a ledger, without any file: corpora, the events that change the pool, and what is read by them."""
 
 from __future__ import annotations
 
@@ -9,22 +6,16 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import Any, Concatenate, ParamSpec
 
 from steel_megatron.data.ledger.pools import Pool, number_of, pools_of, used_by
-from steel_megatron.data.ledger.records import (
-    Corpus,
-    Event,
-    StepSize,
-)
-from steel_megatron.data.ledger.schedule import Location, Schedule
+from steel_megatron.data.ledger.records import Corpus, Event, StepSize
+from steel_megatron.data.ledger.schedule import Schedule
 from steel_megatron.errors import DataError
-from steel_megatron.log import get_logger
 
-logger = get_logger(__name__)
+Arguments = ParamSpec("Arguments")
 
 FORMAT = "steel-megatron-ledger-1"
 """Name and version of a ledger's file; also of the order of samples."""
@@ -47,22 +38,22 @@ class History:
     number goes to the next corpus."""
     events: tuple[Event, ...] = ()
     """In the order in which they were written down."""
-    reached: int = 0
-    """Where a run last looked at the ledger, by starting, resuming or saving a checkpoint."""
-    reserved: int = 0
-    """The sample before which a run that is under way does not look again; nothing can be put before."""
+    last_synced_sample: int = 0
+    """Where a run last synced, by starting, resuming or saving a checkpoint."""
+    next_sync_sample: int = 0
+    """Where the run that wrote it syncs next; while it is under way, nothing can be put before."""
     steps: tuple[StepSize, ...] = ()
     """How many samples the run's steps took, from the first on; empty in ledgers that no run has begun with."""
 
     def __post_init__(self) -> None:
         assert self.sequence_length >= 1 and 0 <= self.seed < 2**63, (self.sequence_length, self.seed)
-        assert self.reached <= self.reserved, (self.reached, self.reserved)
+        assert self.last_synced_sample <= self.next_sync_sample, (self.last_synced_sample, self.next_sync_sample)
         self._check_corpora()
-        # Pending changes are taken as if they held from where the run looks next; activate() checks their real place.
-        pools_of(self.corpora, self._placed(self.reserved), self.sequence_length)
+        # Pending changes are taken as if they held from the next sync; apply_pending() checks their real position.
+        pools_of(self.corpora, self.scheduled(self.next_sync_sample), self.sequence_length)
 
     def _check_corpora(self) -> None:
-        corpora = [self.corpora[number] for number in sorted(self.used)]
+        corpora = self.known()
         for kind in ("name", "content"):
             known: dict[str, str] = {}
             for corpus in corpora:
@@ -85,17 +76,31 @@ class History:
                     f"{self.sequence_length + 1:,} tokens; shorten the sequence or take more text"
                 )
 
-    def _placed(self, pending_at: int | None) -> list[Event]:
+    def then(
+        self,
+        change: Callable[Concatenate[History, Arguments], History],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> History:
+        """A change of this history, so that several read in their order: ``history.then(add, new).then(cancel)``."""
+        return change(self, *args, **kwargs)
+
+    def known(self) -> list[Corpus]:
+        """The corpora that a change adds, also those that were removed."""
+        return [self.corpora[number] for number in sorted(self.used)]
+
+    def scheduled(self, pending_at: int | None) -> list[Event]:
         """The events by position, pending ones at a given one, or None to leave them out."""
-        placed = [
+        scheduled = [
             dataclasses.replace(event, at=pending_at) if event.at is None else event
             for event in self.events
             if event.at is not None or pending_at is not None
         ]
-        return sorted(placed, key=lambda event: event.at or 0)
+        return sorted(scheduled, key=lambda event: event.at or 0)
 
     @functools.cached_property
-    def _schedule(self) -> Schedule:
+    def schedule(self) -> Schedule:
+        """Which sample comes at which position, without pending changes."""
         return Schedule(
             [corpus.name for corpus in self.corpora],
             [corpus.domain for corpus in self.corpora],
@@ -106,24 +111,24 @@ class History:
 
     def _pools_until_pending(self) -> list[Pool]:
         """The pools without what is pending."""
-        placed = self._placed(None)
+        scheduled = self.scheduled(None)
         try:
-            return pools_of(self.corpora, placed, self.sequence_length)
+            return pools_of(self.corpora, scheduled, self.sequence_length)
         except DataError:  # a plan needs what is pending, which comes before it: so far it is for no certain samples
-            settled = [event for event in placed if event.at is not None and event.at < self.reserved]
+            settled = [event for event in scheduled if event.at is not None and event.at < self.next_sync_sample]
             return pools_of(self.corpora, settled, self.sequence_length)
 
     @property
     def pending(self) -> tuple[Event, ...]:
-        """Changes that wait for a run to look at the ledger."""
+        """Changes that wait for the next sync of a run."""
         return tuple(event for event in self.events if event.at is None)
 
     def in_use(self) -> list[int]:
-        """The numbers of the corpora that are read from :attr:`reached` on, with or without pending changes."""
+        """The numbers of the corpora that are read from the last sync on, with or without pending changes."""
         found: set[int] = set()
-        with_pending = pools_of(self.corpora, self._placed(self.reserved), self.sequence_length)
+        with_pending = pools_of(self.corpora, self.scheduled(self.next_sync_sample), self.sequence_length)
         for pools in (self._pools_until_pending(), with_pending):
-            current = max(number for number, pool in enumerate(pools) if pool.at <= self.reached)
+            current = max(number for number, pool in enumerate(pools) if pool.at <= self.last_synced_sample)
             found |= {corpus for pool in pools[current:] for corpus in pool.epochs}
         return sorted(found)
 
@@ -144,38 +149,6 @@ class History:
         """
         return number_of(self.corpora, name, self.used)
 
-    def capacity(self) -> int | float:
-        """How many samples there are, without pending changes; infinity when corpora are read without end."""
-        return self._schedule.capacity()
-
-    def require(self, samples: int, wanted_by: str) -> None:
-        """Raise a DataError when there are fewer samples; ``wanted_by`` says who asks for them."""
-        self._schedule.require(samples, wanted_by)
-
-    def locate(self, position: int) -> Location:
-        """The sample at a position.
-
-        Raises:
-            DataError: there are fewer samples; the message says what ran out.
-        """
-        return self._schedule.locate(position)
-
-    def locate_range(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The samples from ``begin`` to before ``end``: int32 [n] corpora, int64 [n] epochs, int64 [n] numbers.
-
-        Raises:
-            DataError: there are fewer samples; the message says what ran out.
-        """
-        return self._schedule.locate_range(begin, end)
-
-    def cursors(self, position: int) -> np.ndarray:
-        """The samples of each corpus consumed before a position, over all its epochs: int64 [corpora].
-
-        Raises:
-            DataError: there are fewer samples.
-        """
-        return self._schedule.cursors(position)
-
     def step_samples(self, step: int) -> range | None:
         """The samples of an optimizer step, from 1; None for one of which the ledger does not say it."""
         before = [size for size in self.steps if size.step < step]
@@ -195,7 +168,7 @@ class History:
 
     def before(self, position: int) -> list[Event]:
         """The events that decide the samples before a position, in their order."""
-        return [event for event in self._placed(None) if event.at is not None and event.at < position]
+        return [event for event in self.scheduled(None) if event.at is not None and event.at < position]
 
     def meaning(self, event: Event) -> dict[str, Any]:
         """All that an event of this history decides, without names and paths."""

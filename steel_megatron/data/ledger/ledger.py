@@ -5,25 +5,26 @@ the two (:mod:`~steel_megatron.data.ledger.schedule`), the same for any number o
 events to which one is appended for every change, and is never changed in the past: what decides the samples before a
 position has a fingerprint, which a checkpoint holds against the ledger it resumes with.
 
-A change is pending (``at`` is null) until a run looks at the ledger, by starting, resuming or saving a checkpoint, and
-gives it the position it is at. Then the pool is everything unseen plus the new, in a new order. A change with a
+A change is pending (``at`` is null) until a run syncs, by starting, resuming or saving a checkpoint, and gives it the
+position it is at. Then the pool is everything unseen plus the new, in a new order. A change with a
 position of its own is planned, a stage of a curriculum.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Concatenate, NamedTuple, Self
 
 from steel_megatron.data.indexed.dataset import IndexedCorpus
-from steel_megatron.data.ledger.changes import Changeable
-from steel_megatron.data.ledger.corpora import Other, describe, dropped_bits, open_corpus, without_duplicates
-from steel_megatron.data.ledger.history import FORMAT
+from steel_megatron.data.ledger.changes import OnDuplicate, add, fresh
+from steel_megatron.data.ledger.corpora import Other, describe, dropped_bits, names_of, open_corpus, without_duplicates
+from steel_megatron.data.ledger.history import FORMAT, Arguments, History
 from steel_megatron.data.ledger.records import (
     MOST_POSITIONS,
     Corpus,
@@ -35,16 +36,16 @@ from steel_megatron.data.ledger.records import (
     steps_from,
 )
 from steel_megatron.data.sampling.packing import PackedEpoch
-from steel_megatron.errors import DataError
-from steel_megatron.files import disk_errors, exclusive_lock, write_atomically
+from steel_megatron.errors import ConfigError, DataError
+from steel_megatron.files import disk_errors, exclusive_lock, is_locked, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 
 logger = get_logger(__name__)
 
 LOCK_SECONDS = 300.0
 """How long to wait for somebody who changes a ledger; changes take no longer than a corpus takes to be opened."""
-LOOK_SECONDS = 5.0
-"""The same for a run that looks before a checkpoint: it can look again at the next, and may be about to be killed."""
+SYNC_SECONDS = 5.0
+"""The same for a run that syncs before a checkpoint: it can sync again at the next, and may be about to be killed."""
 
 
 class Read(NamedTuple):
@@ -65,27 +66,40 @@ class Incoming:
     """What is to be written of dropped documents, by name."""
     compared: tuple[Read, ...] | None
     """With what they were compared; None where they were not."""
+    on_duplicate: OnDuplicate
 
 
 @dataclass(frozen=True)
-class Ledger(Changeable):
-    """A ledger; changes are new ledgers, which :meth:`save` writes.
+class Ledger:
+    """A history, and the folder of its file: relative corpora start there, and files of dropped documents are there."""
 
-    Raises:
-        DataError: the corpora and events do not fit together; the message says which and why.
-    """
-
+    history: History
     folder: Path = field(default=Path(), compare=False)
-    """Where its file is, and beside it those of dropped documents."""
 
     @classmethod
-    def create(cls, prefixes: Sequence[str | Path], sequence_length: int, seed: int, **options: Any) -> Self:
+    def create(
+        cls, prefixes: Sequence[str | Path], sequence_length: int, seed: int, folder: Path = Path(), **options: Any
+    ) -> Self:
         """A new ledger of some corpora; ``options`` as for :meth:`append`.
 
         Raises:
+            ConfigError: the length or the seed is out of range.
             DataError: a corpus cannot be used, or they do not fit together.
         """
-        return cls(sequence_length, seed).append(prefixes, **options)
+        if not (1 <= sequence_length <= 2**31 and 0 <= seed < 2**63):
+            raise ConfigError(
+                f"sequence_length is {sequence_length} and seed {seed}; they must be from 1 to 2**31 and 0 to 2**63 - 1"
+            )
+        return cls(History(sequence_length, seed), folder).append(prefixes, **options)
+
+    def then(
+        self,
+        change: Callable[Concatenate[History, Arguments], History],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Self:
+        """The ledger after a change of its history, one of :mod:`~steel_megatron.data.ledger.changes`."""
+        return dataclasses.replace(self, history=change(self.history, *args, **kwargs))
 
     def append(
         self,
@@ -94,7 +108,7 @@ class Ledger(Changeable):
         domain: str = "default",
         epochs: float | None = 1.0,
         at: int | None = None,
-        on_duplicate: Literal["stop", "skip"] = "stop",
+        on_duplicate: OnDuplicate = "stop",
         mixture: Mapping[str, float] | None = None,
         drop_duplicates: bool = False,
     ) -> Self:
@@ -102,12 +116,13 @@ class Ledger(Changeable):
 
         Args:
             prefixes: paths without a suffix.
-            names: by which commands call them; None for the last parts of the prefixes.
+            names: by which commands call them; None for those of :func:`~steel_megatron.data.ledger.corpora.names_of`.
             domain: by which mixtures call all of them.
             epochs: how often each is read, 2.5 for twice and half of a third time; None for without end.
-            at: the sample from which they are in; None for where the run looks at the ledger next.
+            at: the sample from which they are in; None for the next sync of the run.
             on_duplicate: what to do with a corpus that is in already, or was: ``stop`` or ``skip`` it.
-            mixture: weights by domain from then on; None for as before.
+            mixture: weights by domain from then on; None for as before. Needed where a mixture holds that does not name
+                the new corpora's domains.
             drop_duplicates: whether to leave out documents that are exactly the same as others in the pool, or as
                 earlier ones of the new corpora. Which ones is written beside the ledger at once.
 
@@ -115,39 +130,41 @@ class Ledger(Changeable):
             DataError: a corpus cannot be used or does not fit, or the disk refuses.
         """
         incoming = self.incoming(prefixes, names, domain, on_duplicate, drop_duplicates)
-        return self.take_in(incoming, epochs, at, on_duplicate, mixture)
+        return self.take_in(incoming, epochs, at, mixture)
 
     def incoming(
         self,
         prefixes: Sequence[str | Path],
         names: Sequence[str] | None = None,
         domain: str = "default",
-        on_duplicate: Literal["stop", "skip"] = "stop",
+        on_duplicate: OnDuplicate = "stop",
         drop_duplicates: bool = False,
     ) -> Incoming:
         """The part of :meth:`append` that reads corpora, and may take long."""
         if names is not None and len(names) != len(prefixes):
             raise DataError(f"{len(names)} names ({', '.join(names)}) were given for {len(prefixes)} corpora")
-        new = [describe(prefix, names[n] if names else None, domain) for n, prefix in enumerate(prefixes)]
+        called = names if names is not None else names_of(prefixes)
+        new = [describe(prefix, name, domain) for prefix, name in zip(prefixes, called, strict=True)]
         if not drop_duplicates:
-            return Incoming(tuple(new), {}, None)
+            return Incoming(tuple(new), {}, None, on_duplicate)
         compared = self._compared()
         others = [other for read in compared if (other := self._other(read)) is not None]
-        reduced, files = without_duplicates(self.fresh(new, on_duplicate), others)
-        return Incoming(tuple(reduced), files, compared)
+        reduced, files = without_duplicates(fresh(self.history, new, on_duplicate), others)
+        return Incoming(tuple(reduced), files, compared, on_duplicate)
 
     def _compared(self) -> tuple[Read, ...]:
         """What new documents are compared with: all that a run has read, or may still read."""
-        cursors, in_use = self.cursors(self.reached), set(self.in_use())
+        history, in_use = self.history, set(self.history.in_use())
+        cursors = history.schedule.cursors(history.last_synced_sample)
         return tuple(
-            Read(number, self.corpora[number].content, None if number in in_use else int(cursors[number]))
-            for number in sorted(self.used)
+            Read(number, history.corpora[number].content, None if number in in_use else int(cursors[number]))
+            for number in sorted(history.used)
             if number in in_use or cursors[number]
         )
 
     def _other(self, read: Read) -> Other | None:
         """A corpus to compare with; None for one that is read no more, and gone."""
-        record = self.corpora[read.number]
+        record = self.history.corpora[read.number]
         try:
             corpus, dropped = open_corpus(record, self.folder), dropped_bits(record, self.folder)
         except DataError as error:
@@ -157,7 +174,7 @@ class Ledger(Changeable):
                 f"{record.name} was removed, and documents are not compared with what was read of it: {error}"
             )
             return None
-        if read.samples is not None and read.samples < self.samples(read.number):
+        if read.samples is not None and read.samples < self.history.samples(read.number):
             seen = self.packed(read.number, 0, corpus).documents_of(read.samples)
             dropped = ~seen if dropped is None else dropped | ~seen
         return Other(corpus, dropped, record.content if read.samples is None else None)
@@ -167,12 +184,11 @@ class Ledger(Changeable):
         incoming: Incoming,
         epochs: float | None = 1.0,
         at: int | None = None,
-        on_duplicate: Literal["stop", "skip"] = "stop",
         mixture: Mapping[str, float] | None = None,
     ) -> Self:
         """The part of :meth:`append` that changes the ledger; ``incoming`` must be :meth:`up_to_date`."""
         assert self.up_to_date(incoming)
-        appended = self.add(incoming.corpora, epochs, at, on_duplicate, mixture)
+        appended = self.then(add, incoming.corpora, epochs, at, incoming.on_duplicate, mixture)
         for name, content in incoming.files.items():
             write_atomically(self.folder / name, content, DataError)
         return appended
@@ -186,7 +202,7 @@ class Ledger(Changeable):
 
         What was removed need not be named.
         """
-        corpora = [self.corpora[number] for number in sorted(self.used)]
+        corpora = self.history.known()
         known = {os.path.abspath(self.folder / corpus.prefix): corpus for corpus in corpora}
         by_content = {corpus.content: corpus for corpus in corpora}
         found = set()
@@ -198,8 +214,8 @@ class Ledger(Changeable):
                     "append, or take another ledger"
                 )
             found.add(corpus.name)
-        removed = {name for event in self.events for name in event.remove}
-        first = [self.corpora[added.corpus] for event in self.events[:1] for added in event.add]
+        removed = {name for event in self.history.events for name in event.remove}
+        first = [self.history.corpora[added.corpus] for event in self.history.events[:1] for added in event.add]
         missing = [corpus for corpus in first if corpus.name not in found and corpus.name not in removed]
         if missing:
             raise DataError(
@@ -219,10 +235,10 @@ class Ledger(Changeable):
         Raises:
             DataError: the file of dropped documents is damaged, or the cache cannot be written.
         """
-        record = self.corpora[number]
-        key = (self.seed, int(record.content[:16], 16), epoch)
+        record = self.history.corpora[number]
+        key = (self.history.seed, int(record.content[:16], 16), epoch)
         dropped = dropped_bits(record, self.folder)
-        return PackedEpoch(corpus, self.sequence_length, key, dropped, cache, record.content)
+        return PackedEpoch(corpus, self.history.sequence_length, key, dropped, cache, record.content)
 
     def save(self, path: str | Path) -> None:
         """Write the ledger, whole or not at all.
@@ -230,7 +246,7 @@ class Ledger(Changeable):
         Raises:
             DataError: the disk refuses.
         """
-        write_atomically(path, dumps(self).encode(), DataError)
+        write_atomically(path, dumps(self.history).encode(), DataError)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -250,10 +266,7 @@ class Ledger(Changeable):
         Raises:
             DataError: it is damaged; the message names the field.
         """
-        ledger = loads(content, str(path))
-        return cls(
-            **{field.name: getattr(ledger, field.name) for field in fields(ledger)} | {"folder": Path(path).parent}
-        )
+        return cls(loads(content, str(path)), Path(path).parent)
 
 
 class OpenCorpora:
@@ -264,11 +277,13 @@ class OpenCorpora:
         self._opened: dict[int, IndexedCorpus] = {}
 
     def __len__(self) -> int:
-        return len(self._ledger.corpora)
+        return len(self._ledger.history.corpora)
 
     def __getitem__(self, number: int) -> IndexedCorpus:
         if number not in self._opened:
-            self._opened[number] = open_corpus(self._ledger.corpora[number], self._ledger.folder, self._vocab_size)
+            self._opened[number] = open_corpus(
+                self._ledger.history.corpora[number], self._ledger.folder, self._vocab_size
+            )
         return self._opened[number]
 
 
@@ -285,24 +300,24 @@ def open_corpora(ledger: Ledger, vocab_size: int | None = None) -> OpenCorpora:
         DataError: a corpus or a file of dropped documents is missing, damaged, or not what it was when it came in.
     """
     opened = OpenCorpora(ledger, vocab_size)
-    for number in ledger.in_use():
-        dropped_bits(ledger.corpora[number], ledger.folder)
+    for number in ledger.history.in_use():
+        dropped_bits(ledger.history.corpora[number], ledger.folder)
         opened[number]
     return opened
 
 
-def dumps(ledger: Ledger) -> str:
-    """A ledger as JSON."""
-    values: dict[str, Any] = {"format": FORMAT, "sequence_length": ledger.sequence_length, "seed": ledger.seed}
-    values |= {"reached": ledger.reached, "reserved": ledger.reserved}
-    values["steps"] = [vars(size) for size in ledger.steps]
-    values["corpora"] = [corpus_to(corpus) for corpus in ledger.corpora]
-    values["events"] = [event_to(event) for event in ledger.events]
+def dumps(history: History) -> str:
+    """A history as a ledger's JSON."""
+    values: dict[str, Any] = {"format": FORMAT, "sequence_length": history.sequence_length, "seed": history.seed}
+    values |= {"reached": history.last_synced_sample, "reserved": history.next_sync_sample}
+    values["steps"] = [vars(size) for size in history.steps]
+    values["corpora"] = [corpus_to(corpus) for corpus in history.corpora]
+    values["events"] = [event_to(event) for event in history.events]
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-def loads(content: str | bytes, where: str) -> Ledger:
-    """A ledger out of JSON.
+def loads(content: str | bytes, where: str) -> History:
+    """A history out of a ledger's JSON.
 
     Args:
         content: the JSON.
@@ -325,7 +340,7 @@ def loads(content: str | bytes, where: str) -> Ledger:
     events = read.get("events", "a list", lambda v: isinstance(v, list))
     reached = read.count("reached", 0, MOST_POSITIONS)
     try:
-        return Ledger(
+        return History(
             read.count("sequence_length", 1, 2**31),
             read.count("seed", 0, 2**63 - 1),
             tuple(corpus_from(corpus, f"{where}, corpora[{number}]") for number, corpus in enumerate(corpora)),
@@ -336,6 +351,11 @@ def loads(content: str | bytes, where: str) -> Ledger:
         )
     except DataError as error:
         raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from None
+
+
+def run_is_live(path: Path) -> bool:
+    """Whether a run is under way that reads by a ledger's file: the lock of its folder, or of the ledger, is held."""
+    return is_locked(path.parent / "run") or is_locked(with_suffix(path, ".run"))
 
 
 class Edit:

@@ -10,12 +10,13 @@ the same for any number.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from steel_megatron.data.indexed.dataset import IndexedCorpus, open_indexed
+from steel_megatron.data.indexed.dataset import IndexedCorpus, Origin, open_indexed
 from steel_megatron.data.ledger.ledger import Ledger, open_corpora
 from steel_megatron.data.sampling.packing import PackedEpoch, Piece, samples_of
 from steel_megatron.errors import ConfigError, DataError
@@ -65,22 +66,22 @@ class LedgerSamples:
         Raises:
             DataError: the ledger has no such sample.
         """
-        corpus, epoch, place = self.ledger.locate(number)
+        corpus, epoch, place = self.ledger.history.schedule.locate(number)
         return self._pass(corpus, epoch).tokens(place)
 
     def sample_with_starts(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a sample, and for each the position in the sample of its document's first token."""
-        corpus, epoch, place = self.ledger.locate(number)
+        corpus, epoch, place = self.ledger.history.schedule.locate(number)
         return self._pass(corpus, epoch).with_starts(place)
 
     def documents(self, number: int) -> tuple[IndexedCorpus, list[Piece]]:
         """The corpus of a sample, and which parts of its documents the sample is made of."""
-        corpus, epoch, place = self.ledger.locate(number)
+        corpus, epoch, place = self.ledger.history.schedule.locate(number)
         return self._corpora[corpus], self._pass(corpus, epoch).pieces(place)
 
     def prepare(self, begin: int, end: int) -> None:
         """Make the indices that samples ``begin`` to before ``end`` need."""
-        corpora, epochs, _ = self.ledger.locate_range(begin, end)
+        corpora, epochs, _ = self.ledger.history.schedule.locate_range(begin, end)
         for corpus, epoch in sorted(set(zip(corpora.tolist(), epochs.tolist(), strict=True)), reverse=True):
             self._pass(corpus, epoch)
 
@@ -179,3 +180,40 @@ def read_samples(stream: Samples, numbers: Sequence[int], with_starts: bool) -> 
         return np.stack([stream.sample(number) for number in numbers]), None
     tokens, starts = zip(*(stream.sample_with_starts(number) for number in numbers), strict=True)
     return np.stack(tokens), np.stack(starts)
+
+
+@dataclass(frozen=True)
+class DocumentPart:
+    """A part of a document in a sample."""
+
+    corpus: str
+    """Name of the corpus in the ledger."""
+    document: int
+    """Number of the document in its corpus."""
+    origin: Origin | None
+    """The file and row it came from; None where nobody recorded it."""
+    offset: int
+    """The document's token with which the part begins."""
+    ids: tuple[int, ...]
+    """The token ids of the part."""
+
+
+def parts_of(samples: LedgerSamples, number: int) -> list[DocumentPart]:
+    """The documents that a sample is made of, in order.
+
+    Raises:
+        DataError: the ledger has no such sample.
+    """
+    history = samples.ledger.history
+    name = history.corpora[history.schedule.locate(number).corpus].name
+    corpus, pieces = samples.documents(number)
+    return [
+        DocumentPart(
+            name,
+            piece.document,
+            corpus.origin(piece.document),
+            piece.offset,
+            tuple(corpus.tokens_of(piece.document, piece.offset, piece.length).tolist()),
+        )
+        for piece in pieces
+    ]

@@ -1,68 +1,24 @@
-"""The ledger of a run: begun with its first corpora, held against its settings, looked at again while the run goes on,
-and what one of its steps read.
-
-A run looks at its ledger's file when it starts or resumes, and before each checkpoint. What has come by then holds from
-that sample on. Until which sample it will not look again is written into the file (``reserved``), so that no command
-changes what is read meanwhile.
-"""
+"""The ledger of a run: made with its first corpora, held against its settings, synced while the run reads by it."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from steel_megatron.config import RunConfig
-from steel_megatron.data.indexed.dataset import Origin
-from steel_megatron.data.ledger.ledger import LOOK_SECONDS, Ledger, edit
+from steel_megatron.data.ledger.history import History
+from steel_megatron.data.ledger.ledger import SYNC_SECONDS, Ledger, dumps, edit
 from steel_megatron.data.ledger.loader import LedgerSamples
-from steel_megatron.data.ledger.records import in_words
+from steel_megatron.data.ledger.sync import RunPosition, defer_file, resume, run_position, start
 from steel_megatron.data.sampling.packing import remove_caches
-from steel_megatron.errors import CheckpointError, ConfigError, DataError
-from steel_megatron.log import get_logger
+from steel_megatron.errors import ConfigError, DataError, SteelError
+from steel_megatron.log import get_logger, launched_rank
 
 logger = get_logger(__name__)
 
-
-def names_of(prefixes: Sequence[str]) -> list[str]:
-    """Names for corpora: the last parts of their paths, or the whole paths of those that would have the same."""
-    counts = Counter(Path(prefix).name for prefix in prefixes)
-    return [Path(prefix).name if counts[Path(prefix).name] == 1 else str(prefix) for prefix in prefixes]
-
-
-def new_ledger(
-    folder: Path,
-    prefixes: Sequence[str],
-    sequence_length: int,
-    seed: int,
-    names: Sequence[str] | None = None,
-    domain: str = "default",
-    epochs: float | None = None,
-) -> Ledger:
-    """A ledger that begins with some corpora.
-
-    Args:
-        folder: where it will be.
-        prefixes: paths without a suffix; each once.
-        sequence_length: tokens that a sample predicts.
-        seed: of all orders.
-        names: one for each; by default as :func:`names_of`.
-        domain: of all of them.
-        epochs: how often each is read; None for without end.
-
-    Raises:
-        ConfigError: the length or the seed is out of range.
-        DataError: a corpus cannot be used.
-    """
-    if not (1 <= sequence_length <= 2**31 and 0 <= seed < 2**63):
-        raise ConfigError(
-            f"sequence_length is {sequence_length} and seed {seed}; they must be from 1 to 2**31 and 0 to 2**63 - 1"
-        )
-    return Ledger(sequence_length, seed, folder=folder).append(prefixes, names or names_of(prefixes), domain, epochs)
+Result = TypeVar("Result")
 
 
 def read_ledger(path: Path, sequence_length: int, beginning: Sequence[str]) -> Ledger | None:
@@ -79,9 +35,9 @@ def read_ledger(path: Path, sequence_length: int, beginning: Sequence[str]) -> L
     if not path.exists():
         return None
     ledger = Ledger.load(path)
-    if ledger.sequence_length != sequence_length:
+    if ledger.history.sequence_length != sequence_length:
         raise DataError(
-            f"{path} cuts samples of {ledger.sequence_length:,} tokens, but model.sequence_length is "
+            f"{path} cuts samples of {ledger.history.sequence_length:,} tokens, but model.sequence_length is "
             f"{sequence_length:,}; take another checkpoint.directory or ledger"
         )
     if beginning:
@@ -89,197 +45,155 @@ def read_ledger(path: Path, sequence_length: int, beginning: Sequence[str]) -> L
     return ledger
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a run looks at its ledger."""
+class Processes(Protocol):
+    """How the processes of a run act as one; :mod:`steel_megatron.parallel.agreement` is it."""
 
-    step: int
-    """Optimizer steps done."""
-    consumed: int
-    """Samples consumed."""
-    until: int
-    """The sample at which it looks next; ``consumed`` if it does not go on."""
-    last: int
-    """The samples that it will have consumed in the end."""
-    global_batch_size: int
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Do ``action`` on every process; if it raises a SteelError on any, all of them raise."""
+        ...
 
+    def on_first_process(self, action: Callable[[], Result]) -> Result | None:
+        """Do ``action`` on the first process alone; if it raises a SteelError there, all of them raise."""
+        ...
 
-def place_of(run: RunConfig, step: int, consumed: int, *, goes_on: bool = True) -> Place:
-    """Where a run stands after a step.
-
-    Raises:
-        ConfigError: it has done more steps than it is to do.
-    """
-    training, size = run.training, run.training.global_batch_size
-    if step > training.train_steps:
-        raise ConfigError(
-            f"training.train_steps is {training.train_steps}, but the run has done {step} steps already; raise it, or "
-            "choose another checkpoint.directory"
-        )
-    end = training.stop_after_step or training.train_steps
-    following = min((step // run.checkpoint.save_interval + 1) * run.checkpoint.save_interval, end)
-    until = consumed + max(0, following - step) * size if goes_on else consumed
-    return Place(step, consumed, until, consumed + (training.train_steps - step) * size, size)
+    def first_process_bytes(self, content: bytes) -> bytes:
+        """The first process's ``content``, on every process."""
+        ...
 
 
-def begun(ledger: Ledger, place: Place) -> Ledger:
-    """A ledger as a run starts or resumes with it: what waited holds from here on.
+class LedgerSession:
+    """A run's ledger from its start to its end; every process of the run has one, and calls it at the same moments.
 
-    Raises:
-        DataError: what waited does not fit, or there are fewer samples than the run wants.
-    """
-    active = ledger.activate(place.consumed, place.until)
-    active.require(place.last, "training.train_steps x training.global_batch_size")
-    return active.at_step(place.step, place.consumed, place.global_batch_size)
-
-
-def continued(ledger: Ledger, own: Ledger, place: Place) -> Ledger:
-    """A ledger's file as a run takes in what has come since it looked last, which was ``own``.
-
-    Raises:
-        DataError: as :func:`begun`, or the file says something else of what was read.
-    """
-    if difference := first_difference(ledger, own, place.consumed):
-        raise DataError(f"{difference[0]}, other than what was read")
-    return begun(ledger, place)
-
-
-def left(ledger: Ledger, own: Ledger, place: Place) -> Ledger:
-    """A ledger's file as a run leaves it that takes nothing in, and goes on by ``own`` to where it looks next.
-
-    What is read until then is as in ``own``. Of the rest, what is pending stays so, what is planned for later too, and
-    what was planned for before is pending now: nothing is lost, and it comes up at the next look.
-
-    Raises:
-        DataError: the two do not fit together any more.
-    """
-    if first_difference(ledger, own, place.until) is None:
-        return ledger.looked(place.consumed, place.until)
-    read = own.before(place.until)
-    meanings, said = [own.meaning(event) for event in read], [ledger.meaning(event) for event in ledger.events]
-    for event in read:
-        if event.at is not None and event.at >= place.consumed and own.meaning(event) not in said:
-            logger.warning(
-                f"{in_words(event, own.corpora)} at sample {event.at:,} was taken back, but the run goes on by the "
-                "ledger that has it; undo it by another change, such as steel-megatron data remove"
-            )
-    result = dataclasses.replace(own, events=tuple(read)).looked(place.consumed, place.until)
-    # In the order in which they would have held: what was pending from here on, then what was planned.
-    for event in sorted(ledger.events, key=lambda event: place.consumed if event.at is None else event.at):
-        is_later = event.at is None or event.at >= place.until
-        if not is_later and ledger.meaning(event) in meanings:
-            continue
-        result = result.with_event_of(ledger, event, event.at if is_later else None)
-    return result
-
-
-def leave(path: Path, own: Ledger, place: Place) -> Ledger:
-    """:func:`left` for a ledger's file. What does not fit together any more is set aside in a file beside it.
-
-    Raises:
-        DataError: the file is damaged or gone, somebody holds it, or the disk refuses.
-    """
-    with edit(path, wait=LOOK_SECONDS) as file:
-        try:
-            file.ledger = left(file.ledger, own, place)
-        except DataError as error:
-            aside = path.with_name(f"{path.stem}.refused-{place.consumed}{path.suffix}")
-            file.ledger.save(aside)
-            file.ledger = own.looked(place.consumed, place.until)
-            logger.warning(
-                f"{path} is again what the run reads by; changes that do not fit are left in {aside}: {error}"
-            )
-    return file.ledger
-
-
-def tidy(ledger: Ledger, cache: Path) -> None:
-    """Remove from a ledger's caches what no run reads that goes on from where it was looked at last."""
-    cursors = ledger.cursors(ledger.reached).tolist()
-    over = {ledger.corpora[n].content: cursors[n] // ledger.samples(n) for n in ledger.used}
-    remove_caches(cache, over)
-
-
-def first_difference(ledger: Ledger, other: Ledger, position: int) -> tuple[str, int | None] | None:
-    """The first thing in which two ledgers differ on the samples before a position.
-
-    Returns:
-        what it is, and if it is a change that only ``ledger`` has, for which sample; None if there is none.
-    """
-    for name in ("seed", "sequence_length"):
-        mine, others = getattr(ledger, name), getattr(other, name)
-        if mine != others:
-            return f"its {name} is {mine} in place of {others}", None
-    events, wanted = ledger.before(position), other.before(position)
-    for mine, others in zip_longest(events, wanted):
-        if mine is None or others is None or ledger.meaning(mine) != other.meaning(others):
-            says = f"{in_words(mine, ledger.corpora)} at sample {mine.at:,}" if mine else "no change"
-            should = f"{in_words(others, other.corpora)} at sample {others.at:,}" if others else "none"
-            alone = mine is not None and all(event.at != mine.at for event in wanted)
-            return f"it has {says}, where there was {should}", mine.at if alone and mine else None
-    return None
-
-
-def check_past(ledger: Ledger | None, path: Path, checkpoint: Path, consumed: int, fingerprint: str) -> None:
-    """Hold a ledger against the past of a checkpoint.
+    The first process reads and writes the file. The others get its ledger byte for byte, whatever changes meanwhile.
 
     Args:
-        ledger: the ledger; None where there is none.
-        path: its file, for messages.
-        checkpoint: the checkpoint's folder, with a ledger of its own.
-        consumed: the samples consumed before the checkpoint.
-        fingerprint: what the checkpoint says of them.
+        run: the run's settings.
+        processes: how the run's processes act as one.
+
+    Attributes:
+        ledger: which corpora the run reads, and in which order; None before :meth:`start` of a new run.
+        samples: the samples to train on; None before :meth:`start`. Another object after a sync that changed them.
+        end: the samples that the run will have consumed in the end.
 
     Raises:
-        CheckpointError: it tells another past; the message says where they differ first, and what mends it.
+        ConfigError: no training corpus is named.
+        DataError: a corpus or the ledger cannot be read.
     """
-    if ledger is not None and ledger.fingerprint(consumed) == fingerprint:
-        return
-    own = checkpoint / "ledger.json"
-    cure, found = f"go back to the checkpoint's (cp {own} {path}), which forgets what came later", ""
-    with suppress(DataError):
-        if ledger is None:
-            found = ": it is gone"
-        elif difference := first_difference(ledger, Ledger.load(own), consumed):
-            found = f": {difference[0]}"
-            if difference[1] is not None and difference[1] >= ledger.reached:
-                cure = f"take it back: steel-megatron data cancel {path} --at {difference[1]} --stopped true"
-    raise CheckpointError(
-        f"{checkpoint} was trained on other data than {path} says of the first {consumed:,} samples{found}; {cure}. Or "
-        "use the weights in another folder (checkpoint.init_from)"
-    )
+
+    def __init__(self, run: RunConfig, processes: Processes) -> None:
+        self._run, self._processes, self._path = run, processes, run.ledger_path
+        self._cache = self._path.with_suffix(".cache")
+        self.samples: LedgerSamples | None = None
+        self.end = 0
+        self.ledger, self._new = self._shared(processes.on_first_process(self._read)), None
+        if self.ledger is None:
+            arguments = run.data.train, run.model.sequence_length, run.training.seed, self._path.parent
+            self._new = processes.on_first_process(lambda: Ledger.create(*arguments, epochs=None))
+
+    def _read(self) -> Ledger | None:
+        train = self._run.data.train
+        if not train and not self._path.exists():
+            raise ConfigError(
+                f"data.train is empty and there is no ledger {self._path}; name at least one indexed corpus (a prefix "
+                "made by preprocess), or make a ledger with steel-megatron data create"
+            )
+        return read_ledger(self._path, self._run.model.sequence_length, train)
+
+    def _shared(self, ledger: Ledger | None) -> Ledger | None:
+        """The first process's ledger on every process, byte for byte; None if it has none."""
+        content = self._processes.first_process_bytes(dumps(ledger.history).encode() if ledger is not None else b"")
+        return Ledger.parse(content, self._path) if content else None
+
+    def start(
+        self, step: int = 0, consumed_samples: int = 0, check: Callable[[History], None] = lambda history: None
+    ) -> None:
+        """Give pending changes the position at which the run starts or resumes, and get ready to read from there.
+
+        A start that is refused leaves the ledger as it was.
+
+        Args:
+            step: optimizer steps done.
+            consumed_samples: samples consumed by them.
+            check: raises a SteelError where the ledger is not the one of the checkpoint that is resumed.
+
+        Raises:
+            ConfigError: the run has done more steps than it is to do.
+            DataError: the ledger cannot be written, does not hold as many samples as the run will read, or a corpus
+                cannot be used.
+        """
+        position = run_position(self._run, step, consumed_samples)
+
+        def change(history: History) -> History:
+            check(history)
+            return start(history, position)
+
+        self.end = position.end
+        self._apply(position, change)
+
+    def sync(self, step: int, consumed_samples: int) -> None:
+        """Take in what has come to the ledger since the last sync; before a checkpoint after which the run reads on.
+
+        What cannot be taken in is left waiting with a warning.
+        """
+        position, own = run_position(self._run, step, consumed_samples), self.ledger
+        assert own is not None, "start() comes first"
+        try:
+            self._apply(position, lambda history: resume(history, own.history, position))
+        except SteelError as error:
+            _warn(
+                f"a change of {self._path} cannot be taken in at sample {consumed_samples:,}, and waits for the next "
+                f"checkpoint, as does what was planned for before sample {position.next_sync:,}; mend what is wrong by "
+                "then, or take it back (steel-megatron data cancel)",
+                error,
+            )
+            self._defer(own, position)
+
+    def release(self, step: int, consumed_samples: int) -> None:
+        """Take in nothing, and free what the run will not read; before its last checkpoint."""
+        position, own = run_position(self._run, step, consumed_samples, ends=True), self.ledger
+        assert own is not None, "start() comes first"
+        self.ledger = self._defer(own, position)
+
+    def _defer(self, own: Ledger, position: RunPosition) -> Ledger | None:
+        """The ledger's file after :func:`~steel_megatron.data.ledger.sync.defer`, or ``own`` if that fails."""
+        try:
+            return self._shared(self._processes.on_first_process(lambda: defer_file(self._path, own.history, position)))
+        except SteelError as error:
+            _warn(f"{self._path} stays as it is, and does not say how far the run has read", error)
+            return own
+
+    def _apply(self, position: RunPosition, change: Callable[[History], History]) -> None:
+        """Change the ledger's file and read by it from then on, unless a process cannot; then all is as it was."""
+        processes, before, samples = self._processes, self.ledger, self.samples
+        with ExitStack() as locked:
+
+            def changed() -> Ledger:
+                file = locked.enter_context(edit(self._path, self._new, SYNC_SECONDS if samples else None))
+                file.ledger = file.ledger.then(change)
+                return file.ledger
+
+            ledger = self._shared(processes.on_first_process(changed))
+            assert ledger is not None
+            if samples is None or before is None or ledger.history.differs_from(before.history):
+                samples = processes.together(lambda: LedgerSamples(ledger, self._run.model.vocab_size, self._cache))
+            # Before it is written: what cannot be read must not be in the file. Others then find the same index.
+            step_end = min(position.consumed + position.global_batch_size, position.end)
+            processes.on_first_process(lambda: samples.prepare(position.consumed, step_end))
+            processes.on_first_process(locked.close)  # writes it
+        if self.samples not in (None, samples):
+            logger.info(f"from sample {position.consumed:,} on, {self._path} says something new of what is read")
+        self.ledger, self.samples = ledger, samples
+        processes.on_first_process(lambda: prune_cache(ledger.history, self._cache))
 
 
-@dataclass(frozen=True)
-class DocumentPart:
-    """A part of a document in a sample."""
-
-    corpus: str
-    """Name of the corpus in the ledger."""
-    document: int
-    """Number of the document in its corpus."""
-    origin: Origin | None
-    """The file and row it came from; None where nobody recorded it."""
-    offset: int
-    """The document's token with which the part begins."""
-    ids: tuple[int, ...]
-    """The token ids of the part."""
+def _warn(message: str, error: SteelError) -> None:
+    """A warning by the first process, and by those whose own error it is."""
+    if launched_rank() == 0 or type(error) is not SteelError:  # others are told of an error in general terms
+        logger.warning(f"{message}: {error}")
 
 
-def parts_of(samples: LedgerSamples, number: int) -> list[DocumentPart]:
-    """The documents that a sample is made of, in order.
-
-    Raises:
-        DataError: the ledger has no such sample.
-    """
-    name = samples.ledger.corpora[samples.ledger.locate(number).corpus].name
-    corpus, pieces = samples.documents(number)
-    return [
-        DocumentPart(
-            name,
-            piece.document,
-            corpus.origin(piece.document),
-            piece.offset,
-            tuple(corpus.tokens_of(piece.document, piece.offset, piece.length).tolist()),
-        )
-        for piece in pieces
-    ]
+def prune_cache(history: History, cache: Path) -> None:
+    """Remove from a ledger's caches what no run reads that resumes from its last sync."""
+    cursors = history.schedule.cursors(history.last_synced_sample).tolist()
+    over = {history.corpora[n].content: cursors[n] // history.samples(n) for n in history.used}
+    remove_caches(cache, over)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from steel_megatron.data.indexed import exact_duplicates as duplicates
 from steel_megatron.data.indexed.dataset import IndexedCorpus
 from steel_megatron.data.indexed.exact_duplicates import bits_of, drop_bits, duplicate_documents
+from steel_megatron.data.ledger.changes import apply_pending, cancel, lost, remove
 from steel_megatron.data.ledger.ledger import Ledger, open_corpora
 from steel_megatron.errors import DataError
 from tests.data.corpora import write
@@ -67,9 +68,9 @@ def texts(*numbers: int) -> list[list[int]]:
 def read(ledger: Ledger) -> Counter[int]:
     """How often each token is predicted in the whole run."""
     corpora, found = open_corpora(ledger), Counter[int]()
-    for number, entry in enumerate(ledger.corpora):
+    for number, entry in enumerate(ledger.history.corpora):
         packed = ledger.packed(number, 0, corpora[number])
-        assert len(packed) == entry.samples(ledger.sequence_length)
+        assert len(packed) == entry.samples(ledger.history.sequence_length)
         for sample in range(len(packed)):
             found.update(packed.tokens(sample)[1:].tolist())
     return found
@@ -82,17 +83,17 @@ def test_duplicates_are_dropped_on_append(tmp_path: Path) -> None:
     path = tmp_path / "ledger.json"
     Ledger.create([first], sequence_length=10, seed=1).save(path)
     ledger = Ledger.load(path).append([second, third], drop_duplicates=True)
-    dropped = [entry.dropped for entry in ledger.corpora]
+    dropped = [entry.dropped for entry in ledger.history.corpora]
     assert dropped[0] is None
     assert [(of.documents, of.tokens) for of in dropped[1:] if of] == [(12, 240), (40, 800)]
     ledger.save(path)
-    again = Ledger.load(path).activate(30)
+    again = Ledger.load(path).then(apply_pending, 30)
     assert set(read(again).values()) == {1}
-    assert again.capacity() == 99 + 79 + 59
+    assert again.history.schedule.capacity() == 99 + 79 + 59
     # Where documents were dropped decides what was read.
     plain = Ledger.load(path).append([write(tmp_path / "x", texts(*range(200, 250)))], drop_duplicates=True)
-    assert plain.corpora[-1].dropped is None
-    contents = [entry.content for entry in again.corpora]
+    assert plain.history.corpora[-1].dropped is None
+    contents = [entry.content for entry in again.history.corpora]
     assert [of.like for of in dropped[1:] if of] == [tuple(contents[:1]), tuple(contents[:2])]
 
 
@@ -123,20 +124,20 @@ def append_all(path: Path, prefix: str) -> Ledger:
 
 
 def dropped(ledger: Ledger) -> int:
-    return of.documents if (of := ledger.corpora[-1].dropped) else 0
+    return of.documents if (of := ledger.history.corpora[-1].dropped) else 0
 
 
 def test_documents_are_compared_with_all_that_is_read(tmp_path: Path) -> None:
     path, new = tmp_path / "ledger.json", write(tmp_path / "new", texts(*range(40, 90)))
     begin = Ledger.create([write(tmp_path / "a", texts(*range(50)))], sequence_length=10, seed=1)
     begin = begin.append([write(tmp_path / "base", texts(*range(200, 260)))], at=0)
-    begin.remove(["a"], at=300).save(path)  # later, when it is read
+    begin.then(remove, ["a"], at=300).save(path)  # later, when it is read
     assert dropped(append_all(path, new)) == 10
     begin.append([write(tmp_path / "c", texts(*range(60, 80)))], at=120).save(path)  # comes in later
     assert dropped(append_all(path, new)) == 30
-    begin.remove(["a"], at=218).activate(218).save(path)  # was read in full
+    begin.then(remove, ["a"], at=218).then(apply_pending, 218).save(path)  # was read in full
     assert dropped(append_all(path, new)) == 10
-    begin.remove(["a"], at=0).activate(10).save(path)  # was never read
+    begin.then(remove, ["a"], at=0).then(apply_pending, 10).save(path)  # was never read
     assert dropped(append_all(path, new)) == 0
 
 
@@ -144,13 +145,13 @@ def test_of_a_removed_corpus_what_was_read_counts(tmp_path: Path, caplog: pytest
     path, new = tmp_path / "ledger.json", write(tmp_path / "new", texts(*range(90)))
     begin = Ledger.create([write(tmp_path / "a", texts(*range(50)))], sequence_length=10, seed=1)
     begin = begin.append([write(tmp_path / "base", texts(*range(200, 260)))], at=0)
-    ledger = begin.remove(["a"], at=100).activate(100)
+    ledger = begin.then(remove, ["a"], at=100).then(apply_pending, 100)
     ledger.save(path)
     first = ledger.packed(0, 0, open_corpora(ledger)[0])
-    pieces = [piece for sample in range(int(ledger.cursors(100)[0])) for piece in first.pieces(sample)]
+    pieces = [piece for sample in range(int(ledger.history.schedule.cursors(100)[0])) for piece in first.pieces(sample)]
     grown = append_all(path, new)
     assert 10 < dropped(grown) == len({piece.document for piece in pieces}) < 50
-    assert grown.lost() == set()
+    assert lost(grown.history) == set()
     for file in tmp_path.glob("a.*"):
         file.unlink()
     assert dropped(append_all(path, new)) == 0
@@ -163,9 +164,9 @@ def test_what_would_be_lost_with_another_corpus_is_refused(tmp_path: Path) -> No
     begin.append([write(tmp_path / "a", texts(*range(50)))], at=5).save(path)
     ledger = append_all(path, new)
     with pytest.raises(DataError, match=r"documents of new were dropped because .* would not be read to its end"):
-        ledger.cancel(5)
+        ledger.then(cancel, 5)
     with pytest.raises(DataError, match="documents of new were dropped because a has them"):
-        ledger.remove(["a"], at=20)
-    Ledger.load(path).remove(["a"], at=20).save(path)
+        ledger.then(remove, ["a"], at=20)
+    Ledger.load(path).then(remove, ["a"], at=20).save(path)
     with pytest.raises(DataError, match="documents of new were dropped because a has them"):
         append_all(path, new)

@@ -9,27 +9,46 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from steel_megatron.data.ledger.ledger import Ledger, dumps, loads
+from steel_megatron.data.ledger.changes import (
+    add,
+    apply_pending,
+    at_step,
+    cancel,
+    freed,
+    lost,
+    remove,
+    reweight,
+    set_mixture,
+)
+from steel_megatron.data.ledger.history import History
+from steel_megatron.data.ledger.ledger import dumps, loads
 from steel_megatron.data.ledger.records import Dropped, StepSize
 from steel_megatron.errors import DataError
 from tests.data.ledgers import LENGTH, corpus, ledger_of, located, two
 
 
 def test_what_is_reserved_is_freed_by_a_stop() -> None:
-    running = two().activate(50, 70)
-    assert running.add([corpus("c", 9)]).events[-1].at is None
-    planned = running.add([corpus("c", 9)], at=70)
-    assert planned.cancel(70) == running
-    assert running.stopped().remove(["a"], at=50).cancel(50) == running.stopped() != running
-    taken = running.stopped().remove(["a"]).activate(50)  # a run took it in, and was killed before its checkpoint
-    assert taken.fingerprint(50) == running.fingerprint(50) and taken.cancel(50) == running.stopped()
+    running = two().then(apply_pending, 50, 70)
+    assert running.then(add, [corpus("c", 9)]).events[-1].at is None
+    planned = running.then(add, [corpus("c", 9)], at=70)
+    assert planned.then(cancel, 70) == running
+    assert running.then(freed).then(remove, ["a"], at=50).then(cancel, 50) == running.then(freed) != running
+    taken = (
+        running.then(freed).then(remove, ["a"]).then(apply_pending, 50)
+    )  # a run took it in, and was killed before its checkpoint
+    assert taken.fingerprint(50) == running.fingerprint(50) and taken.then(cancel, 50) == running.then(freed)
 
 
 def test_a_plan_may_need_what_is_pending() -> None:
-    ledger = two().activate(20, 40).add([corpus("c", 50, "code")]).set_mixture({"zh": 1, "en": 1, "code": 2}, at=60)
-    ledger = ledger.set_mixture({"zh": 1, "en": 1, "code": 0}, at=90).remove(["c"], at=90)
+    ledger = (
+        two()
+        .then(apply_pending, 20, 40)
+        .then(add, [corpus("c", 50, "code")])
+        .then(set_mixture, {"zh": 1, "en": 1, "code": 2}, at=60)
+    )
+    ledger = ledger.then(set_mixture, {"zh": 1, "en": 1, "code": 0}, at=90).then(remove, ["c"], at=90)
     assert located(ledger, 0, 40) == located(two(), 0, 40) and ledger.in_use() == [0, 1, 2]
-    stages = np.array([number for number, *_ in located(ledger.activate(40), 0, 120)])
+    stages = np.array([number for number, *_ in located(ledger.then(apply_pending, 40), 0, 120)])
     assert [2 in stages[begin:end] for begin, end in ((0, 40), (40, 60), (60, 90), (90, 120))] == [
         False,
         True,
@@ -40,57 +59,61 @@ def test_a_plan_may_need_what_is_pending() -> None:
 
 def test_steps_may_take_other_numbers_of_samples() -> None:
     assert two().step_samples(1) is None
-    ledger = two().at_step(0, 0, 8).at_step(4, 32, 8)
+    ledger = two().then(at_step, 0, 0, 8).then(at_step, 4, 32, 8)
     assert ledger.steps == (StepSize(0, 0, 8),) and ledger.step_samples(6) == range(40, 48)
-    ledger = ledger.at_step(6, 48, 4).at_step(9, 60, 16)
+    ledger = ledger.then(at_step, 6, 48, 4).then(at_step, 9, 60, 16)
     assert [ledger.step_samples(step) for step in (6, 7, 9, 10)] == [
         *(range(40, 48), range(48, 52), range(56, 60), range(60, 76)),
     ]
-    assert ledger.at_step(6, 48, 8).steps == (StepSize(0, 0, 8),)  # an older checkpoint: later steps come again
-    assert ledger.at_step(7, 52, 4).steps == ledger.steps[:2]
-    assert ledger.at_step(0, 0, 2).steps == (StepSize(0, 0, 2),)
-    old = two().at_step(10, 80, 8)  # resumed by the first version that writes it down
+    assert ledger.then(at_step, 6, 48, 8).steps == (StepSize(0, 0, 8),)  # an older checkpoint: later steps come again
+    assert ledger.then(at_step, 7, 52, 4).steps == ledger.steps[:2]
+    assert ledger.then(at_step, 0, 0, 2).steps == (StepSize(0, 0, 2),)
+    old = two().then(at_step, 10, 80, 8)  # resumed by the first version that writes it down
     assert old.step_samples(10) is None and old.step_samples(11) == range(80, 88)
 
 
 def test_what_was_cancelled_is_forgotten() -> None:
     ledger = ledger_of(dataclasses.replace(corpus("a", 100), tokenizer="qwen"))
     other = dataclasses.replace(corpus("b", 10), tokenizer=None)
-    again = ledger.add([other]).cancel().add([dataclasses.replace(corpus("x", 20), name="b", tokenizer="qwen")])
+    again = (
+        ledger.then(add, [other])
+        .then(cancel)
+        .then(add, [dataclasses.replace(corpus("x", 20), name="b", tokenizer="qwen")])
+    )
     assert [entry.name for entry in again.corpora] == ["a", "b"] and again.corpora[1].content == corpus("x", 20).content
     # In the middle: others keep their numbers, and so their order.
-    three = ledger.add([corpus("b", 10)], at=20).add([corpus("c", 30)], at=40)
-    two_left = three.cancel(20)
+    three = ledger.then(add, [corpus("b", 10)], at=20).then(add, [corpus("c", 30)], at=40)
+    two_left = three.then(cancel, 20)
     assert two_left.number_of("c") == 2 and two_left.used == {0, 2}
     with pytest.raises(DataError, match="the ledger has no corpus 'b'; it has a, c"):
-        two_left.remove(["b"])
-    filled = two_left.add([dataclasses.replace(corpus("y", 10), name="b", tokenizer="qwen")], at=60)
+        two_left.then(remove, ["b"])
+    filled = two_left.then(add, [dataclasses.replace(corpus("y", 10), name="b", tokenizer="qwen")], at=60)
     assert [entry.name for entry in filled.corpora] == ["a", "b", "c"] and filled.number_of("b") == 1
     assert located(filled, 0, 60) == located(two_left, 0, 60)
     assert loads(dumps(two_left), "memory") == two_left
 
 
-def kept_and_dropped(**options: int | None) -> Ledger:
+def kept_and_dropped(**options: int | None) -> History:
     """100 samples of a, and of b, of which a document was dropped that a has."""
     like = Dropped("0" * 64, 1, 5, (corpus("a", 1).content,))
     return (
         ledger_of(corpus("base", 50))
-        .add([corpus("a", 100)], **options)
-        .add([dataclasses.replace(corpus("b", 100), dropped=like)], at=60)
+        .then(add, [corpus("a", 100)], **options)
+        .then(add, [dataclasses.replace(corpus("b", 100), dropped=like)], at=60)
     )
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda: kept_and_dropped(at=40).cancel(40),
-        lambda: kept_and_dropped(at=40).remove(["a"], at=70),
-        lambda: kept_and_dropped(at=40).activate(61).remove(["a"]),
-        lambda: kept_and_dropped(at=40).reweight({"a": 0.5}, at=70),
+        lambda: kept_and_dropped(at=40).then(cancel, 40),
+        lambda: kept_and_dropped(at=40).then(remove, ["a"], at=70),
+        lambda: kept_and_dropped(at=40).then(apply_pending, 61).then(remove, ["a"]),
+        lambda: kept_and_dropped(at=40).then(reweight, {"a": 0.5}, at=70),
         lambda: kept_and_dropped(epochs=0.5, at=40),
     ],
 )
-def test_documents_that_were_dropped_are_not_lost(change: Callable[[], Ledger]) -> None:
+def test_documents_that_were_dropped_are_not_lost(change: Callable[[], History]) -> None:
     with pytest.raises(
         DataError, match=r"documents of b were dropped because a.* so they would be lost; let it be read"
     ):
@@ -99,64 +122,103 @@ def test_documents_that_were_dropped_are_not_lost(change: Callable[[], Ledger]) 
 
 def test_what_is_read_once_or_not_needed_may_go() -> None:
     ledger = kept_and_dropped(at=40)
-    ledger.remove(["a", "b"], at=70)
-    ledger.cancel(60).cancel(40)
-    ledger.reweight({"a": 1.5}, at=70)
-    read = ledger.activate(249)
-    assert read.remove(["a"]).reweight({"b": 2}).lost() == set()
-    assert ledger.remove(["a"], at=249).lost() == set()
-    assert read.reweight({"a": 0.5}).lost() == set()
+    ledger.then(remove, ["a", "b"], at=70)
+    ledger.then(cancel, 60).then(cancel, 40)
+    ledger.then(reweight, {"a": 1.5}, at=70)
+    read = ledger.then(apply_pending, 249)
+    assert lost(read.then(remove, ["a"]).then(reweight, {"b": 2})) == set()
+    assert lost(ledger.then(remove, ["a"], at=249)) == set()
+    assert lost(read.then(reweight, {"a": 0.5})) == set()
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: two().add([corpus("a", 100)]), "/data/a is in the ledger already, as a .*skip"),
-        (lambda: two().add([corpus("c", 9), corpus("c", 9)]), "is in the ledger already, as c "),
-        (lambda: two().add([dataclasses.replace(corpus("c", 9), name="a")]), r"corpus a .* has the name a of a "),
-        (lambda: two().add([corpus("c", 0)]), r"/data/c: 1 tokens make no sample of sequence_length \+ 1 = 9 tokens"),
-        (lambda: two().add([corpus("c", 9)], 0.0), "epochs is 0.0; it must be a number above 0, or null"),
-        (lambda: two().add([corpus("c", 9)], math.nan), "epochs is nan"),
-        (lambda: two().add([corpus("c", 2**20)], 2.0**30), "corpus 'c' has 1,048,576 samples .* lower epochs"),
-        (lambda: two().add([corpus("c", 9, "math")], mixture={"zh": 1.0}), "does not name domain 'en'"),
-        (lambda: two().set_mixture({"zh": 1, "en": 1}).add([corpus("c", 9, "math")]), "does not name domain 'math'"),
-        (lambda: two().activate(50).add([corpus("c", 9)], at=49), "49 is no good: the run last looked .* sample 50"),
+        (lambda: two().then(add, [corpus("a", 100)]), "/data/a is in the ledger already, as a .*skip"),
+        (lambda: two().then(add, [corpus("c", 9), corpus("c", 9)]), "is in the ledger already, as c "),
+        (lambda: two().then(add, [dataclasses.replace(corpus("c", 9), name="a")]), r"corpus a .* has the name a of a "),
         (
-            lambda: two().activate(50, 60).add([corpus("c", 9)], at=59),
+            lambda: two().then(add, [corpus("c", 0)]),
+            r"/data/c: 1 tokens make no sample of sequence_length \+ 1 = 9 tokens",
+        ),
+        (lambda: two().then(add, [corpus("c", 9)], 0.0), "epochs is 0.0; it must be a number above 0, or null"),
+        (lambda: two().then(add, [corpus("c", 9)], math.nan), "epochs is nan"),
+        (lambda: two().then(add, [corpus("c", 2**20)], 2.0**30), "corpus 'c' has 1,048,576 samples .* lower epochs"),
+        (lambda: two().then(add, [corpus("c", 9, "math")], mixture={"zh": 1.0}), "does not name domain 'en'"),
+        (
+            lambda: two().then(set_mixture, {"zh": 1, "en": 1}).then(add, [corpus("c", 9, "math")]),
+            "does not name domain 'math'",
+        ),
+        (
+            lambda: two().then(apply_pending, 50).then(add, [corpus("c", 9)], at=49),
+            "49 is no good: the run last looked .* sample 50",
+        ),
+        (
+            lambda: two().then(apply_pending, 50, 60).then(add, [corpus("c", 9)], at=59),
             "59 is no good: a run reads on to sample 60 .*--at",
         ),
-        (lambda: two().add([corpus("c", 9)], at=2**41), "the last that can be planned is 1,099,511,627,776"),
-        (lambda: two().add([corpus("c", 9)], 10**400), "epochs is 1000.*at most 5e.18"),
-        (lambda: two().set_mixture({"zh": 10**400, "en": 1}), "the mixture is .*at most 5e.18"),
-        (lambda: two().locate(10**19), "10,000,000,000,000,000,001 samples were asked for; no run reads more than"),
-        (lambda: ledger_of(corpus("a", 9), epochs=None).cursors(2**63), "no run reads more than 4,611,686,018"),
-        (lambda: ledger_of(corpus("a", 9), epochs=None).locate_range(2**62, 2**62 + 1), "no run reads more than"),
-        (lambda: two().remove(["c"]), "the ledger has no corpus 'c'; it has a, b"),
-        (lambda: two().remove(["a"], at=10).remove(["a"], at=20), "'a' is not in the pool at sample 20"),
-        (lambda: two().set_mixture({"zh": 1, "en": 1}, at=0).remove(["b"]), "domain 'en' the weight 1, but no corpus"),
-        (lambda: two().reweight({"a": -1}), "epochs of a is -1"),
-        (lambda: two().reweight({"c": 1}), "the ledger has no corpus 'c'"),
-        (lambda: two().set_mixture({"zh": 1}), "does not name domain 'en' .of b.*0 to pause it"),
-        (lambda: two().set_mixture({"zh": 1, "en": 1, "fr": 1}), "domain 'fr' the weight 1, but no corpus"),
-        (lambda: two().set_mixture({"zh": 0, "en": 0}), "the mixture is .* at least one above 0"),
-        (lambda: two().set_mixture({"zh": -1, "en": 2}), "the mixture is "),
-        (lambda: two().set_mixture({}), "the mixture is {}"),
-        (lambda: two().cancel(), "nothing is pending"),
-        (lambda: two().cancel(0), "nothing would be left in the ledger"),
-        (lambda: two().cancel(70), "nothing is planned for sample 70"),
+        (lambda: two().then(add, [corpus("c", 9)], at=2**41), "the last that can be planned is 1,099,511,627,776"),
+        (lambda: two().then(add, [corpus("c", 9)], 10**400), "epochs is 1000.*at most 5e.18"),
+        (lambda: two().then(set_mixture, {"zh": 10**400, "en": 1}), "the mixture is .*at most 5e.18"),
         (
-            lambda: two().remove(["a"], at=20).activate(21).cancel(20),
+            lambda: two().schedule.locate(10**19),
+            "10,000,000,000,000,000,001 samples were asked for; no run reads more than",
+        ),
+        (
+            lambda: ledger_of(corpus("a", 9), epochs=None).schedule.cursors(2**63),
+            "no run reads more than 4,611,686,018",
+        ),
+        (
+            lambda: ledger_of(corpus("a", 9), epochs=None).schedule.locate_range(2**62, 2**62 + 1),
+            "no run reads more than",
+        ),
+        (lambda: two().then(remove, ["c"]), "the ledger has no corpus 'c'; it has a, b"),
+        (lambda: two().then(remove, ["a"], at=10).then(remove, ["a"], at=20), "'a' is not in the pool at sample 20"),
+        (
+            lambda: two().then(set_mixture, {"zh": 1, "en": 1}, at=0).then(remove, ["b"]),
+            "domain 'en' the weight 1, but no corpus",
+        ),
+        (lambda: two().then(reweight, {"a": -1}), "epochs of a is -1"),
+        (lambda: two().then(reweight, {"c": 1}), "the ledger has no corpus 'c'"),
+        (lambda: two().then(set_mixture, {"zh": 1}), "does not name domain 'en' .of b.*0 to pause it"),
+        (lambda: two().then(set_mixture, {"zh": 1, "en": 1, "fr": 1}), "domain 'fr' the weight 1, but no corpus"),
+        (lambda: two().then(set_mixture, {"zh": 0, "en": 0}), "the mixture is .* at least one above 0"),
+        (lambda: two().then(set_mixture, {"zh": -1, "en": 2}), "the mixture is "),
+        (lambda: two().then(set_mixture, {}), "the mixture is {}"),
+        (lambda: two().then(cancel), "nothing is pending"),
+        (lambda: two().then(cancel, 0), "nothing would be left in the ledger"),
+        (lambda: two().then(cancel, 70), "nothing is planned for sample 70"),
+        (
+            lambda: two().then(remove, ["a"], at=20).then(apply_pending, 21).then(cancel, 20),
             "sample 20 stays: the run last looked .* sample 21",
         ),
-        (lambda: two().remove(["a"], at=20).activate(10, 21).cancel(20), "20 stays: a run reads on to .*21.*--stopped"),
-        (lambda: two().activate(201), "has 200 samples, and 201 were asked for: every corpus is read .*a, b"),
-        (lambda: two().locate(200), "has 200 samples, and 201 were asked for"),
-        (lambda: two().locate_range(0, 201), "has 200 samples, and 201 were asked for"),
-        (lambda: two().require(999, "train_steps"), "has 200 samples, and 999 were asked for by train_steps: every"),
-        (lambda: two().set_mixture(None, at=300).locate(250), "200 samples, before what is planned for sample 300"),
-        (lambda: two().set_mixture(None, at=201).locate(200), "200 samples, before what is planned for sample 201"),
-        (lambda: two().remove(["a", "b"], at=20).locate(20), "has 20 samples, and 21 .*: no corpus is in it"),
-        (lambda: Ledger(LENGTH, 0).locate(0), "has 0 samples, and 1 were asked for: no corpus is in it"),
+        (
+            lambda: two().then(remove, ["a"], at=20).then(apply_pending, 10, 21).then(cancel, 20),
+            "20 stays: a run reads on to .*21.*stop the run",
+        ),
+        (
+            lambda: two().then(apply_pending, 201),
+            "has 200 samples, and 201 were asked for: every corpus is read .*a, b",
+        ),
+        (lambda: two().schedule.locate(200), "has 200 samples, and 201 were asked for"),
+        (lambda: two().schedule.locate_range(0, 201), "has 200 samples, and 201 were asked for"),
+        (
+            lambda: two().schedule.require(999, "train_steps"),
+            "has 200 samples, and 999 were asked for by train_steps: every",
+        ),
+        (
+            lambda: two().then(set_mixture, None, at=300).schedule.locate(250),
+            "200 samples, before what is planned for sample 300",
+        ),
+        (
+            lambda: two().then(set_mixture, None, at=201).schedule.locate(200),
+            "200 samples, before what is planned for sample 201",
+        ),
+        (
+            lambda: two().then(remove, ["a", "b"], at=20).schedule.locate(20),
+            "has 20 samples, and 21 .*: no corpus is in it",
+        ),
+        (lambda: History(LENGTH, 0).schedule.locate(0), "has 0 samples, and 1 were asked for: no corpus is in it"),
     ],
 )
 def test_what_does_not_fit_is_refused(wrong: Callable[[], object], message: str) -> None:
@@ -166,14 +228,14 @@ def test_what_does_not_fit_is_refused(wrong: Callable[[], object], message: str)
 
 def test_tokenizers_are_not_mixed() -> None:
     ledger = ledger_of(dataclasses.replace(corpus("a", 9), tokenizer="qwen"), corpus("megatron", 9))
-    ledger.add([dataclasses.replace(corpus("b", 9), tokenizer="qwen")])
+    ledger.then(add, [dataclasses.replace(corpus("b", 9), tokenizer="qwen")])
     with pytest.raises(DataError, match="different tokenizers cannot be mixed: qwen of a, llama of c"):
-        ledger.add([dataclasses.replace(corpus("c", 9), tokenizer="llama")])
+        ledger.then(add, [dataclasses.replace(corpus("c", 9), tokenizer="llama")])
 
 
 def test_duplicates_are_skipped_where_that_is_wished(caplog: pytest.LogCaptureFixture) -> None:
     same = dataclasses.replace(corpus("a", 100, "zh"), name="again", prefix="/data/again")
-    assert two().add([same], on_duplicate="skip") == two()
+    assert two().then(add, [same], on_duplicate="skip") == two()
     assert "/data/again is in the ledger already, as a (/data/a): the same bytes; it is skipped" in caplog.text
-    grown = two().add([same, corpus("c", 9)], on_duplicate="skip", at=10)
+    grown = two().then(add, [same, corpus("c", 9)], on_duplicate="skip", at=10)
     assert [entry.name for entry in grown.corpora] == ["a", "b", "c"]

@@ -15,6 +15,7 @@ import pytest
 
 from steel_megatron.cli import main
 from steel_megatron.data.ledger import ledger as ledger_module
+from steel_megatron.data.ledger.changes import apply_pending, at_step
 from steel_megatron.data.ledger.ledger import Ledger, edit, open_corpora
 from steel_megatron.data.ledger.records import Event
 from steel_megatron.files import exclusive_lock
@@ -43,40 +44,57 @@ def data(*words: str) -> int:
 
 
 def last(path: str = "l.json") -> Event:
-    return Ledger.load(path).events[-1]
+    return Ledger.load(path).history.events[-1]
 
 
 def running(reached: int, reserved: int) -> None:
     with edit("l.json") as file:
-        file.ledger = file.ledger.activate(reached, reserved)
+        file.ledger = file.ledger.then(apply_pending, reached, reserved)
 
 
 def test_create(folder: Folder) -> None:
     ledger = Ledger.load("l.json")
-    assert (ledger.sequence_length, ledger.seed, ledger.reached, ledger.reserved) == (10, 1234, 0, 0)
-    assert [(corpus.name, corpus.domain, corpus.prefix) for corpus in ledger.corpora] == [("a", "zh", f"{folder}/a")]
-    assert ledger.events == (Event(0, ledger.events[0].add),) and ledger.events[0].add[0].epochs == 2.0
+    assert (
+        ledger.history.sequence_length,
+        ledger.history.seed,
+        ledger.history.last_synced_sample,
+        ledger.history.next_sync_sample,
+    ) == (10, 1234, 0, 0)
+    assert [(corpus.name, corpus.domain, corpus.prefix) for corpus in ledger.history.corpora] == [
+        ("a", "zh", f"{folder}/a")
+    ]
+    assert (
+        ledger.history.events == (Event(0, ledger.history.events[0].add),)
+        and ledger.history.events[0].add[0].epochs == 2.0
+    )
     words = ["create", "m.json", "a", "b", "--sequence_length", "12", "--seed", "5", "--names", "x", "y"]
     assert data(*words) == 0
     ledger = Ledger.load("m.json")
-    assert (ledger.sequence_length, ledger.seed, ledger.capacity()) == (12, 5, float("inf"))
-    assert [(corpus.name, corpus.domain) for corpus in ledger.corpora] == [("x", "default"), ("y", "default")]
+    assert (ledger.history.sequence_length, ledger.history.seed, ledger.history.schedule.capacity()) == (
+        12,
+        5,
+        float("inf"),
+    )
+    assert [(corpus.name, corpus.domain) for corpus in ledger.history.corpora] == [("x", "default"), ("y", "default")]
 
 
 def test_append(folder: Folder) -> None:
     assert data("append", "l.json", "b", "c") == 0
     ledger = Ledger.load("l.json")
-    assert [(corpus.name, corpus.domain) for corpus in ledger.corpora[1:]] == [("b", "default"), ("c", "default")]
+    assert [(corpus.name, corpus.domain) for corpus in ledger.history.corpora[1:]] == [
+        ("b", "default"),
+        ("c", "default"),
+    ]
     assert last().at is None and [added.epochs for added in last().add] == [1.0, 1.0] and not last().sets_mixture
-    assert ledger.corpora[1].dropped is None
+    assert ledger.history.corpora[1].dropped is None
     assert data("cancel", "l.json") == 0
     words = ["--names", "x", "--domain", "en", "--epochs", "2.5", "--at", "30", "--mixture", "zh=3", "en=1"]
     assert data("append", "l.json", "b", *words, "--drop_duplicates", "true") == 0
-    dropped = (corpus := Ledger.load("l.json").corpora[1]).dropped
+    dropped = (corpus := Ledger.load("l.json").history.corpora[1]).dropped
     assert (corpus.name, corpus.domain, dropped and dropped.documents) == ("x", "en", 10)
     assert last().at == 30 and last().add[0].epochs == 2.5 and last().mixture == {"zh": 3, "en": 1}
     assert data("append", "l.json", "a", "c", "--on_duplicate", "skip", "--domain", "en", "--epochs", "null") == 0
-    assert [corpus.name for corpus in Ledger.load("l.json").corpora] == ["a", "x", "c"]
+    assert [corpus.name for corpus in Ledger.load("l.json").history.corpora] == ["a", "x", "c"]
     assert last().at is None and [(added.corpus, added.epochs) for added in last().add] == [(2, None)]
     before = Path("l.json").read_bytes()
     assert data("append", "l.json", "c", "--on_duplicate", "stop") == 2 == data("append", "l.json", "c")
@@ -96,9 +114,9 @@ def test_the_others(folder: Folder) -> None:
     assert last() == Event(None, mixture={"zh": 2, "default": 1}, sets_mixture=True)
     assert data("mixture", "l.json", "none", "--at", "60") == 0 and last() == Event(60, sets_mixture=True)
     assert data("cancel", "l.json", "--at", "50") == 0
-    assert [event.at for event in Ledger.load("l.json").events] == [0, 0, 40, None, None, 60]
+    assert [event.at for event in Ledger.load("l.json").history.events] == [0, 0, 40, None, None, 60]
     assert data("cancel", "l.json") == 0
-    assert [event.at for event in Ledger.load("l.json").events] == [0, 0, 40, 60]
+    assert [event.at for event in Ledger.load("l.json").history.events] == [0, 0, 40, 60]
 
 
 CHANGES = [
@@ -114,17 +132,24 @@ CHANGES = [
 def test_what_a_run_reads_before_it_looks_again_stays(
     folder: Folder, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    lock = "l.json.run" if words[0] == "append" else "run"
     assert data("append", "l.json", "b") == 0
     assert data("mixture", "l.json", "none", "--at", "28") == 0
     running(20, 30)
     before = Path("l.json").read_bytes()
-    assert data(*words) == 2
-    said = capsys.readouterr().err
-    assert "a run reads on to sample 30 before it looks at the ledger again" in said and "--stopped true" in said
-    assert Path("l.json").read_bytes() == before
-    assert data(*words, "--stopped", "true") == 0
+    with exclusive_lock(lock, ledger_module.DataError):
+        assert data(*words) == 2 == data(*words, "--stopped", "true")
+        said = capsys.readouterr().err
+        assert "a run reads on to sample 30 before it looks at the ledger again" in said and "stop the run" in said
+        assert Path("l.json").read_bytes() == before
+        assert data("show", "l.json") == 0 and "run at 20, reading on to 30" in capsys.readouterr().out
+    Path(f"{lock}.lock").touch()  # left by a kill
+    assert data("show", "l.json") == 0 and "reading on" not in capsys.readouterr().out
+    assert data(*words, "--stopped", "true") == 0 and "--stopped is no longer needed" in capsys.readouterr().err
     ledger = Ledger.load("l.json")
-    assert (ledger.reached, ledger.reserved) == (20, 20) and len(ledger.events) == (2 if words[0] == "cancel" else 4)
+    assert (ledger.history.last_synced_sample, ledger.history.next_sync_sample) == (20, 20) and len(
+        ledger.history.events
+    ) == (2 if words[0] == "cancel" else 4)
 
 
 def test_show(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +167,7 @@ def test_show(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     Path("run.yaml").write_text("training: {global_batch_size: 2}\n")
     assert samples("--step", "2") == {2, 3} and samples("--sample", "9") == {9}
     with edit("l.json") as file:
-        file.ledger = file.ledger.at_step(0, 0, 3).at_step(2, 6, 5)
+        file.ledger = file.ledger.then(at_step, 0, 0, 3).then(at_step, 2, 6, 5)
     assert [samples("--step", str(step)) for step in (2, 3)] == [{3, 4, 5}, {6, 7, 8, 9, 10}]
     assert samples("--step", "3", "--global_batch_size", "4") == {8, 9, 10, 11}
     part = shown("--sample", "0")[0]
@@ -222,9 +247,10 @@ def test_others_may_change_the_ledger_while_corpora_are_read(folder: Folder) -> 
         assert data("append", "l.json", "a" if drop else "c", "--on_duplicate", "skip") == 0
 
     drop = False
-    assert beside(work, "append", "l.json", "b") == 0
-    assert [corpus.name for corpus in Ledger.load("l.json").corpora] == ["a", "c", "b"]
-    assert Ledger.load("l.json").reserved == 30
+    with exclusive_lock("run", ledger_module.DataError):
+        assert beside(work, "append", "l.json", "b") == 0
+    assert [corpus.name for corpus in Ledger.load("l.json").history.corpora] == ["a", "c", "b"]
+    assert Ledger.load("l.json").history.next_sync_sample == 30
 
 
 @pytest.mark.timeout(90)
@@ -235,7 +261,7 @@ def test_what_came_meanwhile_is_compared_too(folder: Folder) -> None:
         assert data("append", "l.json", "b") == 0
 
     assert beside(work, "append", "l.json", "d", "--drop_duplicates", "true") == 0
-    dropped = Ledger.load("l.json").corpora[2].dropped
+    dropped = Ledger.load("l.json").history.corpora[2].dropped
     assert dropped is not None and dropped.documents == 30  # 60 to 89 are in b, which was not there at first
 
 
@@ -280,12 +306,12 @@ def test_a_kill_during_append_loses_nothing(folder: Folder) -> None:
     context, words = multiprocessing.get_context("fork"), ["append", "l.json", "b", "--drop_duplicates", "true"]
     outcomes = []
     for moment in range(1, 20):
-        before = Ledger.load("l.json")
+        before = Ledger.load("l.json").history
         process = context.Process(target=_killed_at, args=(moment, "l.json", *words))
         process.start()
         process.join(timeout=60)
-        after = Ledger.load("l.json")
-        open_corpora(after)
+        open_corpora(loaded := Ledger.load("l.json"))
+        after = loaded.history
         outcomes.append(after != before)
         assert after.corpora[0] == before.corpora[0] and after.events[0] == before.events[0]
         if process.exitcode == 0:

@@ -16,6 +16,7 @@ import pytest
 
 from steel_megatron.data.indexed.dataset import IndexedCorpus, open_indexed
 from steel_megatron.data.ledger import corpora as ledger_corpora
+from steel_megatron.data.ledger.changes import add, apply_pending, at_step, remove
 from steel_megatron.data.ledger.ledger import Ledger, dumps, edit, open_corpora
 from steel_megatron.errors import DataError
 from steel_megatron.files import exclusive_lock
@@ -26,14 +27,14 @@ from tests.data.ledgers import corpus, full, two
 
 
 def test_a_ledger_is_the_same_after_a_file(tmp_path: Path) -> None:
-    full().save(tmp_path / "ledger.json")
-    assert Ledger.load(tmp_path / "ledger.json") == full()
+    Ledger(full()).save(tmp_path / "ledger.json")
+    assert Ledger.load(tmp_path / "ledger.json").history == full()
     assert Ledger.load(tmp_path / "ledger.json").folder == tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["ledger.json"]
 
 
 def test_ledgers_of_earlier_versions_can_be_read(tmp_path: Path) -> None:
-    run = full().activate(40, 50).at_step(5, 40, 8)
+    run = full().then(apply_pending, 40, 50).then(at_step, 5, 40, 8)
     content = json.loads(dumps(run))
     for added in ("reserved", "steps"):
         del content[added]
@@ -41,23 +42,23 @@ def test_ledgers_of_earlier_versions_can_be_read(tmp_path: Path) -> None:
         if entry["dropped"]:
             del entry["dropped"]["like"]
     (tmp_path / "ledger.json").write_text(json.dumps(content))
-    loaded = Ledger.load(tmp_path / "ledger.json")
-    assert loaded == dataclasses.replace(run, reserved=40, steps=())
+    loaded = Ledger.load(tmp_path / "ledger.json").history
+    assert loaded == dataclasses.replace(run, next_sync_sample=40, steps=())
     assert loaded.fingerprint(90) == run.fingerprint(90)
 
 
 def test_a_file_keeps_its_mode(tmp_path: Path) -> None:
     path = tmp_path / "ledger.json"
-    two().save(path)
+    Ledger(two()).save(path)
     for mode in (0o664, 0o600):
         path.chmod(mode)
         with edit(path) as opened:
-            opened.ledger = opened.ledger.add([corpus(f"mode{mode}", 9)])
+            opened.ledger = opened.ledger.then(add, [corpus(f"mode{mode}", 9)])
         assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
 def test_a_lock_file_of_another_user_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    two().save(tmp_path / "ledger.json")
+    Ledger(two()).save(tmp_path / "ledger.json")
     (tmp_path / "ledger.json.lock").touch()  # left by a kill
     plain = os.open
 
@@ -146,13 +147,13 @@ def test_a_truncated_file_is_refused(content: bytes, tmp_path: Path) -> None:
 
 def test_edits_are_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run" / "ledger.json"
-    with edit(path, new=two()) as opened:
-        opened.ledger = opened.ledger.add([corpus("c", 9)])
-    assert len(Ledger.load(path).corpora) == 3
+    with edit(path, new=Ledger(two())) as opened:
+        opened.ledger = opened.ledger.then(add, [corpus("c", 9)])
+    assert len(Ledger.load(path).history.corpora) == 3
     before = path.read_bytes()
     with pytest.raises(DataError, match="no corpus 'z'"), edit(path) as opened:
-        opened.ledger = opened.ledger.remove(["c"])
-        opened.ledger = opened.ledger.remove(["z"])
+        opened.ledger = opened.ledger.then(remove, ["c"])
+        opened.ledger = opened.ledger.then(remove, ["z"])
     assert path.read_bytes() == before
 
     def full_disk(*_: object) -> None:
@@ -160,7 +161,7 @@ def test_edits_are_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch, pytest.raises(DataError, match="No space left"), edit(path) as opened:
         patch.setattr("os.fsync", full_disk)
-        opened.ledger = opened.ledger.remove(["c"])
+        opened.ledger = opened.ledger.then(remove, ["c"])
     assert path.read_bytes() == before and [found.name for found in path.parent.iterdir()] == ["ledger.json"]
     with pytest.raises(DataError, match=r"cannot read .*none\.json: No such file"), edit(tmp_path / "none.json"):
         pass
@@ -170,7 +171,7 @@ def _add_one(path: Path, number: int) -> None:
     while True:
         try:
             with edit(path) as opened:
-                opened.ledger = opened.ledger.add([corpus(f"new{number}", 9)])
+                opened.ledger = opened.ledger.then(add, [corpus(f"new{number}", 9)])
             return
         except DataError as error:
             assert "another job is writing" in str(error), error
@@ -179,7 +180,7 @@ def _add_one(path: Path, number: int) -> None:
 @pytest.mark.timeout(60)
 def test_no_append_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "ledger.json"
-    two().save(path)
+    Ledger(two()).save(path)
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_add_one, args=(path, number)) for number in range(6)]
     for process in processes:
@@ -187,7 +188,11 @@ def test_no_append_is_lost(tmp_path: Path) -> None:
     for process in processes:
         process.join(timeout=40)
         assert process.exitcode == 0
-    assert {entry.name for entry in Ledger.load(path).corpora} == {"a", "b", *(f"new{number}" for number in range(6))}
+    assert {entry.name for entry in Ledger.load(path).history.corpora} == {
+        "a",
+        "b",
+        *(f"new{number}" for number in range(6)),
+    }
 
 
 # ---- corpora on disk ----
@@ -202,7 +207,7 @@ def tokens_of(ledger: Ledger, begin: int, end: int) -> Counter[int]:
     """How often each token is predicted by some samples."""
     corpora, found, epochs = open_corpora(ledger), Counter[int](), {}
     for position in range(begin, end):
-        number, epoch, sample = ledger.locate(position)
+        number, epoch, sample = ledger.history.schedule.locate(position)
         if (number, epoch) not in epochs:
             epochs[number, epoch] = ledger.packed(number, epoch, corpora[number])
         found.update(epochs[number, epoch].tokens(sample)[1:].tolist())
@@ -213,21 +218,25 @@ def test_a_run_reads_each_token_of_its_corpora_once(tmp_path: Path) -> None:
     prefixes = [write(tmp_path / "a", documents(0)), write(tmp_path / "b", documents(2000), np.int32)]
     ledger = Ledger.create(prefixes, sequence_length=8, seed=5)
     grown = ledger.append([write_megatron(tmp_path / "c", [[text] for text in documents(4000)])], domain="old")
-    run = grown.activate(50)
-    assert [(entry.name, entry.domain) for entry in run.corpora] == [("a", "default"), ("b", "default"), ("c", "old")]
-    found = tokens_of(run, 0, int(run.capacity()))
-    assert set(found.values()) == {1} and len(found) == 8 * run.capacity()
+    run = grown.then(apply_pending, 50)
+    assert [(entry.name, entry.domain) for entry in run.history.corpora] == [
+        ("a", "default"),
+        ("b", "default"),
+        ("c", "old"),
+    ]
+    found = tokens_of(run, 0, int(run.history.schedule.capacity()))
+    assert set(found.values()) == {1} and len(found) == 8 * run.history.schedule.capacity()
     assert tokens_of(run, 0, 50) == tokens_of(ledger, 0, 50)
-    halves = tokens_of(run, 0, 77) + tokens_of(run, 77, int(run.capacity()))
+    halves = tokens_of(run, 0, 77) + tokens_of(run, 77, int(run.history.schedule.capacity()))
     assert halves == found
 
 
 def test_each_epoch_has_an_order_of_its_own(tmp_path: Path) -> None:
     ledger = Ledger.create([write(tmp_path / "a", documents(0))], sequence_length=8, seed=5, epochs=2)
-    corpus_a, half = open_corpora(ledger)[0], ledger.samples(0)
+    corpus_a, half = open_corpora(ledger)[0], ledger.history.samples(0)
     first, second = (ledger.packed(0, epoch, corpus_a) for epoch in range(2))
     alike = sum(np.array_equal(first.tokens(n), second.tokens(n)) for n in range(half))
-    assert alike < half / 4 and ledger.capacity() == 2 * half
+    assert alike < half / 4 and ledger.history.schedule.capacity() == 2 * half
 
 
 def test_the_same_corpus_is_refused_wherever_it_lies(tmp_path: Path) -> None:
@@ -271,13 +280,14 @@ def test_a_corpus_that_changed_is_refused(tmp_path: Path, change: str) -> None:
 def test_ids_of_a_corpus_without_a_manifest_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = write_megatron(tmp_path / "a", [[text] for text in documents(0)])
     ledger = Ledger.create([prefix], sequence_length=8, seed=5)
-    assert ledger.corpora[0].max_id == 30 * 39 + 8
+    assert ledger.history.corpora[0].max_id == 30 * 39 + 8
     scans: list[str] = []
     monkeypatch.setattr(ledger_corpora, "refuse_ids", lambda corpus, vocab_size: scans.append(corpus.prefix))
     open_corpora(ledger, 1179)
     assert not scans
     open_corpora(ledger, 1178)  # the scan names the first
-    open_corpora(dataclasses.replace(ledger, corpora=(dataclasses.replace(ledger.corpora[0], max_id=None),)), 1179)
+    unknown = dataclasses.replace(ledger.history.corpora[0], max_id=None)
+    open_corpora(ledger.then(dataclasses.replace, corpora=(unknown,)), 1179)
     assert scans == [prefix, prefix]
 
 
@@ -301,7 +311,7 @@ def test_a_copy_needs_the_files_beside_it(tmp_path: Path) -> None:
 
 def test_a_removed_corpus_may_be_gone(tmp_path: Path) -> None:
     prefixes = [write(tmp_path / "a", documents(0)), write(tmp_path / "b", documents(2000))]
-    ledger = Ledger.create(prefixes, sequence_length=8, seed=5).remove(["a"]).activate(20)
+    ledger = Ledger.create(prefixes, sequence_length=8, seed=5).then(remove, ["a"]).then(apply_pending, 20)
     for path in tmp_path.glob("a.*"):
         path.unlink()
     corpora = open_corpora(ledger)
@@ -312,7 +322,7 @@ def test_a_removed_corpus_may_be_gone(tmp_path: Path) -> None:
 
 def test_corpora_beside_the_ledger_move_with_it(tmp_path: Path) -> None:
     prefix = write(tmp_path / "old" / "a", documents(0))
-    text = dumps(Ledger.create([prefix], sequence_length=8, seed=5)).replace(prefix, "a")
+    text = dumps(Ledger.create([prefix], sequence_length=8, seed=5).history).replace(prefix, "a")
     (tmp_path / "old" / "ledger.json").write_text(text)
     (tmp_path / "old").rename(tmp_path / "new")
     assert (
@@ -327,7 +337,7 @@ def test_settings_and_ledger_name_the_same_corpora(tmp_path: Path) -> None:
     ledger.check_began_with([c, write(tmp_path / "copy", documents(0)), b])
     with pytest.raises(DataError, match=r"other is not in the ledger, which has .*data append"):
         ledger.check_began_with([a, b, write(tmp_path / "other", documents(9000))])
-    removed = ledger.remove(["a"])
+    removed = ledger.then(remove, ["a"])
     removed.check_began_with([b])
     removed.check_began_with([a, b])
     with pytest.raises(DataError, match=rf"began with b \({b}\), which is not among {a}"):

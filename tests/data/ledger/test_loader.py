@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from steel_megatron.data.indexed.dataset import Origin
 from steel_megatron.data.indexed.writer import IndexedWriter
+from steel_megatron.data.ledger.corpora import names_of
 from steel_megatron.data.ledger.ledger import Ledger, edit
-from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, micro_batches, read_samples
-from steel_megatron.data.ledger.session import names_of, new_ledger, parts_of, read_ledger
+from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, micro_batches, parts_of, read_samples
+from steel_megatron.data.ledger.session import read_ledger
 from steel_megatron.data.sampling import packing
 from steel_megatron.errors import ConfigError, DataError
 
@@ -40,7 +41,7 @@ def prefixes(tmp_path: Path) -> list[str]:
 
 
 def samples_of(prefixes: list[str], folder: Path, length: int = LENGTH, seed: int = 3) -> LedgerSamples:
-    return LedgerSamples(new_ledger(folder, prefixes, length, seed), 150)
+    return LedgerSamples(Ledger.create(prefixes, length, seed, folder, epochs=None), 150)
 
 
 def test_each_token_of_an_epoch_is_predicted_once(prefixes: list[str], tmp_path: Path) -> None:
@@ -143,13 +144,13 @@ def test_what_cannot_be_sampled(prefixes: list[str], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="make no sample"):
         samples_of(prefixes, tmp_path, length=71)
     with pytest.raises(DataError, match="token id 149"):
-        LedgerSamples(new_ledger(tmp_path, prefixes, LENGTH, 0), 149)
+        LedgerSamples(Ledger.create(prefixes, LENGTH, 0, tmp_path, epochs=None), 149)
 
 
 def test_a_run_finds_the_ledger_it_made(prefixes: list[str], tmp_path: Path) -> None:
     path = tmp_path / "run" / "ledger.json"
     assert read_ledger(path, LENGTH, prefixes) is None
-    with edit(path, new_ledger(path.parent, prefixes, LENGTH, 5)):
+    with edit(path, Ledger.create(prefixes, LENGTH, 5, path.parent, epochs=None)):
         pass
     for named in (prefixes, prefixes[::-1], []):
         assert read_ledger(path, LENGTH, named) == Ledger.load(path)
@@ -174,7 +175,7 @@ def test_what_is_prepared_is_found_by_others(
     prefixes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "_SAMPLES_OF_FILE", 0)
-    ledger = new_ledger(tmp_path, prefixes, 5, 3)
+    ledger = Ledger.create(prefixes, 5, 3, tmp_path, epochs=None)
     LedgerSamples(ledger, 150, tmp_path / "cache").prepare(20, 40)
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 4  # the end of a pass over both, and the next
     monkeypatch.setattr(packing, "_write_index", None)  # it would be called where nothing is found

@@ -8,69 +8,74 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from steel_megatron.config import CheckpointConfig, RunConfig, TrainingConfig
+from steel_megatron.config import CheckpointConfig, DataConfig, RunConfig, TrainingConfig
 from steel_megatron.data.ledger import ledger as ledger_module
+from steel_megatron.data.ledger.changes import add, cancel, freed, remove, reweight, set_mixture, synced
+from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import Ledger, dumps, edit
-from steel_megatron.data.ledger.session import (
-    Place,
-    begun,
+from steel_megatron.data.ledger.session import LedgerSession, prune_cache
+from steel_megatron.data.ledger.sync import (
+    RunPosition,
     check_past,
-    continued,
+    defer,
+    defer_file,
     first_difference,
-    leave,
-    left,
-    place_of,
-    tidy,
+    resume,
+    run_position,
+    start,
 )
 from steel_megatron.errors import CheckpointError, ConfigError, DataError
+from tests.data.corpora import write
 from tests.data.ledgers import corpus, located, two
+from tests.train.test_loop import make_run
 
 
-def place(consumed: int, until: int, last: int = 100) -> Place:
-    return Place(consumed // 4, consumed, until, last, 4)
+def position(consumed: int, next_sync: int, end: int = 100) -> RunPosition:
+    return RunPosition(consumed // 4, consumed, next_sync, end, 4)
 
 
-def own() -> Ledger:
+def own() -> History:
     """A run that read from 0 to 20, and looks again at 40; at 30 and 60 something is planned."""
-    ledger = two().reweight({"a": 2}, at=30).add([corpus("late", 30, "zh")], at=60)
-    return begun(begun(ledger, place(0, 20)), place(20, 40))
+    ledger = two().then(reweight, {"a": 2}, at=30).then(add, [corpus("late", 30, "zh")], at=60)
+    return start(start(ledger, position(0, 20)), position(20, 40))
 
 
 def test_places_follow_the_settings() -> None:
-    def at(step: int, stop: int | None = None, *, goes_on: bool = True, steps: int = 10) -> Place:
+    def at(step: int, stop: int | None = None, *, ends: bool = False, steps: int = 10) -> RunPosition:
         training = TrainingConfig(train_steps=steps, stop_after_step=stop, global_batch_size=8)
         run = dataclasses.replace(run_config, training=training, checkpoint=CheckpointConfig(save_interval=4))
-        return place_of(run, step, 100 + 8 * step, goes_on=goes_on)
+        return run_position(run, step, 100 + 8 * step, ends=ends)
 
     from steel_megatron.config import ParallelConfig
     from tests.train.small_run import small_run
 
     run_config: RunConfig = small_run(ParallelConfig())
-    assert at(0) == Place(0, 100, 132, 180, 8)
-    assert [at(step).until for step in (3, 4, 7, 8, 10)] == [132, 164, 164, 180, 180]
-    assert [at(step, 6).until for step in (4, 6, 8)] == [148, 148, 164]
-    assert at(4, goes_on=False).until == 132 and at(5).last == 180
+    assert at(0) == RunPosition(0, 100, 132, 180, 8)
+    assert [at(step).next_sync for step in (3, 4, 7, 8, 10)] == [132, 164, 164, 180, 180]
+    assert [at(step, 6).next_sync for step in (4, 6, 8)] == [148, 148, 164]
+    assert at(4, ends=True).next_sync == 132 and at(5).end == 180
     with pytest.raises(ConfigError, match=r"train_steps is 3, but the run has done 4 steps already; raise it"):
         at(4, steps=3)
 
 
 def test_what_has_come_is_taken_in() -> None:
-    ledger = own().add([corpus("new", 10, "en")]).remove(["late"], at=80)
-    taken = continued(ledger, own(), place(40, 60))
+    ledger = own().then(add, [corpus("new", 10, "en")]).then(remove, ["late"], at=80)
+    taken = resume(ledger, own(), position(40, 60))
     assert [event.at for event in taken.events] == [0, 30, 60, 40, 80]
-    assert (taken.reached, taken.reserved) == (40, 60) and taken.differs_from(own())
-    same = continued(own(), own(), place(40, 60))
-    assert not same.differs_from(own()) and same.reserved == 60
+    assert (taken.last_synced_sample, taken.next_sync_sample) == (40, 60) and taken.differs_from(own())
+    same = resume(own(), own(), position(40, 60))
+    assert not same.differs_from(own()) and same.next_sync_sample == 60
     with pytest.raises(DataError, match="has 40 samples, and 100 were asked for"):
-        continued(own().remove(["a", "b"]).cancel(60), own(), place(40, 60))
+        resume(own().then(remove, ["a", "b"]).then(cancel, 60), own(), position(40, 60))
     with pytest.raises(DataError, match="it has read a 2 times at sample 30, where there was none, other than what"):
-        continued(own(), own().stopped().cancel(30), place(40, 60))
+        resume(own(), own().then(freed).then(cancel, 30), position(40, 60))
 
 
-def events(ledger: Ledger) -> list[tuple[int | None, list[str], tuple[str, ...], list[str]]]:
+def events(ledger: History) -> list[tuple[int | None, list[str], tuple[str, ...], list[str]]]:
     return [
         (event.at, [ledger.corpora[added.corpus].name for added in event.add], event.remove, list(event.epochs))
         for event in ledger.events
@@ -78,73 +83,120 @@ def events(ledger: Ledger) -> list[tuple[int | None, list[str], tuple[str, ...],
 
 
 def test_what_cannot_be_taken_in_waits(caplog: pytest.LogCaptureFixture) -> None:
-    pending = own().add([corpus("new", 10, "en")])
-    waiting = left(pending, own(), place(40, 80))
-    assert waiting.events == pending.events and (waiting.reached, waiting.reserved) == (40, 80)
+    pending = own().then(add, [corpus("new", 10, "en")])
+    waiting = defer(pending, own(), position(40, 80))
+    assert waiting.events == pending.events and (waiting.last_synced_sample, waiting.next_sync_sample) == (40, 80)
     # Planned for the stretch that is read next: it cannot hold there.
-    planned = own().add([corpus("soon", 9, "en")], at=50).remove(["b"], at=80)
-    waiting = left(planned, own(), place(40, 80))
+    planned = own().then(add, [corpus("soon", 9, "en")], at=50).then(remove, ["b"], at=80)
+    waiting = defer(planned, own(), position(40, 80))
     assert events(waiting)[-3:] == [(60, ["late"], (), []), (None, ["soon"], (), []), (80, [], ("b",), [])]
     assert located(waiting, 0, 80) == located(own(), 0, 80)
     # Taken back, but read all the same; its number went to another corpus.
-    cancelled = own().cancel(60).add([corpus("other", 30, "en")], at=70)
-    waiting = left(cancelled, own(), place(40, 80))
+    cancelled = own().then(cancel, 60).then(add, [corpus("other", 30, "en")], at=70)
+    waiting = defer(cancelled, own(), position(40, 80))
     assert events(waiting)[-2:] == [(60, ["late"], (), []), (None, ["other"], (), [])]
     assert located(waiting, 0, 80) == located(own(), 0, 80)
     assert (
         "add late (1 times) at sample 60 was taken back, but the run goes on by the ledger that has it" in caplog.text
     )
     # What comes to wait together does so in the order in which it would have held.
-    mixed = own().set_mixture({"zh": 1, "en": 3}, at=50).set_mixture({"zh": 1, "en": 1})
-    waiting = left(mixed, own(), place(40, 80))
+    mixed = own().then(set_mixture, {"zh": 1, "en": 3}, at=50).then(set_mixture, {"zh": 1, "en": 1})
+    waiting = defer(mixed, own(), position(40, 80))
     assert [event.mixture for event in waiting.events if event.sets_mixture] == [{"zh": 1, "en": 1}, {"zh": 1, "en": 3}]
     # Nobody may change what was read, and the file is as the run knows it again.
     forged = dataclasses.replace(own(), seed=9)
-    assert left(forged, own(), place(40, 80)) == own().looked(40, 80)
+    assert defer(forged, own(), position(40, 80)) == own().then(synced, 40, 80)
 
 
 def test_a_stop_frees_what_was_reserved() -> None:
-    ledger = own().add([corpus("new", 10, "en")])
-    stopped = left(ledger, own(), place(24, 24))
-    assert stopped.events == ledger.events and (stopped.reached, stopped.reserved) == (24, 24)
+    ledger = own().then(add, [corpus("new", 10, "en")])
+    stopped = defer(ledger, own(), position(24, 24))
+    assert stopped.events == ledger.events and (stopped.last_synced_sample, stopped.next_sync_sample) == (24, 24)
 
 
 def test_what_does_not_fit_any_more_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "ledger.json"
-    changed = own().cancel(60).add([corpus("late", 30, "zh")], at=90)  # in at 60 by what is read, and at 90 again
-    changed.save(path)
-    assert leave(path, own(), place(40, 80)) == Ledger.load(path) == own().looked(40, 80)
-    assert Ledger.load(tmp_path / "ledger.refused-40.json") == changed
+    changed = (
+        own().then(cancel, 60).then(add, [corpus("late", 30, "zh")], at=90)
+    )  # in at 60 by what is read, and at 90 again
+    Ledger(changed).save(path)
+    assert defer_file(path, own(), position(40, 80)).history == Ledger.load(path).history == own().then(synced, 40, 80)
+    assert Ledger.load(tmp_path / "ledger.refused-40.json").history == changed
     assert "changes that do not fit are left in" in caplog.text
+
+
+class Alone:
+    """A run of one process."""
+
+    def together(self, action: Callable[[], Any]) -> Any:
+        return action()
+
+    on_first_process = together
+
+    def first_process_bytes(self, content: bytes) -> bytes:
+        return content
+
+
+def test_a_session_reads_what_fits_and_defers_the_rest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second, wrong = (write(tmp_path / name, [[n] * 241]) for name, n in (("a", 1), ("b", 2), ("wrong", 300)))
+    run, path = make_run(DataConfig(train=[first]), tmp_path / "run", train_steps=8), tmp_path / "run" / "ledger.json"
+
+    def marks() -> tuple[int, int]:
+        return (history := Ledger.load(path).history).last_synced_sample, history.next_sync_sample
+
+    def append(prefix: str) -> None:
+        with edit(path) as file:
+            file.ledger = file.ledger.append([prefix])
+
+    run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, save_interval=2))
+    session = LedgerSession(run, Alone())
+    assert session.ledger is None and not path.exists()
+    session.start()
+    before = session.samples
+    assert marks() == (0, 16) and session.end == 64 and before is not None
+    session.sync(2, 16)
+    assert session.samples is before and marks() == (16, 32)  # nothing has to be opened or read ahead again
+    append(second)
+    session.sync(4, 32)
+    samples = session.samples
+    assert samples is not None and samples is not before and {1, 2} == {samples.sample(n)[0] for n in range(32, 44)}
+    append(wrong)
+    session.sync(6, 48)
+    assert session.samples is samples and marks() == (48, 64)
+    assert session.ledger == samples.ledger != Ledger.load(path)
+    assert "cannot be taken in at sample 48" in caplog.text and "token id 300" in caplog.text
+    session.release(7, 56)
+    assert marks() == (56, 56) and session.ledger == Ledger.load(path)
+    assert [event.at for event in Ledger.load(path).history.events] == [0, 32, None]
 
 
 def test_another_past_is_refused(tmp_path: Path) -> None:
     path, saved = tmp_path / "ledger.json", tmp_path / "step_00000010"
     saved.mkdir()
-    past = own().stopped()
-    past.save(saved / "ledger.json")
+    past = own().then(freed)
+    Ledger(past).save(saved / "ledger.json")
     fingerprint = past.fingerprint(50)
 
-    def message(ledger: Ledger | None) -> str:
+    def message(ledger: History | None) -> str:
         with pytest.raises(CheckpointError) as error:
             check_past(ledger, path, saved, 50, fingerprint)
         return str(error.value)
 
-    check_past(past.remove(["b"], at=50), path, saved, 50, fingerprint)
+    check_past(past.then(remove, ["b"], at=50), path, saved, 50, fingerprint)
     copy = f"cp {saved}/ledger.json {path}"
-    said = message(past.remove(["b"], at=45))
+    said = message(past.then(remove, ["b"], at=45))
     assert "of the first 50 samples: it has remove b at sample 45, where there was none" in said
-    assert f"take it back: steel-megatron data cancel {path} --at 45 --stopped true" in said
-    past.remove(["b"], at=45).save(path)
+    assert f"take it back: steel-megatron data cancel {path} --at 45" in said
+    Ledger(past).then(remove, ["b"], at=45).save(path)
     with edit(path) as file:
-        file.ledger = file.ledger.stopped().cancel(45)  # what the message says mends it
-    check_past(Ledger.load(path), path, saved, 50, fingerprint)
-    assert "it has no change, where there was read a 2 times at sample 30" in message(past.cancel(30))
-    assert copy in message(past.cancel(30))
+        file.ledger = file.ledger.then(freed).then(cancel, 45)  # what the message says mends it
+    check_past(Ledger.load(path).history, path, saved, 50, fingerprint)
+    assert "it has no change, where there was read a 2 times at sample 30" in message(past.then(cancel, 30))
+    assert copy in message(past.then(cancel, 30))
     assert "its seed is 7 in place of 1234" in message(dataclasses.replace(past, seed=7))
     assert f"the first 50 samples: it is gone; go back to the checkpoint's ({copy})" in message(None)
     (saved / "ledger.json").unlink()
-    assert f"says of the first 50 samples; go back to the checkpoint's ({copy})" in message(past.cancel(30))
+    assert f"says of the first 50 samples; go back to the checkpoint's ({copy})" in message(past.then(cancel, 30))
 
 
 def test_the_first_difference_is_found() -> None:
@@ -152,7 +204,7 @@ def test_the_first_difference_is_found() -> None:
     assert first_difference(two(), own(), 30) is None
     assert first_difference(two(), own(), 31) == ("it has no change, where there was read a 2 times at sample 30", None)
     assert first_difference(own(), two(), 31) == ("it has read a 2 times at sample 30, where there was none", 30)
-    other = two().reweight({"a": 3}, at=30)
+    other = two().then(reweight, {"a": 3}, at=30)
     assert first_difference(own(), other, 31) == (
         "it has read a 2 times at sample 30, where there was read a 3 times at sample 30",
         None,
@@ -161,20 +213,20 @@ def test_the_first_difference_is_found() -> None:
 
 
 def test_caches_of_passes_that_are_over_go(tmp_path: Path) -> None:
-    ledger = begun(two().reweight({"a": 3, "b": None}, at=0), place(250, 260, 260))
-    cursors = ledger.cursors(250).tolist()
+    ledger = start(two().then(reweight, {"a": 3, "b": None}, at=0), position(250, 260, 260))
+    cursors = ledger.schedule.cursors(250).tolist()
     assert max(cursors) >= 100
     for number, entry in enumerate(ledger.corpora):
         for epoch in range(3):
             (tmp_path / f"{number}-{epoch}.json").write_text(
                 f'{{"content": "{entry.content}", "key": [1, 2, {epoch}]}}'
             )
-    tidy(ledger, tmp_path)
+    prune_cache(ledger, tmp_path)
     left_over = {f"{number}-{epoch}" for number in range(2) for epoch in range(3) if epoch >= cursors[number] // 100}
     assert {path.stem for path in tmp_path.iterdir()} == left_over and len(left_over) < 6
 
 
-def _settle(path: Path, moment: int, change: Callable[[Ledger], Ledger]) -> None:
+def _settle(path: Path, moment: int, change: Callable[[History], History]) -> None:
     fsync, count = os.fsync, [0]
 
     def die(descriptor: int) -> None:
@@ -185,27 +237,27 @@ def _settle(path: Path, moment: int, change: Callable[[Ledger], Ledger]) -> None
 
     os.fsync = die
     with edit(path) as file:
-        file.ledger = change(file.ledger)
+        file.ledger = file.ledger.then(change)
     os._exit(0)
 
 
 @pytest.mark.timeout(60)
 def test_a_kill_while_a_change_is_settled_loses_nothing(tmp_path: Path) -> None:
-    path, before = tmp_path / "ledger.json", own().add([corpus("new", 10, "en")])
-    after = continued(before, own(), place(40, 60))
+    path, before = tmp_path / "ledger.json", own().then(add, [corpus("new", 10, "en")])
+    after = resume(before, own(), position(40, 60))
     found = []
     for moment in (1, 2, 3):
         path.write_text(dumps(before))
-        arguments = path, moment, lambda ledger: continued(ledger, own(), place(40, 60))
+        arguments = path, moment, lambda ledger: resume(ledger, own(), position(40, 60))
         process = multiprocessing.get_context("fork").Process(target=_settle, args=arguments)
         process.start()
         process.join(timeout=30)
-        found.append(Ledger.load(path) == after)
-        assert Ledger.load(path) in (before, after)
+        found.append(Ledger.load(path).history == after)
+        assert Ledger.load(path).history in (before, after)
         # Killed before the checkpoint at 40: resumed at 20, the new corpus comes at 40 or now, and all of it.
-        resumed = begun(Ledger.load(path), place(20, 40))
+        resumed = start(Ledger.load(path).history, position(20, 40))
         assert resumed.fingerprint(20) == own().fingerprint(20)
-        assert resumed.cursors(int(resumed.capacity())).tolist() == [200, 100, 30, 10]
+        assert resumed.schedule.cursors(int(resumed.schedule.capacity())).tolist() == [200, 100, 30, 10]
         if found[-1]:
             assert located(resumed, 0, 60) == located(after, 0, 60)
     assert found == [False, True, True]
@@ -213,7 +265,7 @@ def test_a_kill_while_a_change_is_settled_loses_nothing(tmp_path: Path) -> None:
 
 def test_a_lock_that_stays_is_an_error_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ledger.json"
-    own().save(path)
+    Ledger(own()).save(path)
     monkeypatch.setattr(ledger_module, "LOCK_SECONDS", 0.2)
     with edit(path), pytest.raises(DataError, match="another job is writing"), edit(path):
         pass
