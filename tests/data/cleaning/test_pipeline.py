@@ -366,7 +366,7 @@ def tool(recipe: Path, corpus: Path, output: Path, *options: str, begin: str = "
     """The command line of a job; ``begin`` is code that each of its processes runs first."""
     script = (
         f"{begin}\nimport sys\nsys.path.insert(0, {str(ROOT / 'tools')!r})\nimport clean_corpus\n"
-        f"from steel_megatron.data import clean\nclean.UNIT_BYTES = {SMALL}\n"
+        f"from steel_megatron.data.cleaning import pipeline\npipeline.UNIT_BYTES = {SMALL}\n"
         "if __name__ == '__main__': sys.exit(clean_corpus.exit_code(clean_corpus.main))"
     )
     launcher = output.with_suffix(".launch.py")

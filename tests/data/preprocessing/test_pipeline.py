@@ -99,7 +99,7 @@ def test_without_compiled_helpers_the_bytes_are_the_same(
     inputs = mixed_inputs(tmp_path, 300)
     options: dict[str, Any] = {"valid_fraction": 0.2, "on_bad_row": "skip", "pace": Pace(4096)}
     preprocess(inputs, tmp_path / "compiled" / "c", "sentencepiece", sp_model, **options)
-    for module in ("sources", "stored_documents", "fast_encoding"):
+    for module in ("reading.documents", "preprocessing.stored_documents", "tokenizing.gigatoken_engine"):
         monkeypatch.setattr(f"steel_megatron.data.{module}.helpers", None)
     preprocess(inputs, tmp_path / "plain" / "c", "sentencepiece", sp_model, **options)
     assert files_in(tmp_path / "compiled") == files_in(tmp_path / "plain") != {}
