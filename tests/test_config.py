@@ -10,6 +10,7 @@ import yaml
 
 from steel_megatron.config import (
     CleanConfig,
+    DataConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -147,6 +148,32 @@ def test_bad_cleaning_jobs_are_refused(change: dict[str, Any], message: str) -> 
 def test_unknown_keys_are_named() -> None:
     with pytest.raises(ConfigError, match=r"here: unknown key 'hiden_size' in ModelConfig"):
         from_dict(RunConfig, {"model": {"hiden_size": 3}}, "here")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"hidden_size": "256"}}, "here: hidden_size is '256'; it must be of type int"),
+        ({"model": {"hidden_size": 256.0}}, "hidden_size is 256.0; it must be of type int"),
+        ({"model": {"num_layers": True}}, "num_layers is True; it must be of type int"),
+        ({"model": {"num_query_groups": "2"}}, "num_query_groups is '2'; it must be of type int or null"),
+        ({"model": 3}, "model is 3; it must be of type ModelConfig"),
+        ({"optimizer": {"lr": "1e-3"}}, "lr is '1e-3'; it must be of type float"),
+        ({"optimizer": {"lr_schedule": "step"}}, "lr_schedule is 'step'; it must be one of cosine, linear"),
+        ({"checkpoint": {"resume": 1}}, "resume is 1; it must be of type bool"),
+        ({"data": {"train": ["a", 3]}}, r"train is \['a', 3\]; it must be a list of str"),
+        ({"data": {"validation": {"zh": "a"}}}, "validation is .*; it must be a list of str or of type dict"),
+    ],
+)
+def test_values_of_another_type_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(RunConfig, values, "here")
+
+
+def test_what_yaml_says_in_another_way_is_the_same() -> None:
+    values = {"lr": 1, "decay_steps": None, "megatron": {"adam_eps": "anything"}}
+    assert from_dict(OptimizerConfig, values, "here") == OptimizerConfig(**values)
+    assert from_dict(DataConfig, {"validation": {"zh": ["a"]}}, "here").validation_sets == {"zh": ["a"]}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
