@@ -93,16 +93,27 @@ def train_tokenizer(folder: Path) -> None:
 
 
 def ours(corpus: str, tokenizer: str, output: str) -> None:
-    from steel_megatron.data.preprocessing.pipeline import preprocess
-
-    preprocess([corpus], output, "huggingface", tokenizer, workers=WORKERS, valid_fraction=0.01)
+    _preprocess(corpus, tokenizer, output, valid_fraction=0.01)
 
 
 def ours_whole(corpus: str, tokenizer: str, output: str) -> None:
     """Without a split: one file, to be compared byte for byte."""
+    _preprocess(corpus, tokenizer, output)
+
+
+def _preprocess(corpus: str, tokenizer: str, output: str, valid_fraction: float = 0.0) -> None:
+    from steel_megatron.config import PreprocessConfig
     from steel_megatron.data.preprocessing.pipeline import preprocess
 
-    preprocess([corpus], output, "huggingface", tokenizer, workers=WORKERS)
+    preprocess(
+        PreprocessConfig(
+            inputs=[corpus],
+            output_prefix=output,
+            tokenizer_path=tokenizer,
+            workers=WORKERS,
+            valid_fraction=valid_fraction,
+        )
+    )
 
 
 _of_worker: tokenizers.Tokenizer | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 import yaml
 
 from steel_megatron.cli import COMMANDS, _parse, main
+from steel_megatron.cli.options import add_flags, options_of
+from steel_megatron.config import CleanConfig, PreprocessConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "examples/quickstart/pretrain.yaml"
@@ -124,6 +127,34 @@ def test_a_list_in_a_file_must_be_one(
     file.write_text("inputs: a.jsonl\n")
     said = refused(capsys, *PREPROCESS, "--config", str(file))
     assert "'a.jsonl' is not a list; write [a.jsonl]" in said and "job.yaml" in said
+
+
+def test_settings_out_of_range(capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.mktemp("config") / "job.yaml"
+    file.write_text("inputs: [a.jsonl]\nworkers: 0\n")
+    assert "PreprocessConfig.workers is 0; it must be at least 1" in refused(capsys, *PREPROCESS, "--config", str(file))
+    assert "CleanConfig.tasks is 0; it must be at least 1" in refused(capsys, "clean", "recipe.yaml", "--tasks", "0")
+
+
+@pytest.mark.parametrize("config", [CleanConfig, PreprocessConfig])
+def test_every_setting_has_its_help(config: type) -> None:
+    for option in options_of(config):
+        assert option.help.endswith("."), option.name
+
+
+def test_flags_of_a_script_are_the_fields_of_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, PreprocessConfig, leave_out=["output_prefix"])
+    words = ["--inputs", "a", "--tokenizer-path", "t", "--json-keys", "q", "--inputs", "b", "c", "--shard-size", "3"]
+    given = vars(parser.parse_args([*words, "--valid-fraction", "0.5", "--no-append-eod", "--engine", "tokenizers"]))
+    assert given.pop("inputs") == ["a", "b", "c"] and given.pop("json_keys") == ["q"]
+    assert given == {  # and no defaults, which are the config's
+        "tokenizer_path": "t", "shard_size": 3, "valid_fraction": 0.5, "append_eod": False, "engine": "tokenizers",
+    }  # fmt: skip
+    for wrong in (words[2:6], [*words, "--engine", "fast"], [*words, "--output-prefix", "out"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
+    capsys.readouterr()
 
 
 def run_pretrain(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

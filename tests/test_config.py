@@ -9,9 +9,12 @@ import pytest
 import yaml
 
 from steel_megatron.config import (
+    CleanConfig,
+    DataConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    PreprocessConfig,
     RunConfig,
     TrainingConfig,
     dump_yaml,
@@ -90,13 +93,87 @@ def test_optimizer_settings() -> None:
 def test_the_bounds_themselves_are_allowed() -> None:
     assert OptimizerConfig(lr=0.01, min_lr=0.01).min_lr == 0.01  # a constant learning rate
     assert TrainingConfig(train_steps=3, stop_after_step=3).stop_after_step == 3
+    for seed in (-(1 << 63), (1 << 63) - 1):
+        assert PreprocessConfig(**JOB, seed=seed, valid_fraction=0.0, workers=1, shard_size=1).seed == seed
+    assert CleanConfig(recipe="a", executor="slurm", slurm_partition="cpu", workers=1, tasks=1, slurm_memory_gb=1)
     top_k = {"ffn": "top_k_moe", "ffn_activation": "swiglu", "num_experts": 4}
     assert ModelConfig(**top_k, moe_top_k=4, moe_aux_loss_coeff=0.0).moe_top_k == 4
+
+
+JOB = {"inputs": ["a.jsonl"], "output_prefix": "data/c", "tokenizer_path": "tokenizer"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"workers": 0}, "PreprocessConfig.workers is 0; it must be at least 1"),
+        ({"shard_size": 0}, "shard_size is 0; it must be at least 1"),
+        ({"valid_fraction": 1.0}, r"valid_fraction is 1.0; it must be in \[0, 1\)"),
+        ({"valid_fraction": -0.1}, r"valid_fraction is -0.1; it must be in \[0, 1\)"),
+        ({"valid_fraction": float("nan")}, "valid_fraction is nan"),
+        ({"json_keys": []}, r"json_keys is \[\]; it needs at least 1"),
+        ({"json_keys": ["a", "b", "a"]}, "and none twice"),
+        ({"on_bad_row": "Skip"}, "on_bad_row is 'Skip'; it must be one of stop, skip"),
+        ({"engine": "fast"}, "engine is 'fast'; it must be one of auto, gigatoken, tokenizers"),
+        ({"tokenizer_kind": "bert"}, "tokenizer_kind is 'bert'; it must be one of huggingface, sentencepiece"),
+        ({"seed": 1 << 63}, r"seed is a number of 64 bits; it must be one of 64, from -2\^63 to 2\^63 - 1"),
+        ({"seed": -(1 << 63) - 1}, "seed is a number of 64 bits"),
+        ({"seed": 10**5000}, "seed is a number of 16610 bits"),
+        ({"output_prefix": ""}, "output_prefix is ''; it must end in a name, such as data/corpus"),
+        ({"output_prefix": "data/"}, "output_prefix is 'data/'; it must end in a name"),
+    ],
+)
+def test_bad_preprocessing_jobs_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PreprocessConfig(**{**JOB, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"workers": 0}, "CleanConfig.workers is 0; it must be at least 1"),
+        ({"tasks": 0}, "tasks is 0; it must be at least 1"),
+        ({"slurm_memory_gb": 0}, "slurm_memory_gb is 0; it must be at least 1"),
+        ({"slurm_poll_seconds": -1.0}, "slurm_poll_seconds is -1.0; it must be at least 0"),
+        ({"executor": "kubernetes"}, "executor is 'kubernetes'; it must be one of local, slurm, ray"),
+        ({"executor": "slurm"}, "CleanConfig.slurm_partition is not set; executor slurm needs a partition"),
+        ({"on_bad_row": "drop"}, "on_bad_row is 'drop'; it must be one of stop, skip"),
+    ],
+)
+def test_bad_cleaning_jobs_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CleanConfig(recipe="recipe.yaml", **change)
 
 
 def test_unknown_keys_are_named() -> None:
     with pytest.raises(ConfigError, match=r"here: unknown key 'hiden_size' in ModelConfig"):
         from_dict(RunConfig, {"model": {"hiden_size": 3}}, "here")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"hidden_size": "256"}}, "here: hidden_size is '256'; it must be of type int"),
+        ({"model": {"hidden_size": 256.0}}, "hidden_size is 256.0; it must be of type int"),
+        ({"model": {"num_layers": True}}, "num_layers is True; it must be of type int"),
+        ({"model": {"num_query_groups": "2"}}, "num_query_groups is '2'; it must be of type int or null"),
+        ({"model": 3}, "model is 3; it must be of type ModelConfig"),
+        ({"optimizer": {"lr": "1e-3"}}, "lr is '1e-3'; it must be of type float"),
+        ({"optimizer": {"lr_schedule": "step"}}, "lr_schedule is 'step'; it must be one of cosine, linear"),
+        ({"checkpoint": {"resume": 1}}, "resume is 1; it must be of type bool"),
+        ({"data": {"train": ["a", 3]}}, r"train is \['a', 3\]; it must be a list of str"),
+        ({"data": {"validation": {"zh": "a"}}}, "validation is .*; it must be a list of str or of type dict"),
+    ],
+)
+def test_values_of_another_type_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(RunConfig, values, "here")
+
+
+def test_what_yaml_says_in_another_way_is_the_same() -> None:
+    values = {"lr": 1, "decay_steps": None, "megatron": {"adam_eps": "anything"}}
+    assert from_dict(OptimizerConfig, values, "here") == OptimizerConfig(**values)
+    assert from_dict(DataConfig, {"validation": {"zh": ["a"]}}, "here").validation_sets == {"zh": ["a"]}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steel_megatron.cli import main
 from steel_megatron.config import DataConfig, ParallelConfig
-from steel_megatron.data.preprocessing.pipeline import preprocess
 from steel_megatron.data.tokenizing.sentencepiece_training import train_sentencepiece
 from steel_megatron.data.tokenizing.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import CheckpointError, ConfigError
@@ -24,6 +23,7 @@ from steel_megatron.hf.convert import export_hf, read_config
 from steel_megatron.hf.mapping import config_from_hf
 from steel_megatron.hf.modeling_steel import SteelForCausalLM
 from steel_megatron.train.loop import pretrain
+from tests.data.configured import preprocess
 from tests.distributed import run_distributed
 from tests.train.small_run import small_run
 

@@ -12,11 +12,13 @@ Example:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from pathlib import Path
 
-from steel_megatron.config import MEGATRON_TOKENIZER_TYPES, TokenizerKind
+from steel_megatron.cli.options import add_flags
+from steel_megatron.config import MEGATRON_TOKENIZER_TYPES, PreprocessConfig, TokenizerKind
 from steel_megatron.data.preprocessing.pipeline import PreprocessReport, preprocess
 from steel_megatron.data.tokenizing.huggingface import GPT2_EOD, save_gpt2
 from steel_megatron.errors import ConfigError
@@ -25,6 +27,9 @@ from steel_megatron.log import exit_code, get_logger
 GPT2 = "GPT2BPETokenizer"
 KINDS: dict[str, TokenizerKind] = {**MEGATRON_TOKENIZER_TYPES, GPT2: "huggingface"}
 """Tokenizer kind for each ``--tokenizer-type``."""
+
+OF_MEGATRON = ("inputs", "output_prefix", "tokenizer_path", "tokenizer_kind", "append_eod")
+"""Settings that have a flag of Megatron's, of another name, sense or default."""
 
 NOT_NEEDED = {
     "partitions": "inputs are always split into chunks for all --workers, in order",
@@ -61,16 +66,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer-model", help="folder or tokenizer.json of Hugging Face's, or a .model file")
     parser.add_argument("--vocab-file", help=f"of {GPT2}: vocab.json")
     parser.add_argument("--merge-file", help=f"of {GPT2}: merges.txt")
-    parser.add_argument("--eod-token", help="the token that ends a document, if not the one the tokenizer's files name")
-    parser.add_argument("--json-keys", nargs="+", action="extend", help="keys of the rows to make corpora of: text")
-    parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
     parser.add_argument("--append-eod", action="store_true", help="end each document in the end-of-document token")
-    parser.add_argument("--valid-fraction", type=float, default=0.0, help="share of the documents for validation")
-    parser.add_argument("--shard-size", type=int, help="most tokens of a corpus; what follows goes into the next")
-    parser.add_argument("--engine", choices=("auto", "gigatoken", "tokenizers"), default="auto", help="what encodes")
-    parser.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="at a row that is no text")
-    parser.add_argument("--overwrite", action="store_true", help="replace corpora that are there, or begin anew")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of the validation split")
+    add_flags(parser, PreprocessConfig, leave_out=OF_MEGATRON)
     _add_flags_without_use(parser)
     return parser.parse_args()
 
@@ -111,26 +108,13 @@ def check_flags(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> PreprocessReport:
     """Preprocess as the flags say."""
     with tempfile.TemporaryDirectory() as folder:
-        path = arguments.tokenizer_model
+        path, fields = arguments.tokenizer_model, {field.name for field in dataclasses.fields(PreprocessConfig)}
+        alike = {name: value for name, value in vars(arguments).items() if name in fields}
         if arguments.tokenizer_type == GPT2:
-            path, eod_token = folder, arguments.eod_token or GPT2_EOD
+            path, eod_token = folder, alike.get("eod_token") or GPT2_EOD
             save_gpt2(Path(arguments.vocab_file), Path(arguments.merge_file), Path(folder), eod_token)
-        return preprocess(
-            inputs=arguments.input,
-            output_prefix=arguments.output_prefix,
-            tokenizer_kind=KINDS[arguments.tokenizer_type],
-            tokenizer_path=path,
-            json_keys=arguments.json_keys or ["text"],
-            workers=arguments.workers,
-            append_eod=arguments.append_eod,
-            valid_fraction=arguments.valid_fraction,
-            on_bad_row=arguments.on_bad_row,
-            overwrite=arguments.overwrite,
-            seed=arguments.seed,
-            shard_size=arguments.shard_size,
-            engine=arguments.engine,
-            eod_token=arguments.eod_token,
-        )
+        kind = KINDS[arguments.tokenizer_type]
+        return preprocess(PreprocessConfig(inputs=arguments.input, tokenizer_path=path, tokenizer_kind=kind, **alike))
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from steel_megatron.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    PreprocessConfig,
     RunConfig,
     TrainingConfig,
 )
@@ -84,12 +85,13 @@ def prepare_corpus(folder: Path, largest_module: int) -> dict[str, Any]:
                 shutil.copyfile(module, code / module.name)
         _byte_tokenizer(folder / "tokenizer")
         report = preprocess(
-            [str(CORPUS), str(code)],
-            folder / "corpus",
-            "huggingface",
-            folder / "tokenizer",
-            valid_fraction=0.1,
-            overwrite=True,
+            PreprocessConfig(
+                inputs=[str(CORPUS), str(code)],
+                output_prefix=str(folder / "corpus"),
+                tokenizer_path=str(folder / "tokenizer"),
+                valid_fraction=0.1,
+                overwrite=True,
+            )
         )
         write_atomically(counts, json.dumps(dataclasses.asdict(report), indent=1).encode(), DataError)
     loaded: dict[str, Any] = json.loads(counts.read_text(encoding="utf-8"))

@@ -1,23 +1,23 @@
 """The command line: ``steel-megatron preprocess | inspect | data append | pretrain | ...``.
 
-The commands are functions in this folder's files: their arguments are the options, their docstrings the help. Heavy
-modules are imported inside them, so that ``--help`` answers at once.
+Commands are the functions of this package's modules. Their arguments, or the fields of the config that they take, are
+the options; docstrings are the help. They import heavy modules locally, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import sys
 from argparse import Action, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
-import docstring_parser
 import jsonargparse
 
 from steel_megatron.cli import corpora, ledgers, models
-from steel_megatron.config import RunConfig, from_dict
+from steel_megatron.cli.options import REQUIRED, Option, options_of
+from steel_megatron.config import from_dict
 from steel_megatron.errors import ConfigError
 from steel_megatron.log import exit_code
 
@@ -30,6 +30,16 @@ class Command:
 
     function: Callable[..., int | None]
     positional: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> type | None:
+        """The dataclass whose fields are the options; None where the function's arguments are."""
+        kinds = [kind for name, kind in get_type_hints(self.function).items() if name != "return"]
+        return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
+
+    def options(self) -> list[Option]:
+        """What the command line has, in its order."""
+        return options_of(self.config or self.function)
 
 
 COMMANDS = {
@@ -81,39 +91,37 @@ class _ListOption(Action):
 
 
 def _add_options(parser: jsonargparse.ArgumentParser, command: Command) -> None:
-    """The arguments of a function as options; lists as ``--prompts A B``, where jsonargparse alone has ``[A,B]``."""
-    hints = get_type_hints(command.function)
-    lists = [name for name, hint in hints.items() if hint in (list[str], list[int])]
-    documented = {
-        entry.arg_name: entry.description for entry in docstring_parser.parse(command.function.__doc__ or "").params
-    }
+    """The options of a command; lists as ``--prompts A B``, where jsonargparse alone has ``[A,B]``."""
+    options = {option.name: option for option in command.options()}
+    lists = [name for name, option in options.items() if option.kind in (list[str], list[int])]
     for name in sorted(set(lists) - set(command.positional)):
-        default = inspect.signature(command.function).parameters[name].default
-        required = default is inspect.Parameter.empty
-        extra = {"required": True} if required else {"default": default}
-        kind = get_args(hints[name])[0]
-        parser.add_argument(f"--{name}", nargs="+", type=kind, action=_ListOption, help=documented[name], **extra)
+        option = options[name]
+        extra = {"required": True} if option.default is REQUIRED else {"default": option.default}
+        kind = get_args(option.kind)[0]
+        parser.add_argument(f"--{name}", nargs="+", type=kind, action=_ListOption, help=option.help, **extra)
     for name in command.positional:
         several: dict[str, Any] = {"nargs": "+"} if name in lists else {}
-        parser.add_argument(name, type=str, metavar=_metavar(name, command), help=documented[name], **several)
+        parser.add_argument(name, type=str, metavar=_metavar(options[name]), help=options[name].help, **several)
     skip: set[str | int] = {*lists, *command.positional}
-    parser.add_function_arguments(command.function, None, as_positional=False, skip=skip)
+    if command.config is not None:
+        parser.add_class_arguments(command.config, None, skip=skip)
+    else:
+        parser.add_function_arguments(command.function, None, as_positional=False, skip=skip)
 
 
-def _metavar(name: str, command: Command) -> str:
-    """``PREFIX`` for ``prefixes: list[str]``; the usage line shows ``PREFIX ...``."""
-    several = get_type_hints(command.function)[name] == list[str]
-    return (
-        (name.removesuffix("es") if name.endswith("xes") else name.removesuffix("s")).upper()
-        if several
-        else name.upper()
-    )
+def _metavar(option: Option) -> str:
+    """``PREFIX`` for ``prefixes: list[str]``, of which the usage line says ``PREFIX ...``."""
+    name = option.name
+    if option.kind == list[str]:
+        name = name.removesuffix("es") if name.endswith("xes") else name.removesuffix("s")
+    return name.upper()
 
 
 def _command_parser(name: str, command: Command) -> jsonargparse.ArgumentParser:
     # A usage line with every option of a run would fill a page.
-    hints = get_type_hints(command.function)
-    shown = [_metavar(word, command) + (" ..." if hints[word] == list[str] else "") for word in command.positional]
+    options = {option.name: option for option in command.options()}
+    positional = [options[word] for word in command.positional]
+    shown = [_metavar(option) + (" ..." if option.kind == list[str] else "") for option in positional]
     parser = jsonargparse.ArgumentParser(
         usage=" ".join(["steel-megatron", name, "[--config FILE]", *shown, "[--OPTION VALUE ...]"]),
         description=_summary(command),
@@ -121,10 +129,7 @@ def _command_parser(name: str, command: Command) -> jsonargparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of options; later options override it.")
-    if command.function is models.pretrain:
-        parser.add_class_arguments(RunConfig, None)
-    else:
-        _add_options(parser, command)
+    _add_options(parser, command)
     return parser
 
 
@@ -168,10 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command() -> None:
         nonlocal said
         name, options = _parse(sys.argv[1:] if arguments is None else arguments)
-        if name == "pretrain":
-            models.pretrain(from_dict(RunConfig, options, "the run's settings"))
+        called = COMMANDS[name]
+        if called.config is not None:
+            said = called.function(from_dict(called.config, options, f"the options of {name}"))
         else:
-            said = COMMANDS[name].function(**options)
+            said = called.function(**options)
 
     return exit_code(command) or said or 0
 

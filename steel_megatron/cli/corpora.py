@@ -3,126 +3,23 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal
 
-from steel_megatron.config import TokenizerKind
+from steel_megatron.config import CleanConfig, PreprocessConfig, TokenizerKind
 
 
-def clean(
-    recipe: str,
-    sources: list[str] = [],  # noqa: B006 (read by the parser, never changed)
-    output: str | None = None,
-    tokenizer: str | None = None,
-    text_key: str = "text",
-    on_bad_row: Literal["stop", "skip"] = "stop",
-    executor: Literal["local", "slurm", "ray"] = "local",
-    workers: int = 1,
-    tasks: int | None = None,
-    slurm_partition: str | None = None,
-    slurm_time: str = "24:00:00",
-    slurm_memory_gb: int = 4,
-    slurm_qos: str | None = None,
-    slurm_setup: str | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Clean corpora by a recipe: mappers, filters, duplicates; the same command goes on after a kill.
-
-    Args:
-        recipe: the recipe's YAML file, such as examples/steel_1b/clean_text.yaml.
-        sources: files, folders or patterns, each alone or as SOURCE=PATTERN; the recipe's if not given.
-        output: folder of the result; the recipe's if not given.
-        tokenizer: folder of a Hugging Face tokenizer or a SentencePiece model, for operators that count tokens.
-        text_key: which value of a row is the text, for inputs without a source's name.
-        on_bad_row: whether a broken row stops the job, or is dropped, counted and quarantined.
-        executor: where the tasks run.
-        workers: tasks that run at the same time.
-        tasks: tasks of a stage; one for each unit of input if not given.
-        slurm_partition: partition of the Slurm jobs.
-        slurm_time: time limit of a Slurm task.
-        slurm_memory_gb: memory of a Slurm task.
-        slurm_qos: quality of service of the Slurm jobs; the cluster's default if not given.
-        slurm_setup: shell command that sets this environment up on a node.
-        overwrite: whether to replace an earlier result, or begin anew an interrupted job of other settings.
-    """
+def clean(config: CleanConfig) -> None:
+    """Clean corpora by a recipe: mappers, filters, deduplication. Repeat the command to resume after a kill."""
     from steel_megatron.data.cleaning.funnel import table
     from steel_megatron.data.cleaning.pipeline import clean_corpus
 
-    result = clean_corpus(
-        recipe,
-        sources or None,
-        output,
-        tokenizer=tokenizer,
-        text_key=text_key,
-        on_bad_row=on_bad_row,
-        executor=executor,
-        workers=workers,
-        tasks=tasks,
-        slurm_partition=slurm_partition,
-        slurm_time=slurm_time,
-        slurm_memory_gb=slurm_memory_gb,
-        slurm_qos=slurm_qos,
-        slurm_setup=slurm_setup,
-        overwrite=overwrite,
-    )
-    sys.stdout.write(table(result.report) + "\n")
+    sys.stdout.write(table(clean_corpus(config).report) + "\n")
 
 
-def preprocess(
-    inputs: list[str],
-    output_prefix: str,
-    tokenizer_path: str,
-    tokenizer_kind: TokenizerKind = "huggingface",
-    json_keys: list[str] = ["text"],  # noqa: B006 (read by the parser, never changed)
-    workers: int = 1,
-    append_eod: bool = True,
-    valid_fraction: float = 0.0,
-    seed: int = 0,
-    shard_size: int | None = None,
-    on_bad_row: Literal["stop", "skip"] = "stop",
-    engine: Literal["auto", "gigatoken", "tokenizers"] = "auto",
-    overwrite: bool = False,
-    report: str | None = None,
-    eod_token: str | None = None,
-) -> None:
-    """Tokenize documents into an indexed corpus (.bin, .idx, .json); the same command goes on after a kill.
-
-    Args:
-        inputs: files, folders or patterns, each alone or as SOURCE=PATTERN, such as skypile=data/sky/*.jsonl.zst.
-        output_prefix: where the corpus goes; files are named PREFIX_KEY_document.bin and so on.
-        tokenizer_path: the tokenizer's folder or file.
-        tokenizer_kind: what it is.
-        json_keys: which values of a JSON row are documents; one corpus for each.
-        workers: threads or processes; the output is the same for any number.
-        append_eod: whether each document ends with the end-of-document token.
-        valid_fraction: share of documents, chosen by their hash, that goes into a validation corpus.
-        seed: enters the choice of the validation documents.
-        shard_size: tokens after which a new corpus is begun; one corpus if not given.
-        on_bad_row: whether a broken row stops the work or is skipped, counted and listed.
-        engine: what encodes; auto takes gigatoken where it is installed and gives the same ids.
-        overwrite: whether to replace an earlier corpus of that name, or begin an interrupted one anew.
-        report: file for the counts, as JSON.
-        eod_token: the token that ends a document; the tokenizer's own if not given.
-    """
+def preprocess(config: PreprocessConfig) -> None:
+    """Tokenize documents into an indexed corpus (.bin, .idx, .json). Repeat the command to resume after a kill."""
     from steel_megatron.data.preprocessing.pipeline import preprocess as run
 
-    result = run(
-        inputs,
-        output_prefix,
-        tokenizer_kind,
-        tokenizer_path,
-        json_keys=tuple(json_keys),
-        workers=workers,
-        append_eod=append_eod,
-        valid_fraction=valid_fraction,
-        seed=seed,
-        shard_size=shard_size,
-        on_bad_row=on_bad_row,
-        engine=engine,
-        overwrite=overwrite,
-        eod_token=eod_token,
-        report=report,
-    )
-    sys.stdout.write(result.summary() + "\n")
+    sys.stdout.write(run(config).summary() + "\n")
 
 
 def inspect_corpora(

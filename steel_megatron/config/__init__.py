@@ -1,4 +1,4 @@
-"""The settings of a run: frozen dataclasses, checked when they are built.
+"""The settings of a run, and of the jobs that make its corpora: frozen dataclasses, checked when they are built.
 
 One YAML file holds a run; every field can be overridden on the command line by its dotted name
 (``--model.hidden_size 256``). Nothing is changed after it is built, and the resolved run is written beside
@@ -6,11 +6,20 @@ every checkpoint, which is enough to run it again.
 """
 
 from steel_megatron.config.checkpoint import CheckpointConfig
-from steel_megatron.config.data import MEGATRON_TOKENIZER_TYPES, DataConfig, TokenizerKind
+from steel_megatron.config.clean import CleanConfig
+from steel_megatron.config.data import (
+    MEGATRON_TOKENIZER_TYPES,
+    BadRowPolicy,
+    DataConfig,
+    TokenizerEngine,
+    TokenizerKind,
+)
+from steel_megatron.config.execution import ExecutionConfig, ExecutorName
 from steel_megatron.config.loading import dump_yaml, from_dict, to_dict
 from steel_megatron.config.model import Activation, FeedForward, ModelConfig, RoutingMix
 from steel_megatron.config.optimizer import OptimizerConfig
 from steel_megatron.config.parallel import ParallelConfig, check_layout
+from steel_megatron.config.preprocess import PreprocessConfig
 from steel_megatron.config.routing import (
     RoutingModeFacts,
     add_routing_mode,
@@ -25,16 +34,22 @@ from steel_megatron.config.training import Precision, TrainingConfig
 __all__ = [
     "MEGATRON_TOKENIZER_TYPES",
     "Activation",
+    "BadRowPolicy",
     "CheckpointConfig",
+    "CleanConfig",
     "DataConfig",
+    "ExecutionConfig",
+    "ExecutorName",
     "FeedForward",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "Precision",
+    "PreprocessConfig",
     "RoutingMix",
     "RoutingModeFacts",
     "RunConfig",
+    "TokenizerEngine",
     "TokenizerKind",
     "TrainingConfig",
     "add_routing_mode",

@@ -10,6 +10,11 @@ from steel_megatron.config.checks import at_least
 from steel_megatron.errors import ConfigError
 
 TokenizerKind = Literal["huggingface", "sentencepiece"]
+TokenizerEngine = Literal["auto", "gigatoken", "tokenizers"]
+"""What encodes many texts: ``tokenizers`` stands for the tokenizer's own library, be it ``tokenizers`` or
+``sentencepiece``; ``auto`` takes gigatoken where it is installed and gives the same ids."""
+BadRowPolicy = Literal["stop", "skip"]
+"""What becomes of a job at a row that cannot be read."""
 MEGATRON_TOKENIZER_TYPES: dict[str, TokenizerKind] = {
     "HuggingFaceTokenizer": "huggingface",
     "SentencePieceTokenizer": "sentencepiece",

@@ -1,9 +1,10 @@
-"""Configs as plain values and YAML, apart from what they mean."""
+"""Configs, and other dataclasses, as plain values and YAML, apart from what they mean."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -16,27 +17,52 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type, values: dict[str, Any], origin: str) -> Any:
-    """Build a config dataclass from plain values.
+    """Build a dataclass from plain values.
 
     Args:
         kind: the dataclass to build.
         values: what :func:`to_dict` gave; nested sections are dictionaries.
-        origin: where the values came from, for the message.
+        origin: where the values came from, for the message; empty where the caller adds it.
 
     Raises:
-        ConfigError: a key is unknown or a value is out of range.
+        ConfigError: a key is unknown, or a value is of another type than its field or out of range.
     """
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ConfigError(f"{origin}: unknown key {unknown[0]!r} in {kind.__name__}; it has {', '.join(fields)}")
-    sections: dict[str, Any] = {
-        name: hint for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)
-    }
-    built = {
-        name: from_dict(sections[name], value, origin) if name in sections else value for name, value in values.items()
-    }
+    fields = [field.name for field in dataclasses.fields(kind)]
+    hints, where, built = get_type_hints(kind), f"{origin}: " if origin else "", {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ConfigError(f"{where}unknown key {name!r} in {kind.__name__}; it has {', '.join(fields) or 'none'}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+            value = from_dict(hint, value, origin)  # type: ignore[arg-type]
+        if not _is_a(value, hint):
+            raise ConfigError(f"{where}{name} is {value!r}; it must be {_described(hint)}")
+        built[name] = tuple(value) if get_origin(hint) is tuple else value
     return kind(**built)
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal or hint is Any:
+        return hint is Any or value in parts
+    if kind in (Union, UnionType):
+        return any(_is_a(value, part) for part in parts)
+    if kind in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(_is_a(entry, parts[0]) for entry in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_is_a(entry, parts[1]) for entry in value.values())
+    if bool in (hint, type(value)):
+        return hint is type(value)
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _described(hint: Any) -> str:
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join("null" if part is NoneType else _described(part) for part in parts)
+    if kind in (list, tuple):
+        return f"a list of {parts[0].__name__}"
+    return f"one of {', '.join(map(str, parts))}" if kind is Literal else f"of type {hint.__name__}"
 
 
 def dump_yaml(config: Any) -> str:

@@ -18,6 +18,7 @@ _CODE = """
 import json, sys, time
 from pathlib import Path
 from steel_megatron.data.preprocessing import workers as encoding_workers
+from steel_megatron.config import PreprocessConfig
 from steel_megatron.data.preprocessing.pipeline import preprocess
 from steel_megatron.data.preprocessing.job import Pace, Run
 from steel_megatron.log import exit_code
@@ -44,7 +45,7 @@ if __name__ == "__main__":
     if "hold" in arguments:
         reached = Path(arguments.pop("hold"))
         stop_after(3, reached, reached.with_suffix(".go"))
-    sys.exit(exit_code(lambda: preprocess(**arguments, pace=pace)))
+    sys.exit(exit_code(lambda: preprocess(PreprocessConfig(**arguments), pace)))
 """
 
 THREADS = find_spec("gigatoken") is not None and helpers is not None

@@ -16,11 +16,11 @@ import pytest
 from steel_megatron.cli import main
 from steel_megatron.config import DataConfig, dump_yaml
 from steel_megatron.data.cleaning import pipeline as clean
-from steel_megatron.data.cleaning.pipeline import clean_corpus
 from steel_megatron.data.ledger.ledger import Ledger
 from steel_megatron.errors import DataError
 from tests import needs
 from tests.data.cleaning.test_pipeline import content
+from tests.data.configured import clean_corpus
 from tests.data.conftest import make_texts, write_jsonl
 from tests.slurm.cluster import Cluster, cluster
 from tests.train.small_run import LAYOUTS
@@ -57,17 +57,17 @@ def test_cleaning_gives_the_same_bytes(inside: Cluster, recipe: Path, tmp_path: 
     sources = [str(write_jsonl(tmp_path / f"{number}.jsonl", make_texts(20, seed=number % 2))) for number in range(3)]
     clean_corpus(recipe, sources, tmp_path / "local")
     options = {"slurm_partition": "cpu", "slurm_memory_gb": 1, "slurm_poll_seconds": 0.5, "workers": 2}
-    clean_corpus(recipe, sources, tmp_path / "over", executor="slurm", **options)  # type: ignore[arg-type]
+    clean_corpus(recipe, sources, tmp_path / "over", executor="slurm", **options)
     assert content(tmp_path / "over") == content(tmp_path / "local")
 
     Path(sources[1]).write_text('{"text": 3}\n')
     with pytest.raises(DataError, match=r"1.jsonl, row 1, byte 0: key 'text' holds a int"):
-        clean_corpus(recipe, sources, tmp_path / "failed", executor="slurm", **options)  # type: ignore[arg-type]
+        clean_corpus(recipe, sources, tmp_path / "failed", executor="slurm", **options)
     assert not (tmp_path / "failed").exists()
     with pytest.raises(DataError, match="sbatch refused the job"):
         clean_corpus(
             recipe, sources, tmp_path / "refused", executor="slurm", **{**options, "slurm_partition": "nowhere"}
-        )  # type: ignore[arg-type]
+        )
 
 
 def test_a_killed_driver_of_cleaning_is_started_again(
@@ -98,7 +98,7 @@ def test_a_killed_driver_of_cleaning_is_started_again(
     with pytest.MonkeyPatch.context() as patched:
         sleep = time.sleep
         patched.setattr(time, "sleep", lambda seconds: (kept.append(at_work.exists()), sleep(seconds))[1])
-        clean_corpus(recipe, sources, tmp_path / "over", executor="slurm", **options)  # type: ignore[arg-type]
+        clean_corpus(recipe, sources, tmp_path / "over", executor="slurm", **options)
     assert kept and all(kept)
     assert content(tmp_path / "over") == content(tmp_path / "local")
     names = inside.run("squeue", "--states=all", "--noheader", "--format=%A %j").splitlines()

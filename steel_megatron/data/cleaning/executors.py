@@ -15,43 +15,23 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 from loguru import logger as datatrove_logger
 
+from steel_megatron.config import ExecutionConfig
 from steel_megatron.data.cleaning import job
 from steel_megatron.data.cleaning.job import Stage
 from steel_megatron.data.cleaning.slurm import job_name, live_jobs
-from steel_megatron.errors import ConfigError, DataError
+from steel_megatron.errors import DataError
 from steel_megatron.log import get_logger, progress
 
-ExecutorName = Literal["local", "slurm", "ray"]
 logger = get_logger(__name__)
 _POLLS_WITHOUT_JOB = 3
 _SECONDS_BETWEEN_COUNTS = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Execution:
-    """Where and how wide a job runs."""
-
-    executor: ExecutorName = "local"
-    workers: int = 1
-    """Tasks that run at the same time."""
-    tasks: int | None = None
-    """Tasks of a stage; one for each unit if None."""
-    slurm_partition: str | None = None
-    slurm_time: str = "24:00:00"
-    slurm_memory_gb: int = 4
-    """Memory of a task; one that needs more gets it."""
-    slurm_qos: str | None = None
-    slurm_setup: str | None = None
-    """Shell command that makes this Python's environment; its bin folder is put on the path if None."""
-    slurm_poll_seconds: float = 30.0
 
 
 class _Local(LocalPipelineExecutor):
@@ -136,12 +116,11 @@ class _Slurm(SlurmPipelineExecutor):
         pass
 
 
-def run_stage(stage: Stage, execution: Execution) -> None:
+def run_stage(stage: Stage, execution: ExecutionConfig) -> None:
     """Run a stage to its end; what an earlier call completed is not run again.
 
     Raises:
-        ConfigError: the execution asks for something that is not there.
-        DataError: a task failed; the message is that of the first one.
+        DataError: the executor is not there, or a task failed; the message is that of the first one.
     """
     if stage.count == 0:
         return
@@ -169,7 +148,7 @@ def run_stage(stage: Stage, execution: Execution) -> None:
         )
 
 
-def _run(executor: PipelineExecutor, stage: Stage, execution: Execution) -> None:
+def _run(executor: PipelineExecutor, stage: Stage, execution: ExecutionConfig) -> None:
     if execution.executor == "slurm":
         _submit(executor, stage.job.folder)
         _wait_for_slurm(executor, stage, execution.slurm_poll_seconds)
@@ -177,13 +156,11 @@ def _run(executor: PipelineExecutor, stage: Stage, execution: Execution) -> None
         executor.run()
 
 
-def _executor(stage: Stage, execution: Execution, tasks: int, logs: Path) -> PipelineExecutor:
+def _executor(stage: Stage, execution: ExecutionConfig, tasks: int, logs: Path) -> PipelineExecutor:
     common: dict[str, Any] = {"pipeline": [stage], "tasks": tasks, "logging_dir": str(logs)}
     if execution.executor == "local":
         return _Local(**common, workers=execution.workers)
     if execution.executor == "slurm":
-        if execution.slurm_partition is None:
-            raise ConfigError("executor slurm needs a partition; name it with --slurm_partition")
         return _Slurm(
             **common,
             workers=execution.workers,

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from steel_megatron.config import BadRowPolicy
 from steel_megatron.data.cleaning.recipe import Recipe
-from steel_megatron.data.reading.documents import BadRowPolicy, Document, SkippedRow, documents_of
+from steel_megatron.data.reading.documents import Document, SkippedRow, documents_of
 from steel_megatron.data.reading.formats import read_chunks
 from steel_megatron.data.reading.sources import get_source
 from steel_megatron.errors import DataError, SteelError

@@ -15,8 +15,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from steel_megatron.config import CleanConfig
 from steel_megatron.data.cleaning.filters import WordRepetition, WordsNum, tokenizer_at
 from steel_megatron.data.cleaning.job import Job, Stage, Unit
 from steel_megatron.data.cleaning.job_folder import check_places, finished_report, plan_of, prepare, publish
@@ -24,14 +25,11 @@ from steel_megatron.data.cleaning.language_model import LanguageModel
 from steel_megatron.data.cleaning.mappers import ChineseConvert, CleanHtml, FixUnicode
 from steel_megatron.data.cleaning.recipe import Recipe, load_recipe
 from steel_megatron.data.cleaning.stages import CleanUnits, FindDuplicates, SampleTexts, TrainModel, WriteKept
-from steel_megatron.data.reading.documents import BadRowPolicy, Input, parse_inputs
+from steel_megatron.data.reading.documents import Input, parse_inputs
 from steel_megatron.data.reading.formats import PARQUET_SUFFIX
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import disk_errors, exclusive_lock, with_suffix
 from steel_megatron.log import get_logger
-
-if TYPE_CHECKING:
-    from steel_megatron.data.cleaning.executors import ExecutorName
 
 logger = get_logger(__name__)
 
@@ -53,91 +51,36 @@ class CleaningResult:
     """The content of ``funnel.json``."""
 
 
-def clean_corpus(
-    recipe: str | Path,
-    sources: Sequence[str] | None = None,
-    output: str | Path | None = None,
-    *,
-    tokenizer: str | None = None,
-    text_key: str = "text",
-    on_bad_row: BadRowPolicy = "stop",
-    executor: ExecutorName = "local",
-    workers: int = 1,
-    tasks: int | None = None,
-    slurm_partition: str | None = None,
-    slurm_time: str = "24:00:00",
-    slurm_memory_gb: int = 4,
-    slurm_qos: str | None = None,
-    slurm_setup: str | None = None,
-    slurm_poll_seconds: float = 30.0,
-    overwrite: bool = False,
-) -> CleaningResult:
+def clean_corpus(config: CleanConfig) -> CleaningResult:
     """Clean corpora by a recipe; the same call goes on after a kill.
 
-    Args:
-        recipe: the recipe's YAML file.
-        sources: files, folders or patterns, each alone or as SOURCE=PATTERN; the recipe's if None.
-        output: folder of the result; the recipe's if None.
-        tokenizer: folder of a Hugging Face tokenizer or a SentencePiece model, for operators that count tokens; the
-            recipe's if None.
-        text_key: which value of a row is the text, for inputs without a source's name.
-        on_bad_row: whether a broken row stops the job or is dropped, counted and quarantined.
-        executor: where the tasks run.
-        workers: tasks that run at the same time.
-        tasks: tasks of a stage; one for each unit of input if None.
-        slurm_partition: partition of the Slurm jobs.
-        slurm_time: time limit of a Slurm task.
-        slurm_memory_gb: memory of a Slurm task; the comparison of documents gets more where it needs more.
-        slurm_qos: quality of service of the Slurm jobs; the cluster's default if None.
-        slurm_setup: shell command that sets this environment up on a node; this Python is put on the path if None.
-        slurm_poll_seconds: how often Slurm is asked.
-        overwrite: whether to replace an earlier result, or begin anew an interrupted job of other settings; nothing
-            else is ever replaced.
-
     Raises:
-        ConfigError: the recipe or an option is wrong.
+        ConfigError: the recipe is wrong, or neither it nor the config names sources and an output.
         DataError: an input or an output cannot be used, a package is missing, a row is broken, or a task failed.
     """
     loaded = load_recipe(
-        recipe,
-        sources=list(sources) if sources is not None else None,
-        output=os.fspath(output) if output is not None else None,
-        tokenizer=tokenizer,
+        config.recipe, sources=config.sources or None, output=config.output, tokenizer=config.tokenizer
     )
     if not loaded.sources:
-        raise ConfigError(f"{recipe} names no sources; name them with --sources, or sources: in the recipe")
+        raise ConfigError(f"{config.recipe} names no sources; name them with --sources, or sources: in the recipe")
     if not loaded.output:
-        raise ConfigError(f"{recipe} names no output folder; name it with --output, or output: in the recipe")
-    for name, value in (("workers", workers), ("tasks", tasks), ("slurm_memory_gb", slurm_memory_gb)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
+        raise ConfigError(f"{config.recipe} names no output folder; name it with --output, or output: in the recipe")
     inputs = parse_inputs(loaded.sources)
     packages = check_packages(loaded, inputs)
-    from steel_megatron.data.cleaning.executors import Execution, run_stage
+    from steel_megatron.data.cleaning.executors import run_stage
 
-    execution = Execution(
-        executor=executor,
-        workers=workers,
-        tasks=tasks,
-        slurm_partition=slurm_partition,
-        slurm_time=slurm_time,
-        slurm_memory_gb=slurm_memory_gb,
-        slurm_qos=slurm_qos,
-        slurm_setup=slurm_setup,
-        slurm_poll_seconds=slurm_poll_seconds,
-    )
     final = Path(os.path.realpath(loaded.output))
-    job = Job(loaded, _units(inputs), with_suffix(final, ".partial"), text_key, on_bad_row)
+    job = Job(loaded, _units(inputs), with_suffix(final, ".partial"), config.text_key, config.on_bad_row)
     check_places(job, loaded.sources, inputs, final)
     _check_resources(job)
     plan = plan_of(job, inputs, packages)
     with exclusive_lock(final, DataError):
         report = finished_report(job, plan, final)
         if report is None:
-            prepare(job, plan, final, overwrite, executor == "slurm")
+            prepare(job, plan, final, config.overwrite, config.executor == "slurm")
             for stage in _stages(job):
-                run_stage(stage, execution)
-            report = publish(job, final, overwrite)
+                run_stage(stage, config)
+            report = publish(job, final, config.overwrite)
     totals = report["totals"]
     logger.info(
         f"{final}: {totals['documents_in']:,} documents in = {totals['documents_kept']:,} kept + "

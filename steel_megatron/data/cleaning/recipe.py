@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 
+from steel_megatron.config import from_dict
 from steel_megatron.data.cleaning.deduplication import ExactDeduplicator, SimhashDeduplicator
 from steel_megatron.data.cleaning.filters import FILTERS, Alphanumeric, Filter, Perplexity, WordRepetition, WordsNum
 from steel_megatron.data.cleaning.mappers import MAPPERS, Mapper
@@ -79,26 +79,11 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
         raise ConfigError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(read, dict):
         raise ConfigError(f"{path} holds no recipe: a mapping with the keys kind and operators was expected")
-    values = read | {key: value for key, value in overrides.items() if value is not None}
-    known = [field.name for field in dataclasses.fields(Recipe)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{path}: unknown key {key!r}; a recipe has {', '.join(known)}")
-    if values.get("kind") not in ("text", "code"):
-        raise ConfigError(f"{path}: kind is {values.get('kind')!r}; it must be text or code")
-    sources = values.get("sources") or []
-    if not isinstance(sources, (list, tuple)) or not all(isinstance(source, str) for source in sources):
-        raise ConfigError(f"{path}: sources is {sources!r}; it must be a list of FILE or NAME=FILE")
-    for key in ("output", "tokenizer"):
-        if not isinstance(values.get(key), (str, type(None))):
-            raise ConfigError(f"{path}: {key} is {values[key]!r}; it must be a path")
-    recipe = Recipe(
-        kind=values["kind"],
-        operators=_operators(values.get("operators"), path),
-        sources=tuple(sources),
-        output=values.get("output"),
-        tokenizer=values.get("tokenizer"),
-    )
+    values = {key: value for given in (read, overrides) for key, value in given.items() if value is not None}
+    if "kind" not in values:
+        raise ConfigError(f"{path}: kind is missing; it must be text or code")
+    recipe: Recipe = from_dict(Recipe, {**values, "operators": ()}, str(path))
+    recipe = dataclasses.replace(recipe, operators=_operators(values.get("operators"), path))
     _check_order(recipe, path)
     return recipe
 
@@ -118,30 +103,10 @@ def _operators(entries: object, path: Path) -> tuple[Operator, ...]:
         if not isinstance(parameters, (dict, type(None))):
             raise ConfigError(f"{path}, operator {number}, {name}: {parameters!r} is not {{PARAMETER: VALUE, ...}}")
         try:
-            built.append(_build(OPERATORS[name], parameters or {}))
+            built.append(from_dict(OPERATORS[name], parameters or {}, ""))
         except ConfigError as error:
             raise ConfigError(f"{path}, operator {number}, {name}: {error}") from None
     return tuple(built)
-
-
-def _build(kind: type[Operator], parameters: Mapping[str, Any]) -> Operator:
-    hints = get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(kind)]
-    for key, value in parameters.items():
-        if key not in known:
-            raise ConfigError(f"unknown parameter {key!r}; it has {', '.join(known) or 'none'}")
-        if get_origin(hints[key]) is Literal:
-            if value not in get_args(hints[key]):
-                raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(str, get_args(hints[key])))}")
-        elif not _is_a(value, hints[key]):
-            raise ConfigError(f"{key} is {value!r}; it must be of type {hints[key].__name__}")
-    return kind(**parameters)
-
-
-def _is_a(value: object, kind: type) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _check_order(recipe: Recipe, path: Path) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from steel_megatron.config import BadRowPolicy
 from steel_megatron.data.preprocessing.stored_documents import stored_documents
-from steel_megatron.data.reading.documents import BadRowPolicy, SkippedRow, joined_documents
+from steel_megatron.data.reading.documents import SkippedRow, joined_documents
 from steel_megatron.data.reading.formats import Place, RawChunk
 from steel_megatron.data.reading.sources import Source
 from steel_megatron.data.reading.text_batch import JoinedTexts, as_strings

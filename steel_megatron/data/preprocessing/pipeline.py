@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from steel_megatron.config import TokenizerKind
+from steel_megatron.config import PreprocessConfig
 from steel_megatron.data.indexed.dataset import token_dtype
 from steel_megatron.data.preprocessing.encoder import SPLIT_BY, TRAIN, VALID, Encoder
 from steel_megatron.data.preprocessing.job import Pace, Run, write_all
@@ -32,10 +32,10 @@ from steel_megatron.data.preprocessing.report import (
     write_report,
 )
 from steel_megatron.data.preprocessing.shards import corpora_at, refuse_existing, remove_corpus, remove_partial
-from steel_megatron.data.reading.documents import BadRowPolicy, documents_of, parse_inputs, plain_texts
+from steel_megatron.data.reading.documents import documents_of, parse_inputs, plain_texts
 from steel_megatron.data.reading.formats import RawChunk, has_keys, read_chunks
 from steel_megatron.data.reading.sources import Source, get_source
-from steel_megatron.data.tokenizing.tokenizer import Engine, Tokenizer, load_tokenizer
+from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import exclusive_lock, write_atomically
 from steel_megatron.log import get_logger
@@ -60,24 +60,7 @@ _PACE = Pace()
 _log = get_logger(__name__)
 
 
-def preprocess(
-    inputs: Sequence[str],
-    output_prefix: str | Path,
-    tokenizer_kind: TokenizerKind,
-    tokenizer_path: str | Path,
-    json_keys: Sequence[str] = ("text",),
-    workers: int = 1,
-    append_eod: bool = True,
-    valid_fraction: float = 0.0,
-    on_bad_row: BadRowPolicy = "stop",
-    overwrite: bool = False,
-    seed: int = 0,
-    shard_size: int | None = None,
-    engine: Engine = "auto",
-    pace: Pace = _PACE,
-    eod_token: str | None = None,
-    report: str | Path | None = None,
-) -> PreprocessReport:
+def preprocess(config: PreprocessConfig, pace: Pace = _PACE) -> PreprocessReport:
     """Tokenize documents into indexed corpora.
 
     Without a validation split the corpus of a key is ``<output_prefix>_<key>_document``; with one,
@@ -87,86 +70,79 @@ def preprocess(
     ``<output_prefix>.report.json`` says what was done. Once finished, the same job says so and returns that report.
 
     A job that was stopped, by a signal, a bad row or a full disk, leaves ``<output_prefix>.progress.json``; called
-    again with the same arguments (``workers``, ``on_bad_row``, ``engine`` and ``pace`` may differ), it goes on, and
+    again with the same config (``workers``, ``on_bad_row``, ``engine`` and ``pace`` may differ), it goes on, and
     what it writes is what it would have written.
 
     Args:
-        inputs: files, folders and patterns, each alone or as ``SOURCE=PATTERN``, see
-            :func:`~steel_megatron.data.reading.documents.parse_inputs`. What this job itself writes is none.
-        output_prefix: begin of all output paths; missing folders are made.
-        tokenizer_kind: ``huggingface`` or ``sentencepiece``.
-        tokenizer_path: its folder or file.
-        json_keys: keys of the JSON rows whose texts become corpora, one each.
-        workers: threads or processes that encode, whichever is faster; with 1 the calling thread does.
-        append_eod: whether each document ends in the tokenizer's end-of-document id.
-        valid_fraction: share of documents for validation; 0 for no split.
-        on_bad_row: ``stop`` at a row that cannot be read, or ``skip`` it.
-        overwrite: whether corpora that are there may be replaced, and another unfinished job discarded.
-        seed: enters the choice of the split.
-        shard_size: most tokens of a corpus; the next one takes what follows. None for a single corpus.
-        engine: what encodes, see :func:`~steel_megatron.data.tokenizing.tokenizer.load_tokenizer`.
+        config: the job. Its inputs are read by :func:`~steel_megatron.data.reading.documents.parse_inputs`; what the
+            job itself writes is none.
         pace: the size of the steps.
-        eod_token: the token that ends a document; the tokenizer's own by default.
-        report: file for the report, as JSON.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: the prefix makes names that are too long.
         DataError: inputs, tokenizer or outputs cannot be used, a worker died, a split got no document, or another
             job is at work, or unfinished, under the prefix.
     """
-    _check_arguments(output_prefix, json_keys, workers, valid_fraction, on_bad_row, shard_size, seed)
-    prefix = os.fspath(output_prefix)
-    outputs = _outputs(prefix, json_keys, valid_fraction)
+    prefix, keys = config.output_prefix, config.json_keys
+    outputs = _outputs(prefix, keys, config.valid_fraction)
     _check_names([prefix, *outputs.values()])
-    files = [examine(found) for found in parse_inputs(inputs, _own_files(prefix, json_keys, report))]
-    sources = _sources(files, json_keys)
-    if report is not None:
-        _check_report(report, _own_files(prefix, json_keys, None))
+    files = [examine(found) for found in parse_inputs(config.inputs, _own_files(prefix, keys, config.report))]
+    sources = _sources(files, keys)
+    if config.report is not None:
+        _check_report(config.report, _own_files(prefix, keys, None))
     journal = Journal(prefix)
     with exclusive_lock(prefix, DataError), stop_signals() as signals:
-        tokenizer = load_tokenizer(tokenizer_kind, tokenizer_path, engine=engine, eod_token=eod_token)
+        tokenizer = load_tokenizer(
+            config.tokenizer_kind, config.tokenizer_path, engine=config.engine, eod_token=config.eod_token
+        )
         settings = {
             "tokenizer": tokenizer.describe(),
-            "append_eod": append_eod,
-            "valid_fraction": valid_fraction,
-            "seed": seed,
-            **({"split_by": SPLIT_BY} if valid_fraction else {}),
+            "append_eod": config.append_eod,
+            "valid_fraction": config.valid_fraction,
+            "seed": config.seed,
+            **({"split_by": SPLIT_BY} if config.valid_fraction else {}),
         }
-        job = {"settings": settings, "shard_size": shard_size, "keys": list(json_keys), "inputs": [*map(asdict, files)]}
-        if not journal.path.exists() and not overwrite:
+        job = {
+            "settings": settings,
+            "shard_size": config.shard_size,
+            "keys": list(keys),
+            "inputs": [*map(asdict, files)],
+        }
+        if not journal.path.exists() and not config.overwrite:
             if (finished := finished_report(prefix, job, outputs.values())) is not None:
                 _log.info(f"this very job is finished already; its report is in {report_path(prefix)}")
-                _write_report_to(report, finished)
+                _write_report_to(config.report, finished)
                 return finished
             for path in outputs.values():
-                refuse_existing(path, overwrite)
+                refuse_existing(path, config.overwrite)
         plain = _verify_engine(tokenizer, files, sources)
-        dtype = token_dtype(tokenizer.vocab_size)
-        by_threads = plain and tokenizer.engine == "gigatoken"
-        encoder = Encoder(tokenizer, dtype, sources, on_bad_row, append_eod, valid_fraction, seed, by_threads)
-        noted = _go_on(journal, job, outputs.values(), overwrite)
-        run = Run(job, outputs, encoder.dtype, journal, overwrite, noted)
-        return _work(run, encoder, files, workers, pace, signals, report)
+        encoder = Encoder(
+            tokenizer,
+            token_dtype(tokenizer.vocab_size),
+            sources,
+            config.on_bad_row,
+            config.append_eod,
+            config.valid_fraction,
+            config.seed,
+            by_threads=plain and tokenizer.engine == "gigatoken",
+        )
+        noted = _go_on(journal, job, outputs.values(), config.overwrite)
+        run = Run(job, outputs, encoder.dtype, journal, config.overwrite, noted)
+        return _work(run, encoder, files, config, pace, signals)
 
 
 def _work(
-    run: Run,
-    encoder: Encoder,
-    files: Sequence[InputFile],
-    workers: int,
-    pace: Pace,
-    signals: StopSignals,
-    report: str | Path | None,
+    run: Run, encoder: Encoder, files: Sequence[InputFile], config: PreprocessConfig, pace: Pace, signals: StopSignals
 ) -> PreprocessReport:
     """Do a job, or what is left of it."""
     started = time.monotonic()
     try:
-        write_all(run, encoder, files, workers, pace, signals)
+        write_all(run, encoder, files, config.workers, pace, signals)
         with signals.held():
             run.complete()
             done = report_of(run, time.monotonic() - started)
             write_report(run, done)
-            _write_report_to(report, done)
+            _write_report_to(config.report, done)
             run.forget()  # the very last: until here, the same command comes to the same end
     except BaseException as error:
         with signals.held():
@@ -177,30 +153,6 @@ def _work(
             _log.warning(f"stopped. {_KEPT}")
         raise
     return done
-
-
-def _check_arguments(
-    output_prefix: str | Path,
-    json_keys: Sequence[str],
-    workers: int,
-    valid_fraction: float,
-    on_bad_row: str,
-    shard_size: int | None,
-    seed: int,
-) -> None:
-    if on_bad_row not in ("stop", "skip"):
-        raise ConfigError(f"on_bad_row is {on_bad_row!r}; it must be stop or skip")
-    if workers < 1 or not 0 <= valid_fraction < 1 or not json_keys or len(set(json_keys)) < len(json_keys):
-        raise ConfigError(
-            f"workers = {workers} must be at least 1, valid_fraction = {valid_fraction} at least 0 and below 1, "
-            f"json_keys = {list(json_keys)} at least one key and none twice"
-        )
-    if shard_size is not None and shard_size < 1:
-        raise ConfigError(f"shard_size is {shard_size}; a shard holds at least 1 token")
-    if not -(1 << 63) <= seed < 1 << 63:
-        raise ConfigError(f"seed is a number of {seed.bit_length()} bits; it must be one of 64, from -2^63 to 2^63 - 1")
-    if not Path(output_prefix).name or os.fspath(output_prefix).endswith(os.sep):
-        raise ConfigError(f"output_prefix is {os.fspath(output_prefix)!r}; it must end in a name, such as data/corpus")
 
 
 def _outputs(prefix: str, json_keys: Sequence[str], valid_fraction: float) -> dict[tuple[str, str], str]:
@@ -219,7 +171,7 @@ def _check_names(prefixes: Iterable[str]) -> None:
             )
 
 
-def _check_report(path: str | Path, is_own: Callable[[Path], bool]) -> None:
+def _check_report(path: str, is_own: Callable[[Path], bool]) -> None:
     """Refuse a report that cannot be written, or would replace something else, before the work."""
     if os.path.isdir(path):
         raise DataError(f"the report {path} is a folder; name a file")
@@ -231,12 +183,12 @@ def _check_report(path: str | Path, is_own: Callable[[Path], bool]) -> None:
         pass
 
 
-def _write_report_to(path: str | Path | None, report: PreprocessReport) -> None:
+def _write_report_to(path: str | None, report: PreprocessReport) -> None:
     if path is not None:
         write_atomically(path, report.as_json().encode(), DataError)
 
 
-def _own_files(prefix: str, json_keys: Sequence[str], report: str | Path | None) -> Callable[[Path], bool]:
+def _own_files(prefix: str, json_keys: Sequence[str], report: str | None) -> Callable[[Path], bool]:
     """Tells the files that a job under this prefix may write and that look like inputs."""
     corpora = "|".join(map(re.escape, [*_outputs("", json_keys, 0).values(), *_outputs("", json_keys, 0.5).values()]))
     name = re.compile(

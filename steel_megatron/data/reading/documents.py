@@ -15,10 +15,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from steel_megatron.config import BadRowPolicy
 from steel_megatron.data.native import helpers
 from steel_megatron.data.reading.formats import (
     CODE_SUFFIXES,
@@ -36,7 +37,6 @@ from steel_megatron.log import get_logger
 
 __all__ = [
     "CODE_SUFFIXES",
-    "BadRowPolicy",
     "Document",
     "Input",
     "SkippedRow",
@@ -49,8 +49,6 @@ __all__ = [
     "plain_texts",
     "read_documents",
 ]
-
-BadRowPolicy = Literal["stop", "skip"]
 
 _log = get_logger(__name__)
 

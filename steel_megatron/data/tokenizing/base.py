@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 
-from steel_megatron.config import TokenizerKind
+from steel_megatron.config import TokenizerEngine, TokenizerKind
 from steel_megatron.data.reading.text_batch import JoinedTexts, as_strings, encode_text
 from steel_megatron.data.tokenizing.chunking import groups
 from steel_megatron.data.tokenizing.gigatoken_engine import (
@@ -21,10 +21,6 @@ from steel_megatron.data.tokenizing.gigatoken_engine import (
 )
 from steel_megatron.errors import DataError
 from steel_megatron.log import get_logger
-
-Engine = Literal["auto", "gigatoken", "tokenizers"]
-"""What encodes many texts: ``tokenizers`` stands for the tokenizer's own library, be it ``tokenizers`` or
-``sentencepiece``; ``auto`` takes gigatoken where it is installed and gives the same ids."""
 
 _VERIFIED_CHARACTERS = 100_000
 """How much of the texts handed to ``verify_on`` is compared: what takes well under a second."""
@@ -46,11 +42,12 @@ class TokenizerBase(ABC):
 
     kind: TokenizerKind
 
-    def __init__(self, name: str, content: Any, engine: Engine) -> None:
-        if engine not in get_args(Engine):
-            raise DataError(f"tokenizer engine {engine!r} is unknown; it must be one of {', '.join(get_args(Engine))}")
+    def __init__(self, name: str, content: Any, engine: TokenizerEngine) -> None:
+        if engine not in get_args(TokenizerEngine):
+            known = ", ".join(get_args(TokenizerEngine))
+            raise DataError(f"tokenizer engine {engine!r} is unknown; it must be one of {known}")
         self._name, self._wanted = name, engine
-        self._engine: Engine | None = None
+        self._engine: TokenizerEngine | None = None
         self._gigatoken: Gigatoken | None = None
         self._load(content)
 
@@ -132,7 +129,7 @@ class TokenizerBase(ABC):
         """SHA-256 (hex) of everything that decides which ids a text gets; the engine is not part of it."""
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> TokenizerEngine:
         """What encodes many texts: ``gigatoken``, or ``tokenizers`` for the tokenizer's own library.
 
         Raises:
@@ -142,7 +139,7 @@ class TokenizerBase(ABC):
             self._engine = "tokenizers" if self._wanted == "tokenizers" else self._try_gigatoken()
         return self._engine
 
-    def _try_gigatoken(self) -> Engine:
+    def _try_gigatoken(self) -> TokenizerEngine:
         try:
             fast = Gigatoken(self._fast_model())
             self._compare(fast, list(self._check_texts()))
@@ -151,7 +148,7 @@ class TokenizerBase(ABC):
         self._gigatoken = fast
         return "gigatoken"
 
-    def _without_gigatoken(self, problem: EngineProblem) -> Engine:
+    def _without_gigatoken(self, problem: EngineProblem) -> TokenizerEngine:
         if self._wanted == "gigatoken":
             raise DataError(f"gigatoken was asked for and cannot encode for {self._name}: {problem}") from problem
         if isinstance(problem, EngineMissing):

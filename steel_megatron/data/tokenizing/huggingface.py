@@ -13,8 +13,8 @@ import numpy as np
 import orjson
 import tokenizers
 
-from steel_megatron.config import TokenizerKind
-from steel_megatron.data.tokenizing.base import Engine, TokenizerBase, flatten
+from steel_megatron.config import TokenizerEngine, TokenizerKind
+from steel_megatron.data.tokenizing.base import TokenizerBase, flatten
 from steel_megatron.data.tokenizing.control_tokens import (
     mark_control_tokens,
     named_tokens,
@@ -48,7 +48,7 @@ class HuggingFaceTokenizer(TokenizerBase):
 
     kind: TokenizerKind = "huggingface"
 
-    def __init__(self, path: str | Path, eod_token: str | None = None, engine: Engine = "auto") -> None:
+    def __init__(self, path: str | Path, eod_token: str | None = None, engine: TokenizerEngine = "auto") -> None:
         path = Path(path)
         if not path.exists():
             raise DataError(f"tokenizer {path} does not exist; it must be a folder or a tokenizer.json")

@@ -14,8 +14,8 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from steel_megatron.config import TokenizerKind
-from steel_megatron.data.tokenizing.base import Engine, TokenizerBase, flatten
+from steel_megatron.config import TokenizerEngine, TokenizerKind
+from steel_megatron.data.tokenizing.base import TokenizerBase, flatten
 from steel_megatron.data.tokenizing.gigatoken_engine import CHECK_TEXTS, EngineProblem, FlatIds
 from steel_megatron.data.tokenizing.huggingface import save_huggingface
 from steel_megatron.errors import DataError
@@ -52,7 +52,7 @@ class SentencePieceTokenizer(TokenizerBase):
 
     kind: TokenizerKind = "sentencepiece"
 
-    def __init__(self, model_file: str | Path, engine: Engine = "auto", eod_token: str | None = None) -> None:
+    def __init__(self, model_file: str | Path, engine: TokenizerEngine = "auto", eod_token: str | None = None) -> None:
         try:
             model = Path(model_file).read_bytes()
         except OSError as error:

@@ -17,9 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from steel_megatron.config import TokenizerKind
+from steel_megatron.config import TokenizerEngine, TokenizerKind
 from steel_megatron.data.reading.text_batch import as_strings
-from steel_megatron.data.tokenizing.base import Engine
 from steel_megatron.data.tokenizing.chunking import DIALOGUE_MARKS
 from steel_megatron.data.tokenizing.gigatoken_engine import FlatIds
 from steel_megatron.data.tokenizing.huggingface import HuggingFaceTokenizer
@@ -28,7 +27,6 @@ from steel_megatron.errors import DataError
 
 __all__ = [
     "DIALOGUE_MARKS",
-    "Engine",
     "HuggingFaceTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
@@ -57,7 +55,7 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> TokenizerEngine:
         """What encodes many texts: ``gigatoken``, or ``tokenizers`` for the tokenizer's own library."""
         ...
 
@@ -99,7 +97,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(
-    kind: TokenizerKind, path: str | Path, engine: Engine = "auto", eod_token: str | None = None
+    kind: TokenizerKind, path: str | Path, engine: TokenizerEngine = "auto", eod_token: str | None = None
 ) -> Tokenizer:
     """Load a tokenizer.
 

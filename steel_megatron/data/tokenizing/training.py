@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from steel_megatron.config import BadRowPolicy
 from steel_megatron.data.reading.documents import (
     CODE_SUFFIXES,
-    BadRowPolicy,
     Document,
     Input,
     parse_inputs,

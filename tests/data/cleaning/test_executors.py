@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from steel_megatron.config import ExecutionConfig
 from steel_megatron.data.cleaning import executors, stages
 from steel_megatron.data.cleaning import pipeline as clean
 from steel_megatron.data.cleaning.job import Job, Stage, Unit
-from steel_megatron.data.cleaning.pipeline import clean_corpus
 from steel_megatron.data.cleaning.recipe import Recipe
 from steel_megatron.errors import DataError
 from tests.data.cleaning.test_pipeline import content
+from tests.data.configured import clean_corpus
 from tests.data.conftest import make_texts, write_jsonl
 
 RECIPE = "kind: text\noperators: [text_length_filter: {min_len: 40}, document_deduplicator]\n"
@@ -83,7 +84,7 @@ def test_slurm_gives_the_same_bytes(
     monkeypatch.setattr(stages, "BYTES_A_DOCUMENT", 1 << 28)
     clean_corpus(recipe, sources, tmp_path / "local")
     options = {"executor": "slurm", "slurm_partition": "cpu", "tasks": 2, "workers": 2, "slurm_poll_seconds": 0.01}
-    report = clean_corpus(recipe, sources, tmp_path / "slurm_out", **options).report  # type: ignore[arg-type]
+    report = clean_corpus(recipe, sources, tmp_path / "slurm_out", **options).report
     assert content(tmp_path / "slurm_out") == content(tmp_path / "local")
     scripts = [path.read_text() for path in slurm.glob("script.*")]
     assert len(scripts) == 3  # cleaning, comparison, writing; nothing else
@@ -104,7 +105,7 @@ def test_a_task_that_fails_on_slurm_says_why(recipe: Path, sources: list[str], s
     Path(sources[1]).write_text('{"text": 3}\n')
     options = {"executor": "slurm", "slurm_partition": "cpu", "tasks": 1, "slurm_poll_seconds": 0.01}
     with pytest.raises(DataError, match=r"1.jsonl, row 1, byte 0: key 'text' holds a int"):
-        clean_corpus(recipe, sources, tmp_path / "out", **options)  # type: ignore[arg-type]
+        clean_corpus(recipe, sources, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -121,7 +122,7 @@ def test_a_controller_that_does_not_answer_is_asked_again(
 
     monkeypatch.setattr(executors, "live_jobs", live_jobs)
     options = {"executor": "slurm", "slurm_partition": "cpu", "tasks": 1, "slurm_poll_seconds": 0.01}
-    clean_corpus(recipe, sources, tmp_path / "out", **options)  # type: ignore[arg-type]
+    clean_corpus(recipe, sources, tmp_path / "out", **options)
     assert next(answers, None) is None and (tmp_path / "out" / "funnel.json").exists()
 
 
@@ -138,7 +139,7 @@ def test_slurm_is_asked_for_enough_memory(
     stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, asked: int
 ) -> None:
     monkeypatch.setattr(Stage, "memory", lambda self: needed)
-    execution = executors.Execution(executor="slurm", slurm_partition="cpu")
+    execution = ExecutionConfig(executor="slurm", slurm_partition="cpu")
     assert executors._executor(stage, execution, 1, tmp_path / "logs").mem_per_cpu_gb == asked
 
 
@@ -153,7 +154,7 @@ def test_a_failure_of_an_earlier_call_is_not_told_again(
 
     monkeypatch.setattr(executors, "_run", fails)
     with pytest.raises(DataError, match="row 3 is broken"):
-        executors.run_stage(stage, executors.Execution())
+        executors.run_stage(stage, ExecutionConfig())
 
 
 def test_no_slurm(recipe: Path, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

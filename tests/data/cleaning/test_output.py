@@ -14,10 +14,10 @@ import pytest
 from steel_megatron.data.cleaning import funnel, job_folder, slurm
 from steel_megatron.data.cleaning import pipeline as clean
 from steel_megatron.data.cleaning.job_folder import PLAN_FORMAT
-from steel_megatron.data.cleaning.pipeline import clean_corpus
 from steel_megatron.data.cleaning.unit_files import UnitFiles, rows_of
 from steel_megatron.errors import ConfigError, DataError
 from tests.data.cleaning.test_pipeline import content
+from tests.data.configured import clean_corpus
 from tests.data.conftest import make_texts, write_jsonl
 from tests.file_system import killed_before, watched
 
@@ -294,12 +294,12 @@ def test_slurm_tasks_that_live_are_not_disturbed(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for options in ({}, {"overwrite": True}, {"on_bad_row": "skip", "overwrite": True}):
         with pytest.raises(DataError, match=r"Slurm still runs 17 for .*out.partial; end it \(scancel 17\), or give"):
-            clean_corpus(recipe, [str(raw)], tmp_path / "out", **options)  # type: ignore[arg-type]
+            clean_corpus(recipe, [str(raw)], tmp_path / "out", **options)
     clean_corpus(recipe, [str(raw)], tmp_path / "other")
     over_slurm = {"executor": "slurm", "slurm_partition": "cpu"}
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(job_folder, "replace_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        clean_corpus(recipe, [str(raw)], tmp_path / "out", **over_slurm)  # type: ignore[arg-type]
+        clean_corpus(recipe, [str(raw)], tmp_path / "out", **over_slurm)
     assert (partial / "tmp" / "node-1-000000").exists()
     squeue.write_text("#!/bin/bash\necho down >&2; exit 1\n")
     with pytest.raises(DataError, match=r"Slurm does not say whether jobs work on .*out.partial: down"):

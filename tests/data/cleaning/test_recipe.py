@@ -47,6 +47,8 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
     assert load_recipe(path).operators == (TextLength(),)
     assert load_recipe(path, sources=None, output="c").output == "c"
     assert load_recipe(path).sources == ("a",)
+    empty = load_recipe(write(tmp_path, "kind: text\nsources:\noutput:\noperators: [text_length_filter]\n"))
+    assert (empty.sources, empty.output, empty.operators) == ((), None, (TextLength(),))
 
 
 @pytest.mark.parametrize(
@@ -54,11 +56,13 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
     [
         ("kind: [", "cannot read the recipe"),
         ("- a", "a mapping with the keys kind and operators"),
-        ("kind: text\noperators: [x]\nopertors: []", "unknown key 'opertors'; a recipe has kind, operators"),
-        ("kind: poem\noperators: [x]", "kind is 'poem'; it must be text or code"),
+        ("kind: text\noperators: [x]\nopertors: []", "unknown key 'opertors' in Recipe; it has kind, operators"),
+        ("kind: poem\noperators: [x]", "kind is 'poem'; it must be one of text, code"),
+        ("operators: [x]", "kind is missing; it must be text or code"),
         ("kind: text\noperators: []", "operators must be a list .* not empty"),
-        ("kind: text\noperators: [text_length_filter]\nsources: a", "sources is 'a'; it must be a list"),
-        ("kind: text\noperators: [text_length_filter]\noutput: 3", "output is 3; it must be a path"),
+        ("kind: text\noperators: [text_length_filter]\nsources: a", "sources is 'a'; it must be a list of str"),
+        ("kind: text\noperators: [text_length_filter]\nsources: [a, 3]", "sources is .*; it must be a list of str"),
+        ("kind: text\noperators: [text_length_filter]\noutput: 3", "output is 3; it must be of type str or null"),
         (
             "kind: text\noperators: [clean_mail]",
             "operator 1: 'clean_mail' is unknown; known are chinese_convert_mapper",
@@ -67,7 +71,7 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         ("kind: text\noperators: [text_length_filter: 3]", "operator 1, text_length_filter: 3 is not {PARAMETER"),
         (
             "kind: text\noperators: [clean_email_mapper, text_length_filter: {max: 3}]",
-            "operator 2, text_length_filter: unknown parameter 'max'; it has min_len, max_len",
+            "operator 2, text_length_filter: unknown key 'max' in TextLength; it has min_len, max_len",
         ),
         ("kind: text\noperators: [text_length_filter: {min_len: ten}]", "min_len is 'ten'; it must be of type int"),
         ("kind: text\noperators: [text_length_filter: {min_len: true}]", "min_len is True; it must be of type int"),

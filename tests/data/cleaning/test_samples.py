@@ -6,8 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from steel_megatron.data.cleaning.pipeline import clean_corpus
 from tests.data.cleaning.test_pipeline import rows
+from tests.data.configured import clean_corpus
 from tests.data.conftest import KINDS, REAL, REAL_LINES
 from tests.fixtures.texts import SYSTEM, corpus
 

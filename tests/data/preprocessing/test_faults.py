@@ -21,10 +21,10 @@ from pyarrow import parquet as writer
 
 from steel_megatron.data.indexed.dataset import open_indexed
 from steel_megatron.data.preprocessing.job import Pace
-from steel_megatron.data.preprocessing.pipeline import preprocess
 from steel_megatron.data.tokenizing.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import DataError
 from tests import needs
+from tests.data.configured import preprocess
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.jobs import PACE, THREADS, files_in, let_go, mixed_inputs, start_job, wait_for, wait_gone, workers_of
 
@@ -226,8 +226,9 @@ def test_a_disk_without_room(tmp_path: Path, sp_model: Path, small_disk: Path) -
 _KILLED = """
 import json, os, random, signal, sys
 from pathlib import Path
-from steel_megatron.data.preprocessing.pipeline import preprocess
+from steel_megatron.config import PreprocessConfig
 from steel_megatron.data.preprocessing.job import Pace
+from steel_megatron.data.preprocessing.pipeline import preprocess
 
 arguments, pace, whole, kills = json.loads(sys.argv[1])
 prefix = Path(arguments["output_prefix"])
@@ -244,7 +245,7 @@ def run(prefix, last=0):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.setprofile(count)
-    preprocess(**{**arguments, "output_prefix": prefix}, pace=Pace(**pace))
+    preprocess(PreprocessConfig(**{**arguments, "output_prefix": str(prefix)}), Pace(**pace))
     sys.setprofile(None)
     return calls
 
@@ -383,11 +384,13 @@ def test_two_jobs_on_one_prefix(tmp_path: Path, sp_model: Path, large_corpus: li
 
 _MEASURED = """
 import resource, sys
+from steel_megatron.config import PreprocessConfig
 from steel_megatron.data.preprocessing.pipeline import preprocess
 
 if __name__ == "__main__":
     inputs, prefix, tokenizer, engine = sys.argv[1:]
-    preprocess([inputs], prefix, "huggingface", tokenizer, workers=2, engine=engine)
+    job = {"inputs": [inputs], "output_prefix": prefix, "tokenizer_path": tokenizer}
+    preprocess(PreprocessConfig(**job, workers=2, engine=engine))
     print(*(resource.getrusage(who).ru_maxrss >> 10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 """
 

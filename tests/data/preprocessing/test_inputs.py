@@ -10,9 +10,9 @@ import pytest
 
 from steel_megatron.data.indexed.dataset import open_indexed
 from steel_megatron.data.preprocessing.job import Pace
-from steel_megatron.data.preprocessing.pipeline import preprocess
 from steel_megatron.data.reading import formats
 from steel_megatron.errors import ConfigError, DataError
+from tests.data.configured import preprocess
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.jobs import files_in
 
@@ -83,15 +83,8 @@ def test_a_text_file_that_is_too_large_is_refused_at_once(
         file.truncate(formats.WHOLE_FILE_BYTES + 1)
     for policy in ("stop", "skip"):
         with pytest.raises(DataError, match=r"b\.txt has 1,073,741,825 bytes; .* one document, of at most"):
-            preprocess([str(tmp_path)], tmp_path / "out" / "c", "sentencepiece", sp_model, on_bad_row=policy)  # type: ignore[arg-type]
+            preprocess([str(tmp_path)], tmp_path / "out" / "c", "sentencepiece", sp_model, on_bad_row=policy)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("seed", [10**70, -(10**70), 10**5000], ids=["large", "small", "endless"])
-def test_a_seed_that_is_too_large(tmp_path: Path, sp_model: Path, seed: int) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", ["text"])
-    with pytest.raises(ConfigError, match="seed is a number of"):
-        preprocess([str(source)], tmp_path / "c", "sentencepiece", sp_model, seed=seed, valid_fraction=0.5)
 
 
 @pytest.mark.parametrize("length", [180, 225, 245, 256, 300])

@@ -14,8 +14,9 @@ from steel_megatron.cli import main
 from steel_megatron.data.indexed.dataset import open_indexed
 from steel_megatron.data.preprocessing import pipeline as module
 from steel_megatron.data.preprocessing.job import Run
-from steel_megatron.data.preprocessing.pipeline import PreprocessReport, preprocess
+from steel_megatron.data.preprocessing.report import PreprocessReport
 from steel_megatron.errors import DataError
+from tests.data.configured import preprocess
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.jobs import files_in, mixed_inputs
 

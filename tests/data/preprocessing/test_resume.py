@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from steel_megatron.data.preprocessing.encoder import Documents, Encoded, Position, Skipped
 from steel_megatron.data.preprocessing.job import Pace, Run
 from steel_megatron.data.preprocessing.journal import Journal, SkippedRows, examine
-from steel_megatron.data.preprocessing.pipeline import PreprocessReport, preprocess
+from steel_megatron.data.preprocessing.report import PreprocessReport
 from steel_megatron.data.preprocessing.shards import ShardedWriter
 from steel_megatron.data.reading.documents import Input, SkippedRow
 from steel_megatron.errors import DataError
+from tests.data.configured import preprocess
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.jobs import files_in, mixed_inputs
 from tests.file_system import watched

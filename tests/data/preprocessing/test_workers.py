@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from steel_megatron.config import TokenizerEngine
 from steel_megatron.data.preprocessing import job as preprocess_run
-from steel_megatron.data.preprocessing import pipeline as preprocess
+from steel_megatron.data.preprocessing import pipeline
 from steel_megatron.data.preprocessing import workers as encoding_workers
 from steel_megatron.data.preprocessing.encoder import Encoded, Encoder, Position, Task, Unwanted
 from steel_megatron.data.preprocessing.job import _tasks
@@ -27,7 +28,8 @@ from steel_megatron.data.preprocessing.workers import encoded
 from steel_megatron.data.reading.documents import Input, get_source
 from steel_megatron.data.reading.formats import read_chunks
 from steel_megatron.data.tokenizing.chunking import groups
-from steel_megatron.data.tokenizing.tokenizer import Engine, load_tokenizer
+from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
+from tests.data.configured import preprocess
 from tests.data.conftest import write_jsonl
 from tests.data.jobs import THREADS
 
@@ -128,7 +130,7 @@ def test_who_encodes_by_threads(tmp_path: Path, sp_model: Path, monkeypatch: pyt
     turns = [{"text": f"<|im_start|>user\n{number}<|im_end|>", "dialogue": True} for number in range(100)]
     (tmp_path / "turns.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns))
     (tmp_path / "firefly.jsonl").write_text('{"input": "q", "target": "a"}\n')
-    kinds: list[tuple[list[str], Engine, bool]] = [
+    kinds: list[tuple[list[str], TokenizerEngine, bool]] = [
         ([str(plain)], "auto", True),
         ([f"skypile={plain}"], "auto", True),
         ([str(plain)], "tokenizers", False),  # its library lets one thread go on at a time
@@ -137,7 +139,7 @@ def test_who_encodes_by_threads(tmp_path: Path, sp_model: Path, monkeypatch: pyt
         ([str(plain), f"firefly={tmp_path}/firefly.jsonl"], "auto", False),
     ]
     for number, (inputs, engine, expected) in enumerate(kinds):
-        preprocess.preprocess(inputs, tmp_path / f"out{number}", "sentencepiece", sp_model, engine=engine)
+        preprocess(inputs, tmp_path / f"out{number}", "sentencepiece", sp_model, engine=engine)
         assert asked.pop() == (expected and THREADS), inputs
 
 
@@ -213,7 +215,7 @@ class _Sampled:
 def sampled(files: list[InputFile]) -> list[str]:
     tokenizer = _Sampled()
     sources = {"text": {name: get_source(name) for name in {file.source for file in files}}}
-    preprocess._verify_engine(tokenizer, files, sources)  # type: ignore[arg-type]
+    pipeline._verify_engine(tokenizer, files, sources)  # type: ignore[arg-type]
     return tokenizer.texts
 
 

@@ -17,19 +17,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from steel_megatron.config import TokenizerEngine
 from steel_megatron.data.tokenizing import base as tokenizer_base
 from steel_megatron.data.tokenizing import gigatoken_engine as fast_encoding
 from steel_megatron.data.tokenizing.base import TokenizerBase
 from steel_megatron.data.tokenizing.gigatoken_engine import Gigatoken
 from steel_megatron.data.tokenizing.huggingface import HuggingFaceTokenizer
 from steel_megatron.data.tokenizing.sentencepiece import SentencePieceTokenizer
-from steel_megatron.data.tokenizing.tokenizer import Engine, Tokenizer, load_tokenizer
+from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import DataError
 from tests.data.conftest import EN, KINDS, ZH, Qwen, make_texts, rows_of
 from tests.fixtures.make_samples import Sample
 from tests.fixtures.make_tokenizer import make_tokenizer
 
-ENGINES: list[Engine] = ["tokenizers", "gigatoken"]
+ENGINES: list[TokenizerEngine] = ["tokenizers", "gigatoken"]
 SMALL_CASES = [(kind, engine) for kind in ("byte_level", "exported", "sentencepiece") for engine in ENGINES]
 SMALL_CASES += [("unigram", "auto"), ("words", "auto"), ("learned_end", "tokenizers"), ("learned_end", "gigatoken")]
 CASES = [*((f"{kind}_qwen", engine) for kind in KINDS for engine in ENGINES), *SMALL_CASES]
@@ -61,7 +62,7 @@ TEXT = (
     ).map("".join)
 )
 
-Load = Callable[[str, Engine], TokenizerBase]
+Load = Callable[[str, TokenizerEngine], TokenizerBase]
 
 
 @pytest.fixture(scope="session")
@@ -129,9 +130,9 @@ def save(folder: Path, built: Any, eos_token: str = "</s>") -> Path:
 @pytest.fixture(scope="session")
 def load(request: pytest.FixtureRequest, sp_model: Path) -> Load:
     """Loads a tokenizer by the name of its case, once."""
-    loaded: dict[tuple[str, Engine], TokenizerBase] = {}
+    loaded: dict[tuple[str, TokenizerEngine], TokenizerBase] = {}
 
-    def get(name: str, engine: Engine) -> TokenizerBase:
+    def get(name: str, engine: TokenizerEngine) -> TokenizerBase:
         if (name, engine) not in loaded:
             if name == "sentencepiece":
                 loaded[name, engine] = SentencePieceTokenizer(sp_model, engine=engine)
@@ -147,7 +148,7 @@ def load(request: pytest.FixtureRequest, sp_model: Path) -> Load:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "engine"), CASES)
-def test_all_calls_agree_and_nothing_is_lost(load: Load, name: str, engine: Engine) -> None:
+def test_all_calls_agree_and_nothing_is_lost(load: Load, name: str, engine: TokenizerEngine) -> None:
     tokenizer, reference = load(name, engine), load(name, "tokenizers")
     assert tokenizer.engine == engine or engine == "auto"
 
@@ -178,7 +179,7 @@ def test_all_calls_agree_and_nothing_is_lost(load: Load, name: str, engine: Engi
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "engine"), SMALL_CASES)
-def test_pickling_and_fingerprint(load: Load, name: str, engine: Engine, tmp_path: Path) -> None:
+def test_pickling_and_fingerprint(load: Load, name: str, engine: TokenizerEngine, tmp_path: Path) -> None:
     tokenizer, reference = load(name, engine), load(name, "tokenizers")
     assert tokenizer.fingerprint == reference.fingerprint
     assert tokenizer.describe() == reference.describe()
@@ -194,7 +195,7 @@ def test_pickling_and_fingerprint(load: Load, name: str, engine: Engine, tmp_pat
 
 
 @pytest.mark.parametrize(("name", "engine"), CASES)
-def test_control_ids(load: Load, name: str, engine: Engine) -> None:
+def test_control_ids(load: Load, name: str, engine: TokenizerEngine) -> None:
     tokenizer = load(name, engine)
     end = ENDS.get(name, "</s>")
     assert tokenizer.control_id(end) == tokenizer.eod_id
@@ -213,7 +214,7 @@ def test_added_tokens_that_are_no_control_tokens_are_found(load: Load) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["exported", "sentencepiece"])
-def test_what_is_no_text_is_refused(load: Load, name: str, engine: Engine) -> None:
+def test_what_is_no_text_is_refused(load: Load, name: str, engine: TokenizerEngine) -> None:
     tokenizer = load(name, engine)
     surrogate = r"lone surrogate \(U\+D800 at character 1 of 3\)"
     with pytest.raises(DataError, match=surrogate):
