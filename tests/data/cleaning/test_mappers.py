@@ -178,7 +178,8 @@ def test_what_the_parser_is_quadratic_in_is_not_parsed(
 def test_the_operator_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "cleaning.md").read_text(encoding="utf-8")
     namespace: dict[str, Any] = {"dataclass": dataclass, "Mapper": Mapper}
-    exec(page.split("```python\n")[1].split("```")[0], namespace)
+    (example,) = [block for block in page.split("```") if "class RemoveLines" in block]
+    exec(example.removeprefix("python\n"), namespace)
     monkeypatch.setitem(recipe.OPERATORS, "remove_lines_mapper", namespace["RemoveLines"])
     path = tmp_path / "recipe.yaml"
     path.write_text("kind: text\noperators: [remove_lines_mapper: {word: x}]")
