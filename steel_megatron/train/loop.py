@@ -152,9 +152,8 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSe
         def check(history: History | None) -> None:
             check_past(history, run.ledger_path, path, info.consumed_samples, info.data_fingerprint)
 
-        on_first_process(
-            lambda: check(session.ledger.history if session.ledger else None)
-        )  # before anything large is read
+        own = session.ledger.history if session.ledger else None
+        on_first_process(lambda: check(own))  # before anything large is read
         checkpoint.load(engine, info)
         session.start(step, info.consumed_samples, check)
         logger.info(f"resuming after step {info.step} ({info.layout} before, {topology.describe()} now)")

@@ -129,8 +129,14 @@ def cancel(history: History, at: int | None = None) -> History:
 
 
 def freed(history: History) -> History:
-    """What the ledger says when no run is under way that would read on from its last sync."""
-    return dataclasses.replace(history, next_sync_sample=history.last_synced_sample)
+    """What the ledger says when no run is under way that would read on from its last sync.
+
+    Something pending may fit only where the run would have synced next. Then nothing is freed until it is cancelled.
+    """
+    try:
+        return dataclasses.replace(history, next_sync_sample=history.last_synced_sample)
+    except DataError:
+        return history
 
 
 def apply_pending(history: History, consumed: int, next_sync: int | None = None) -> History:

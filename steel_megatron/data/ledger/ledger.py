@@ -229,7 +229,7 @@ class Ledger:
         Args:
             number: of the corpus in the ledger.
             epoch: number of the pass.
-            corpus: the corpus, from :func:`open_corpora`.
+            corpus: the corpus, from :class:`OpenCorpora`.
             cache: folder for where samples begin; None to keep that in memory.
 
         Raises:
@@ -270,27 +270,10 @@ class Ledger:
 
 
 class OpenCorpora:
-    """The corpora of a ledger by number; see :func:`open_corpora`."""
+    """The corpora of a ledger by number, held against what was recorded.
 
-    def __init__(self, ledger: Ledger, vocab_size: int | None) -> None:
-        self._ledger, self._vocab_size = ledger, vocab_size
-        self._opened: dict[int, IndexedCorpus] = {}
-
-    def __len__(self) -> int:
-        return len(self._ledger.history.corpora)
-
-    def __getitem__(self, number: int) -> IndexedCorpus:
-        if number not in self._opened:
-            self._opened[number] = open_corpus(
-                self._ledger.history.corpora[number], self._ledger.folder, self._vocab_size
-            )
-        return self._opened[number]
-
-
-def open_corpora(ledger: Ledger, vocab_size: int | None = None) -> OpenCorpora:
-    """Open what a ledger reads from where its run resumed, or has pending, and hold it against what was recorded.
-
-    A corpus that was removed before that may be gone; it is opened when somebody asks for it.
+    Those that are read from the last sync on, or pending, are opened at once. One that was removed before may be gone;
+    it is opened when somebody asks for it.
 
     Args:
         ledger: the ledger.
@@ -299,11 +282,21 @@ def open_corpora(ledger: Ledger, vocab_size: int | None = None) -> OpenCorpora:
     Raises:
         DataError: a corpus or a file of dropped documents is missing, damaged, or not what it was when it came in.
     """
-    opened = OpenCorpora(ledger, vocab_size)
-    for number in ledger.history.in_use():
-        dropped_bits(ledger.history.corpora[number], ledger.folder)
-        opened[number]
-    return opened
+
+    def __init__(self, ledger: Ledger, vocab_size: int | None = None) -> None:
+        self._corpora, self._folder, self._vocab_size = ledger.history.corpora, ledger.folder, vocab_size
+        self._opened: dict[int, IndexedCorpus] = {}
+        for number in ledger.history.in_use():
+            dropped_bits(self._corpora[number], ledger.folder)
+            self[number]
+
+    def __len__(self) -> int:
+        return len(self._corpora)
+
+    def __getitem__(self, number: int) -> IndexedCorpus:
+        if number not in self._opened:
+            self._opened[number] = open_corpus(self._corpora[number], self._folder, self._vocab_size)
+        return self._opened[number]
 
 
 def dumps(history: History) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from steel_megatron.data.indexed.dataset import IndexedCorpus, Origin, open_indexed
-from steel_megatron.data.ledger.ledger import Ledger, open_corpora
+from steel_megatron.data.ledger.ledger import Ledger, OpenCorpora
 from steel_megatron.data.sampling.packing import PackedEpoch, Piece, samples_of
 from steel_megatron.errors import ConfigError, DataError
 
@@ -53,7 +53,7 @@ class LedgerSamples:
     def __init__(self, ledger: Ledger, vocab_size: int | None = None, cache: Path | None = None) -> None:
         self._arguments = ledger, vocab_size, cache
         self.ledger = ledger
-        self._corpora = open_corpora(ledger, vocab_size)
+        self._corpora = OpenCorpora(ledger, vocab_size)
         self._cache = cache
         self._passes: dict[int, tuple[int, PackedEpoch]] = {}
 

@@ -15,7 +15,7 @@ from steel_megatron.data.indexed import exact_duplicates as duplicates
 from steel_megatron.data.indexed.dataset import IndexedCorpus
 from steel_megatron.data.indexed.exact_duplicates import bits_of, drop_bits, duplicate_documents
 from steel_megatron.data.ledger.changes import apply_pending, cancel, lost, remove
-from steel_megatron.data.ledger.ledger import Ledger, open_corpora
+from steel_megatron.data.ledger.ledger import Ledger, OpenCorpora
 from steel_megatron.errors import DataError
 from tests.data.corpora import write
 
@@ -67,7 +67,7 @@ def texts(*numbers: int) -> list[list[int]]:
 
 def read(ledger: Ledger) -> Counter[int]:
     """How often each token is predicted in the whole run."""
-    corpora, found = open_corpora(ledger), Counter[int]()
+    corpora, found = OpenCorpora(ledger), Counter[int]()
     for number, entry in enumerate(ledger.history.corpora):
         packed = ledger.packed(number, 0, corpora[number])
         assert len(packed) == entry.samples(ledger.history.sequence_length)
@@ -113,10 +113,10 @@ def test_damaged_files_of_dropped_documents_are_refused(tmp_path: Path) -> None:
     content = file.read_bytes()
     file.write_bytes(content[:-1] + b"\xff")
     with pytest.raises(DataError, match=f"{file} has changed since documents of second were dropped"):
-        open_corpora(ledger)
+        OpenCorpora(ledger)
     file.unlink()
     with pytest.raises(DataError, match=f"cannot read {file}"):
-        open_corpora(ledger)
+        OpenCorpora(ledger)
 
 
 def append_all(path: Path, prefix: str) -> Ledger:
@@ -147,7 +147,7 @@ def test_of_a_removed_corpus_what_was_read_counts(tmp_path: Path, caplog: pytest
     begin = begin.append([write(tmp_path / "base", texts(*range(200, 260)))], at=0)
     ledger = begin.then(remove, ["a"], at=100).then(apply_pending, 100)
     ledger.save(path)
-    first = ledger.packed(0, 0, open_corpora(ledger)[0])
+    first = ledger.packed(0, 0, OpenCorpora(ledger)[0])
     pieces = [piece for sample in range(int(ledger.history.schedule.cursors(100)[0])) for piece in first.pieces(sample)]
     grown = append_all(path, new)
     assert 10 < dropped(grown) == len({piece.document for piece in pieces}) < 50

@@ -39,6 +39,14 @@ def test_what_is_reserved_is_freed_by_a_stop() -> None:
     assert taken.fingerprint(50) == running.fingerprint(50) and taken.then(cancel, 50) == running.then(freed)
 
 
+def test_what_fits_only_at_the_next_sync_can_be_cancelled_after_a_kill() -> None:
+    planned = two().then(set_mixture, {"zh": 1, "en": 1}, at=55).then(set_mixture, {"zh": 1, "en": 0}, at=65)
+    running = planned.then(apply_pending, 50, 70)
+    pending = running.then(remove, ["b"])  # which the mixture of 55 still needs
+    assert pending.then(freed) == pending
+    assert pending.then(freed).then(cancel).then(freed) == running.then(freed)
+
+
 def test_a_plan_may_need_what_is_pending() -> None:
     ledger = (
         two()

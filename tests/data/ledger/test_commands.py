@@ -16,7 +16,7 @@ import pytest
 from steel_megatron.cli import main
 from steel_megatron.data.ledger import ledger as ledger_module
 from steel_megatron.data.ledger.changes import apply_pending, at_step
-from steel_megatron.data.ledger.ledger import Ledger, edit, open_corpora
+from steel_megatron.data.ledger.ledger import Ledger, OpenCorpora, edit
 from steel_megatron.data.ledger.records import Event
 from steel_megatron.files import exclusive_lock
 from tests.data.corpora import inputs, write
@@ -310,7 +310,7 @@ def test_a_kill_during_append_loses_nothing(folder: Folder) -> None:
         process = context.Process(target=_killed_at, args=(moment, "l.json", *words))
         process.start()
         process.join(timeout=60)
-        open_corpora(loaded := Ledger.load("l.json"))
+        OpenCorpora(loaded := Ledger.load("l.json"))
         after = loaded.history
         outcomes.append(after != before)
         assert after.corpora[0] == before.corpora[0] and after.events[0] == before.events[0]

@@ -17,7 +17,7 @@ import pytest
 from steel_megatron.data.indexed.dataset import IndexedCorpus, open_indexed
 from steel_megatron.data.ledger import corpora as ledger_corpora
 from steel_megatron.data.ledger.changes import add, apply_pending, at_step, remove
-from steel_megatron.data.ledger.ledger import Ledger, dumps, edit, open_corpora
+from steel_megatron.data.ledger.ledger import Ledger, OpenCorpora, dumps, edit
 from steel_megatron.errors import DataError
 from steel_megatron.files import exclusive_lock
 from tests.data.corpora import write, write_megatron
@@ -205,7 +205,7 @@ def documents(first: int, count: int = 40) -> list[list[int]]:
 
 def tokens_of(ledger: Ledger, begin: int, end: int) -> Counter[int]:
     """How often each token is predicted by some samples."""
-    corpora, found, epochs = open_corpora(ledger), Counter[int](), {}
+    corpora, found, epochs = OpenCorpora(ledger), Counter[int](), {}
     for position in range(begin, end):
         number, epoch, sample = ledger.history.schedule.locate(position)
         if (number, epoch) not in epochs:
@@ -233,7 +233,7 @@ def test_a_run_reads_each_token_of_its_corpora_once(tmp_path: Path) -> None:
 
 def test_each_epoch_has_an_order_of_its_own(tmp_path: Path) -> None:
     ledger = Ledger.create([write(tmp_path / "a", documents(0))], sequence_length=8, seed=5, epochs=2)
-    corpus_a, half = open_corpora(ledger)[0], ledger.history.samples(0)
+    corpus_a, half = OpenCorpora(ledger)[0], ledger.history.samples(0)
     first, second = (ledger.packed(0, epoch, corpus_a) for epoch in range(2))
     alike = sum(np.array_equal(first.tokens(n), second.tokens(n)) for n in range(half))
     assert alike < half / 4 and ledger.history.schedule.capacity() == 2 * half
@@ -270,11 +270,11 @@ def test_a_corpus_that_changed_is_refused(tmp_path: Path, change: str) -> None:
         other.append([])
     if change == "missing":
         with pytest.raises(DataError, match=r"cannot read .*a\.idx"):
-            open_corpora(ledger)
+            OpenCorpora(ledger)
         return
     write(tmp_path / "a", other)
     with pytest.raises(DataError, match=f"corpus a has changed since it came into the ledger: {change} of {prefix} is"):
-        open_corpora(ledger)
+        OpenCorpora(ledger)
 
 
 def test_ids_of_a_corpus_without_a_manifest_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,11 +283,11 @@ def test_ids_of_a_corpus_without_a_manifest_are_looked_at_once(tmp_path: Path, m
     assert ledger.history.corpora[0].max_id == 30 * 39 + 8
     scans: list[str] = []
     monkeypatch.setattr(ledger_corpora, "refuse_ids", lambda corpus, vocab_size: scans.append(corpus.prefix))
-    open_corpora(ledger, 1179)
+    OpenCorpora(ledger, 1179)
     assert not scans
-    open_corpora(ledger, 1178)  # the scan names the first
+    OpenCorpora(ledger, 1178)  # the scan names the first
     unknown = dataclasses.replace(ledger.history.corpora[0], max_id=None)
-    open_corpora(ledger.then(dataclasses.replace, corpora=(unknown,)), 1179)
+    OpenCorpora(ledger.then(dataclasses.replace, corpora=(unknown,)), 1179)
     assert scans == [prefix, prefix]
 
 
@@ -306,7 +306,7 @@ def test_a_copy_needs_the_files_beside_it(tmp_path: Path) -> None:
     (tmp_path / "branch").mkdir()
     for name in path.parent.iterdir():
         shutil.copy(name, tmp_path / "branch")
-    assert len(open_corpora(Ledger.load(tmp_path / "branch" / "ledger.json"))) == 2
+    assert len(OpenCorpora(Ledger.load(tmp_path / "branch" / "ledger.json"))) == 2
 
 
 def test_a_removed_corpus_may_be_gone(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_a_removed_corpus_may_be_gone(tmp_path: Path) -> None:
     ledger = Ledger.create(prefixes, sequence_length=8, seed=5).then(remove, ["a"]).then(apply_pending, 20)
     for path in tmp_path.glob("a.*"):
         path.unlink()
-    corpora = open_corpora(ledger)
+    corpora = OpenCorpora(ledger)
     assert isinstance(corpora[1], IndexedCorpus) and len(corpora) == 2
     with pytest.raises(DataError, match="cannot read"):
         corpora[0]
@@ -326,7 +326,7 @@ def test_corpora_beside_the_ledger_move_with_it(tmp_path: Path) -> None:
     (tmp_path / "old" / "ledger.json").write_text(text)
     (tmp_path / "old").rename(tmp_path / "new")
     assert (
-        open_corpora(Ledger.load(tmp_path / "new" / "ledger.json"))[0].tokens == open_indexed(tmp_path / "new/a").tokens
+        OpenCorpora(Ledger.load(tmp_path / "new" / "ledger.json"))[0].tokens == open_indexed(tmp_path / "new/a").tokens
     )
 
 
