@@ -63,7 +63,7 @@ class Case:
         x = torch.randn(self.batch, self.length, self.width, generator=generator)
         if self.tokens == "equal":
             x = x[:, :1].expand(x.shape).contiguous()
-        keys = self.scale * reference.unit(torch.randn(self.width, self.slots, generator=generator), dim=0)
+        keys = self.scale * reference.l2_normalize(torch.randn(self.width, self.slots, generator=generator), dim=0)
         if self.tokens == "zeros":
             x[:, ::5] = 0.0
         return x.to(device, dtype), keys.to(device)

@@ -108,7 +108,7 @@ class SteelCache(DynamicCache):
         super().crop(tokens_to_remove)
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def upcast(x: torch.Tensor) -> torch.Tensor:
     """The same in float32, or in float64 if it is that."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -122,7 +122,7 @@ class SteelRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(wide(x), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(upcast(x), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
 
 
 def rotary_angles(positions: torch.Tensor, size: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +135,7 @@ def rotary_angles(positions: torch.Tensor, size: int, base: float) -> tuple[torc
 
 def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """The rotary embedding in float32: [B, heads, T, size] to the same, in the type of ``x``."""
-    tokens = wide(x)
+    tokens = upcast(x)
     first, second = tokens.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (tokens * angles[0] + turned * angles[1]).to(x.dtype)
@@ -206,7 +206,7 @@ def network(x: torch.Tensor, matrices: tuple[torch.Tensor, ...]) -> torch.Tensor
     return F.silu(inner @ down[0]) * (inner @ down[1])
 
 
-def unit(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+def l2_normalize(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """Vectors scaled to length 1; shorter ones than 1e-12 are divided by that."""
     return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(1e-12)
 
@@ -268,9 +268,9 @@ class SteelSoftMoE(nn.Module):
 
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [..., S] and what is mixed into slots [..., d], in float32."""
-        tokens = wide(x)
-        normalized = unit(tokens)
-        keys = wide(self.scale) * unit(wide(self.phi).flatten(1), dim=0)
+        tokens = upcast(x)
+        normalized = l2_normalize(tokens)
+        keys = upcast(self.scale) * l2_normalize(upcast(self.phi).flatten(1), dim=0)
         return normalized @ keys, normalized if self.mix == "normalized" else tokens
 
     def _run(self, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -283,7 +283,7 @@ class SteelSoftMoE(nn.Module):
         logits, mixed = self._route(x)
         dispatch = logits.masked_fill(~real.unsqueeze(-1), -1e30).softmax(1)
         outputs = self._run(dispatch.transpose(1, 2) @ mixed, x.dtype)
-        return (logits.softmax(-1) @ wide(outputs)).to(x.dtype), None
+        return (logits.softmax(-1) @ upcast(outputs)).to(x.dtype), None
 
     def _token(self, x: torch.Tensor, real: torch.Tensor, keep: bool) -> tuple[torch.Tensor, None]:
         logits, mixed = self._route(x)
@@ -304,9 +304,9 @@ class SteelSoftMoE(nn.Module):
         # The last refresh not after the token; the first token reads slots made of itself.
         block = (torch.searchsorted(refresh, position.clamp_min(1), right=True) - 1).clamp_min(0)
         rows = torch.arange(len(x), device=x.device)
-        chunk = max(1, CHUNK_BYTES // wide(outputs[:, 0]).nbytes)
+        chunk = max(1, CHUNK_BYTES // upcast(outputs[:, 0]).nbytes)
         parts = zip(logits.softmax(-1).split(chunk, 1), block.split(chunk, 1), strict=True)
-        pieces = [torch.einsum("bts,btsd->btd", share, wide(outputs[rows[:, None], read])) for share, read in parts]
+        pieces = [torch.einsum("bts,btsd->btd", share, upcast(outputs[rows[:, None], read])) for share, read in parts]
         y = torch.cat(pieces, 1).to(x.dtype)
         if not keep:
             return y, None
@@ -342,7 +342,7 @@ class SteelSoftMoE(nn.Module):
         if first.any():  # slots made of the first token itself
             made = self._run(mixed.unsqueeze(1).expand_as(state.weighted), x.dtype)
             state.outputs = torch.where(first[:, None, None], made, state.outputs)
-        return torch.einsum("bs,bsd->bd", logits.softmax(-1), wide(state.outputs)).to(x.dtype)
+        return torch.einsum("bs,bsd->bd", logits.softmax(-1), upcast(state.outputs)).to(x.dtype)
 
     def _shares(self, logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """[..., S] to what each expert gets, [..., E]."""

@@ -20,7 +20,7 @@ class PackedDocuments:
         ep_group: the processes that share the experts, which exchange slots; None where each has all of them.
 
     Attributes:
-        segment_starts: int64 [B, T], for each token the position of the first token of its document; None where every
+        document_starts: int64 [B, T], for each token the position of the first token of its document; None where every
             sequence is one document.
     """
 
@@ -28,9 +28,9 @@ class PackedDocuments:
         self.ep_group = ep_group
         self.set(None)
 
-    def set(self, segment_starts: torch.Tensor | None) -> None:
+    def set(self, document_starts: torch.Tensor | None) -> None:
         """Take the documents of the next micro batch."""
-        self.segment_starts: torch.Tensor | None = segment_starts
+        self.document_starts: torch.Tensor | None = document_starts
         self._attention_mask: torch.Tensor | None = None
         self._block_plan: BlockPlan | None = None
         self._segment_plan: SegmentPlan | None = None
@@ -39,10 +39,10 @@ class PackedDocuments:
     def attention_mask(self) -> torch.Tensor | None:
         """bool [B, 1, T, T], True where a query (row) may see a key: up to itself, within its document; None where
         every sequence is one document."""
-        segment_starts = self.segment_starts
-        if self._attention_mask is None and segment_starts is not None:
-            keys = torch.arange(segment_starts.size(1), device=segment_starts.device)
-            seen = (keys <= keys.unsqueeze(1)) & (keys >= segment_starts.unsqueeze(-1))
+        document_starts = self.document_starts
+        if self._attention_mask is None and document_starts is not None:
+            keys = torch.arange(document_starts.size(1), device=document_starts.device)
+            seen = (keys <= keys.unsqueeze(1)) & (keys >= document_starts.unsqueeze(-1))
             self._attention_mask = seen.unsqueeze(1)
         return self._attention_mask
 
@@ -54,9 +54,9 @@ class PackedDocuments:
             block_length: of ``block_causal``; None for ``sequence``. The same for all layers of a stage.
         """
         if self._block_plan is None:
-            assert self.segment_starts is not None
+            assert self.document_starts is not None
             plan = block_plan(
-                self.segment_starts.size(1), block_length, self.segment_starts.device, self.segment_starts
+                self.document_starts.size(1), block_length, self.document_starts.device, self.document_starts
             )
             if self.ep_group is not None and self.ep_group.size() > 1:
                 most = torch.tensor([plan.starts.size(1)], device=plan.starts.device)
@@ -68,6 +68,6 @@ class PackedDocuments:
     def segment_plan(self, block_length: int) -> SegmentPlan:
         """The segments of the packed documents in mode ``merged``; ``block_length`` is the same for all layers."""
         if self._segment_plan is None:
-            assert self.segment_starts is not None
-            self._segment_plan = segment_plan(self.segment_starts, block_length)
+            assert self.document_starts is not None
+            self._segment_plan = segment_plan(self.document_starts, block_length)
         return self._segment_plan

@@ -25,7 +25,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from steel_megatron.config import Activation
-from steel_megatron.model.routing.merging import CHUNK_BYTES, gated, merged_linear, sums_travel
+from steel_megatron.model.routing.merging import CHUNK_BYTES, merged_linear, sums_travel, swiglu
 from steel_megatron.parallel.collectives import gather_rows, scatter_sums, sum_both_ways, sum_gradients
 
 Rows = Literal["copied", "own", "common"]
@@ -127,10 +127,10 @@ class Experts(MegatronModule):
 
     def _compute(self, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, rows: Rows) -> torch.Tensor:
         x = self._enter(x, rows).expand(up.size(0), -1, -1)
-        inner = gated(torch.bmm(x, up.flatten(1, 2).mT))
+        inner = swiglu(torch.bmm(x, up.flatten(1, 2).mT))
         # The gate of the way down is not linear, so both products are summed over processes before it.
         out = self._leave(torch.bmm(inner, down.flatten(1, 2).mT), rows)
-        return gated(out) if self.gated_down else out
+        return swiglu(out) if self.gated_down else out
 
     def _enter(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Vectors before matrices that are cut over the tensor-parallel processes."""
@@ -214,8 +214,8 @@ def merged_experts(
         # Every process gets the shares of its own experts in all processes' segments: [R source, M, E / R].
         by_holder = shares.reshape(x.size(0), ranks, -1).transpose(0, 1).contiguous()
         shares = all_to_all(ep_group, by_holder)
-    inner = gated(merged_linear(x, shares, up.flatten(1, 2), ep_group, chunk_bytes))
+    inner = swiglu(merged_linear(x, shares, up.flatten(1, 2), ep_group, chunk_bytes))
     out = merged_linear(inner, shares, down.flatten(1, 2), ep_group, chunk_bytes)
     # The gate of the way down is not linear, so both products are summed over processes before it.
     out = reduce_from_tensor_model_parallel_region(out, tp_group)
-    return out if down.size(1) == 1 else gated(out)
+    return out if down.size(1) == 1 else swiglu(out)

@@ -14,8 +14,8 @@ from steel_megatron.config.checks import at_least, one_of
 from steel_megatron.errors import ConfigError
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.routing import routing_mode
-from steel_megatron.model.routing.merging import gated, merged_linear
-from steel_megatron.ops.plan import check_segment_starts
+from steel_megatron.model.routing.merging import merged_linear, swiglu
+from steel_megatron.ops.plan import check_document_starts
 
 
 class FeedForwards(nn.Module):
@@ -53,15 +53,15 @@ class FeedForwards(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[E, N, d], or [1, N, d] where all networks get the same vectors, to [E, N, d]."""
         up, down = self._matrices(x.dtype)
-        out = torch.bmm(gated(torch.bmm(x.expand(up.size(0), -1, -1), up.mT)), down.mT)
-        return out if self.down.size(1) == 1 else gated(out)
+        out = torch.bmm(swiglu(torch.bmm(x.expand(up.size(0), -1, -1), up.mT)), down.mT)
+        return out if self.down.size(1) == 1 else swiglu(out)
 
     def forward_merged(self, segments: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Each segment [M, N, d] through the network that its weights [M, E] merge of all, to [M, N, d]."""
         up, down = self._matrices(segments.dtype)
         shares = weights.unsqueeze(0)
-        out = merged_linear(gated(merged_linear(segments, shares, up)), shares, down)
-        return out if self.down.size(1) == 1 else gated(out)
+        out = merged_linear(swiglu(merged_linear(segments, shares, up)), shares, down)
+        return out if self.down.size(1) == 1 else swiglu(out)
 
     def _matrices(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """[E, 2 I, d] and [E, d or 2 d, I]; another type than the weights' is autocast's."""
@@ -202,7 +202,7 @@ class SoftMoE(nn.Module):
                 f"mode {self.mode.name} cannot keep documents apart; call SoftMoE without document_starts"
             )
         else:
-            check_segment_starts(document_starts, x.size(0), x.size(1), "document_starts")
+            check_document_starts(document_starts, x.size(0), x.size(1), "document_starts")
             documents = PackedDocuments()
             documents.set(document_starts.to(x.device))
             y = self.mode.forward_documents(self, x, documents)

@@ -129,7 +129,7 @@ class ParallelSoftMoE(MegatronModule):
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple:
         """[T, B, d] to ([T, B, d], no bias); T are this process's tokens."""
         x = hidden_states.transpose(0, 1)
-        if self.documents.segment_starts is not None:
+        if self.documents.document_starts is not None:
             y = self.mode.forward_documents(self, x, self.documents)
         elif self.sequence_group.size() > 1:
             y = self.mode.forward_split(self, x, self._shared_sequences(x.size(1)))

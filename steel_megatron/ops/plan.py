@@ -1,7 +1,7 @@
 """Which tokens each set of slots is a mean over, and which set each token reads: the blocks of a routing mode. And the
 segments of mode ``merged``.
 
-A sequence may hold several packed documents; each is then a sequence of its own. ``segment_starts`` says so: for
+A sequence may hold several packed documents; each is then a sequence of its own. ``document_starts`` says so: for
 every token, the position of the first token of its document. All of it is arithmetic on positions, the same for any
 number of documents, and is made once for a batch.
 """
@@ -51,22 +51,24 @@ def is_refresh(position: torch.Tensor, block_length: int) -> torch.Tensor:
     return (position > 0) & torch.where(position < block_length, power_of_two, position % block_length == 0)
 
 
-def check_segment_starts(segment_starts: torch.Tensor, batch: int, length: int, name: str = "segment_starts") -> None:
+def check_document_starts(
+    document_starts: torch.Tensor, batch: int, length: int, name: str = "document_starts"
+) -> None:
     """Raise a ConfigError unless these are the document starts of [B, T] tokens; looks at values on a CPU only."""
-    if segment_starts.shape != (batch, length) or segment_starts.dtype != torch.int64:
+    if document_starts.shape != (batch, length) or document_starts.dtype != torch.int64:
         raise ConfigError(
-            f"{name} is {segment_starts.dtype} {list(segment_starts.shape)}; it must be int64 "
+            f"{name} is {document_starts.dtype} {list(document_starts.shape)}; it must be int64 "
             f"{[batch, length]}, the position of the first token of each token's document"
         )
-    if segment_starts.device.type != "cpu":
+    if document_starts.device.type != "cpu":
         return
     positions = torch.arange(length)
-    before = torch.cat((torch.zeros_like(segment_starts[:, :1]), segment_starts[:, :-1]), dim=1)
-    wrong = ((segment_starts != positions) & (segment_starts != before)).nonzero()
+    before = torch.cat((torch.zeros_like(document_starts[:, :1]), document_starts[:, :-1]), dim=1)
+    wrong = ((document_starts != positions) & (document_starts != before)).nonzero()
     if len(wrong):
         row, token = wrong[0].tolist()
         raise ConfigError(
-            f"{name}[{row}, {token}] = {segment_starts[row, token]}; it must be {token} (a document begins "
+            f"{name}[{row}, {token}] = {document_starts[row, token]}; it must be {token} (a document begins "
             f"here) or that of the token before, {before[row, token]}"
         )
 
@@ -75,7 +77,7 @@ def block_plan(
     length: int,
     block_length: int | None,
     device: torch.device,
-    segment_starts: torch.Tensor | None = None,
+    document_starts: torch.Tensor | None = None,
 ) -> BlockPlan:
     """The blocks of modes ``sequence`` (no block length: one block per document) and ``block_causal``.
 
@@ -83,11 +85,11 @@ def block_plan(
         length: T.
         block_length: tokens between two refreshes of the slots.
         device: where the plan's tensors are.
-        segment_starts: int64 [B, T]; None where every sequence is one document.
+        document_starts: int64 [B, T]; None where every sequence is one document.
     """
-    if segment_starts is None:
+    if document_starts is None:
         return _plan_of_one_document(length, block_length, device)
-    return _plan(segment_starts.to(device), block_length)
+    return _plan(document_starts.to(device), block_length)
 
 
 @functools.lru_cache(maxsize=64)
@@ -95,10 +97,10 @@ def _plan_of_one_document(length: int, block_length: int | None, device: torch.d
     return _plan(torch.zeros(1, length, dtype=torch.int64, device=device), block_length)
 
 
-def _plan(segment_starts: torch.Tensor, block_length: int | None) -> BlockPlan:
-    rows, length = segment_starts.shape
-    tokens = torch.arange(length, device=segment_starts.device).expand(rows, length)
-    position = tokens - segment_starts
+def _plan(document_starts: torch.Tensor, block_length: int | None) -> BlockPlan:
+    rows, length = document_starts.shape
+    tokens = torch.arange(length, device=document_starts.device).expand(rows, length)
+    position = tokens - document_starts
     # A token opens a block if it is the first that reads it. The first token of a document has nothing before it and
     # reads slots made of itself.
     opens = position == 0
@@ -114,7 +116,7 @@ def _plan(segment_starts: torch.Tensor, block_length: int | None) -> BlockPlan:
     place = torch.where(opens, block_of_token, blocks)
     starts, ends = (
         torch.full((rows, blocks + 1), length, device=tokens.device).scatter(1, place, value)[:, :blocks].contiguous()
-        for value in (segment_starts, end)
+        for value in (document_starts, end)
     )
     return BlockPlan(starts, ends, block_of_token)
 
@@ -158,16 +160,16 @@ class SegmentPlan:
         return results.flatten(0, 1).index_select(0, self.place_of_token.flatten()).view(*self.place_of_token.shape, -1)
 
 
-def segment_plan(segment_starts: torch.Tensor, block_length: int) -> SegmentPlan:
+def segment_plan(document_starts: torch.Tensor, block_length: int) -> SegmentPlan:
     """The segments of mode ``merged`` where sequences hold several documents.
 
     Args:
-        segment_starts: int64 [B, T], for each token the position of the first token of its document.
+        document_starts: int64 [B, T], for each token the position of the first token of its document.
         block_length: tokens of a segment; the last one of a document may be shorter.
     """
-    rows, length = segment_starts.shape
-    tokens = torch.arange(length, device=segment_starts.device).expand(rows, length)
-    position = tokens - segment_starts
+    rows, length = document_starts.shape
+    tokens = torch.arange(length, device=document_starts.device).expand(rows, length)
+    position = tokens - document_starts
     opens = position % block_length == 0
     segment = opens.long().cumsum(1) - 1  # of each token in its row
     segments = int(segment[:, -1].max()) + 1

@@ -18,19 +18,19 @@ SMALLEST_NORM = 1e-12
 LEAST = -1e30  # for softmax over nothing, where minus infinity would give NaN
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def upcast(x: torch.Tensor) -> torch.Tensor:
     """``x`` in float32, or in float64 if it is that."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def unit(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+def l2_normalize(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """Vectors scaled to length 1; shorter ones than 1e-12 are divided by that."""
     return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(SMALLEST_NORM)
 
 
 def slot_keys(phi: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The key of every slot: [d, E, P] and [1] to [d, S]."""
-    return wide(scale) * unit(wide(phi).flatten(1), dim=0)
+    return upcast(scale) * l2_normalize(upcast(phi).flatten(1), dim=0)
 
 
 def refresh_points(length: int, block_length: int) -> list[int]:
@@ -73,8 +73,8 @@ def dispatch(
         slots [B, R, S, d] in the type of ``x``, 0 where a block is empty; logits [B, T, S]; log-sum-exp [B, R, S] of
         the logits over each block's tokens, minus infinity where it is empty.
     """
-    tokens = wide(x)
-    normalized = unit(tokens)
+    tokens = upcast(x)
+    normalized = l2_normalize(tokens)
     logits = normalized @ keys
     positions = torch.arange(x.size(1), device=x.device)
     seen = (positions >= starts.to(x.device).unsqueeze(-1)) & (positions < ends.to(x.device).unsqueeze(-1))
@@ -99,4 +99,4 @@ def combine(outputs: torch.Tensor, logits: torch.Tensor, block_of_token: torch.T
     weights = logits.softmax(-1)  # [B, T, S]
     blocks = torch.nn.functional.one_hot(block_of_token.to(logits.device), outputs.size(1)).to(weights.dtype)
     blocks = blocks.expand(len(outputs), -1, -1)  # [B, T, R]
-    return torch.einsum("bts,btr,brsd->btd", weights, blocks, wide(outputs)).to(outputs.dtype)
+    return torch.einsum("bts,btr,brsd->btd", weights, blocks, upcast(outputs)).to(outputs.dtype)

@@ -14,7 +14,7 @@ import torch
 from steel_megatron.errors import ConfigError
 from steel_megatron.log import get_logger
 from steel_megatron.ops import kernels, reference
-from steel_megatron.ops.plan import BlockPlan, SegmentPlan, block_plan, check_segment_starts, segment_plan
+from steel_megatron.ops.plan import BlockPlan, SegmentPlan, block_plan, check_document_starts, segment_plan
 
 logger = get_logger(__name__)
 
@@ -72,7 +72,7 @@ def dispatch(
     mode: str = "sequence",
     mix: str = "normalized",
     block_length: int | None = None,
-    segment_starts: torch.Tensor | None = None,
+    document_starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Routing]:
     """Mix tokens into the slots of the experts.
 
@@ -84,7 +84,7 @@ def dispatch(
             (every token is its own slots).
         mix: ``raw`` mixes the tokens, ``normalized`` (as in the published weights) the tokens scaled to length 1.
         block_length: tokens between two refreshes in ``block_causal``.
-        segment_starts: int64 [B, T], for each token the position of the first token of its document, where sequences
+        document_starts: int64 [B, T], for each token the position of the first token of its document, where sequences
             hold several; nothing passes from one document to another.
 
     Returns:
@@ -95,8 +95,8 @@ def dispatch(
         ConfigError: an argument's value or shape is wrong.
     """
     _check(x, phi, scale, mix)
-    if segment_starts is not None:
-        check_segment_starts(segment_starts, *x.shape[:2])
+    if document_starts is not None:
+        check_document_starts(document_starts, *x.shape[:2])
     if mode == "token":
         slots = mixed_tokens(x, mix)[:, :, None, None].expand(-1, -1, *phi.shape[1:], -1)
         return slots, Routing(_logits(x, phi, scale), None)
@@ -104,7 +104,7 @@ def dispatch(
         raise ConfigError(f"routing mode is {mode!r}; slots are there in sequence, block_causal and token")
     if mode == "block_causal" and (block_length is None or block_length < 1):
         raise ConfigError(f"block_length is {block_length}; block_causal needs at least 1 token per block")
-    plan = block_plan(x.size(1), block_length if mode == "block_causal" else None, x.device, segment_starts)
+    plan = block_plan(x.size(1), block_length if mode == "block_causal" else None, x.device, document_starts)
     return dispatch_blocks(x, phi, scale, mix, plan)
 
 
@@ -145,14 +145,14 @@ def combine(expert_outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
     outputs = expert_outputs.flatten(2, 3)
     if routing.block_of_token is None:
         weights = routing.logits.softmax(-1).unsqueeze(2)  # [B, T, 1, S]
-        return (weights @ reference.wide(outputs)).squeeze(2).to(outputs.dtype)
+        return (weights @ reference.upcast(outputs)).squeeze(2).to(outputs.dtype)
     y: torch.Tensor = backend_of(outputs).combine(outputs, routing.logits, routing.block_of_token)
     return y
 
 
 def _logits(x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """[B, T, S] in float32 or wider."""
-    return reference.unit(reference.wide(x)) @ reference.slot_keys(phi, scale)
+    return reference.l2_normalize(reference.upcast(x)) @ reference.slot_keys(phi, scale)
 
 
 def expert_weights(x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ def merge_weights(
     *,
     mix: str,
     block_length: int,
-    segment_starts: torch.Tensor | None = None,
+    document_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The share of each expert in each segment's merged expert (Lory, arXiv 2405.03133, section 3.2).
 
@@ -185,7 +185,7 @@ def merge_weights(
         scale: [1].
         mix: what the mean is taken of: ``raw`` tokens, or ``normalized`` ones.
         block_length: tokens of a segment; the last one of a document may be shorter.
-        segment_starts: int64 [B, T], for each token the position of the first token of its document, where sequences
+        document_starts: int64 [B, T], for each token the position of the first token of its document, where sequences
             hold several; segments begin anew with each, as in :func:`~steel_megatron.ops.plan.segment_plan`.
 
     Returns:
@@ -195,12 +195,12 @@ def merge_weights(
     _check(x, phi, scale, mix)
     if block_length < 1:
         raise ConfigError(f"block_length is {block_length}; a segment needs at least 1 token")
-    if segment_starts is not None:
-        check_segment_starts(segment_starts, *x.shape[:2])
-        plan = segment_plan(segment_starts.to(x.device), block_length)
+    if document_starts is not None:
+        check_document_starts(document_starts, *x.shape[:2])
+        plan = segment_plan(document_starts.to(x.device), block_length)
         shares = merge_weights_of_documents(x, phi, scale, mix, plan)
         return shares.new_zeros(*plan.real.shape, shares.size(-1)).masked_scatter(plan.real.unsqueeze(-1), shares)
-    mixed = mixed_tokens(reference.wide(x), mix)
+    mixed = mixed_tokens(reference.upcast(x), mix)
     whole = (x.size(1) - 1) // block_length  # segments that another one follows
     means = mixed[:, : whole * block_length].unflatten(1, (whole, block_length)).mean(2) if whole else mixed[:, :0]
     return expert_weights(torch.cat((mixed[:, :1], means), dim=1), phi, scale)
@@ -210,7 +210,7 @@ def merge_weights_of_documents(
     x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor, mix: str, plan: SegmentPlan
 ) -> torch.Tensor:
     """:func:`merge_weights` by a plan at hand, for layers that share one: [M, E], for each of the plan's segments."""
-    segments = plan.to_segments(mixed_tokens(reference.wide(x), mix))
+    segments = plan.to_segments(mixed_tokens(reference.upcast(x), mix))
     means = segments.sum(1) / plan.lengths[plan.real].unsqueeze(-1)
     # A segment that follows another one is never the first of its row, so the one before is the one in the list before.
     vectors = torch.where(plan.follows[plan.real].unsqueeze(-1), means.roll(1, 0), segments[:, 0])
@@ -219,4 +219,4 @@ def merge_weights_of_documents(
 
 def mixed_tokens(x: torch.Tensor, mix: str) -> torch.Tensor:
     """What enters the experts: the tokens, or the tokens scaled to length 1; in the type of ``x``."""
-    return reference.unit(reference.wide(x)).to(x.dtype) if mix == "normalized" else x
+    return reference.l2_normalize(reference.upcast(x)).to(x.dtype) if mix == "normalized" else x

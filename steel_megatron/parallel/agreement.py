@@ -14,7 +14,7 @@ from steel_megatron.platform import probe
 Result = TypeVar("Result")
 
 
-def together(action: Callable[[], Result]) -> Result:
+def raise_if_any_rank_failed(action: Callable[[], Result]) -> Result:
     """Do ``action`` on every process; if it raises a SteelError on any, all of them raise.
 
     Args:
@@ -38,23 +38,23 @@ def together(action: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def on_first_process(action: Callable[[], Result]) -> Result | None:
+def on_rank0(action: Callable[[], Result]) -> Result | None:
     """Do ``action`` on the first process alone; if it raises a SteelError there, all of them raise.
 
     Returns:
         what it returned, on the first process; None on the others.
     """
-    return together(action if dist.get_rank() == 0 else lambda: None)
+    return raise_if_any_rank_failed(action if dist.get_rank() == 0 else lambda: None)
 
 
-def any_process(condition: bool) -> bool:
+def any_rank(condition: bool) -> bool:
     """Whether ``condition`` holds on at least one process."""
     flag = torch.tensor([int(condition)], device=probe().device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())
 
 
-def first_process_says(number: int) -> int:
+def broadcast_from_rank0(number: int) -> int:
     """The first process's ``number``, on every process."""
     said = torch.tensor([number], device=probe().device)
     dist.broadcast(said, src=0)
@@ -63,7 +63,7 @@ def first_process_says(number: int) -> int:
 
 def first_process_bytes(content: bytes) -> bytes:
     """The first process's ``content``, on every process."""
-    values = torch.zeros(first_process_says(len(content)), dtype=torch.uint8)
+    values = torch.zeros(broadcast_from_rank0(len(content)), dtype=torch.uint8)
     if dist.get_rank() == 0 and content:
         values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     values = values.to(probe().device)

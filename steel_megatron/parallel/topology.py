@@ -203,7 +203,7 @@ class Topology:
         return parallel_state.get_context_parallel_rank()
 
     @property
-    def is_first_process(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is rank 0 of the launch, which speaks and writes for all."""
         return self.launch.rank == 0
 

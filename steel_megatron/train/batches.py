@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from steel_megatron.config import RunConfig
 from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, micro_batches, read_samples
 from steel_megatron.data.ledger.session import LedgerSession
-from steel_megatron.parallel.agreement import together
+from steel_megatron.parallel.agreement import raise_if_any_rank_failed
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.objective.base import objective_of
 
@@ -55,7 +55,7 @@ class Batches:
         self._ahead: Iterator[list[Arrays]] = iter(())
         self._next = -1
         length, vocab_size = run.model.sequence_length, run.model.vocab_size
-        self.validation_sets = together(
+        self.validation_sets = raise_if_any_rank_failed(
             lambda: {
                 name: SequentialSamples(prefixes, length, vocab_size)
                 for name, prefixes in run.data.validation_sets.items()

@@ -41,7 +41,7 @@ from steel_megatron.errors import CheckpointError
 from steel_megatron.files import replace_folder, sha256_of
 from steel_megatron.log import get_logger
 from steel_megatron.model.weights import sharded_weights
-from steel_megatron.parallel.agreement import on_first_process
+from steel_megatron.parallel.agreement import on_rank0
 from steel_megatron.train.checkpoint_index import check_index
 from steel_megatron.train.engine import Engine
 from steel_megatron.train.optimizer_state import sharded_state
@@ -128,7 +128,7 @@ def save(engine: Engine, consumed_samples: int, ledger: Ledger | None = None) ->
         ledger=ledger,
         run=run,
     )
-    if engine.topology.is_first_process and run.checkpoint.keep_last is not None:
+    if engine.topology.is_rank0 and run.checkpoint.keep_last is not None:
         # Later ones than this can only be damaged ones that a resume passed over; they do not count.
         older = sorted(path for path in run.checkpoints_dir.glob("step_*") if path.name < final.name)
         for path in older[: max(0, len(older) - (run.checkpoint.keep_last - 1))]:
@@ -160,10 +160,10 @@ def write_checkpoint(
         "model": to_dict(model),
     }
     # What the first process does alone fails on all of them, or the others would wait for it.
-    on_first_process(lambda: _begin(partial, final))
+    on_rank0(lambda: _begin(partial, final))
     with _disk_errors(final, partial):
         dist_checkpointing.save(state, str(partial))
-    on_first_process(lambda: _finish(partial, final, manifest, run, ledger))
+    on_rank0(lambda: _finish(partial, final, manifest, run, ledger))
     return final
 
 

@@ -16,7 +16,7 @@ from steel_megatron.errors import CheckpointError
 from steel_megatron.files import exclusive_lock, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 from steel_megatron.parallel import agreement
-from steel_megatron.parallel.agreement import any_process, first_process_says, on_first_process, together
+from steel_megatron.parallel.agreement import any_rank, broadcast_from_rank0, on_rank0, raise_if_any_rank_failed
 from steel_megatron.parallel.topology import Topology, initialize, shutdown
 from steel_megatron.train import checkpoint
 from steel_megatron.train.batches import Batches
@@ -66,9 +66,9 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
     with ExitStack() as stack:
         stack.callback(shutdown)
         lock = exclusive_lock(Path(run.checkpoint.directory) / "run", CheckpointError)
-        on_first_process(lambda: stack.enter_context(lock))
+        on_rank0(lambda: stack.enter_context(lock))
         if run.ledger_path.parent != Path(run.checkpoint.directory):
-            on_first_process(lambda: stack.enter_context(_ledger_lock(run.ledger_path)))
+            on_rank0(lambda: stack.enter_context(_ledger_lock(run.ledger_path)))
         return _train(run, topology, [*callbacks_of(run), *callbacks])
 
 
@@ -100,7 +100,7 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
             losses.append(result.loss)
             for callback in callbacks:
                 callback.after_step(view, result)
-            stopping = any_process(signal.received)
+            stopping = any_rank(signal.received)
             is_last = result.step == training.last_step
             if batches.validation_sets and (result.step % training.eval_interval == 0 or is_last):
                 validation = {name: minimised(engine.evaluate(own)).mean for name, own in batches.validation()}
@@ -136,38 +136,38 @@ def _started(callbacks: Sequence[Callback], view: RunView) -> Iterator[None]:
                 callback.start(view)
                 stack.callback(callback.stop, view)
 
-        together(start)
+        raise_if_any_rank_failed(start)
         yield
 
 
 def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSession) -> tuple[int, Path | None]:
     """Resume, or take initial weights from elsewhere, or begin; returns the samples consumed and the checkpoint."""
     # One process reads and compares all checksums; the others follow.
-    found = on_first_process(lambda: _find(run))
-    step = first_process_says(found.step if found else -1)
+    found = on_rank0(lambda: _find(run))
+    step = broadcast_from_rank0(found.step if found else -1)
     if step >= 0:
         path = checkpoint.path_of(run, step)
-        info = together(lambda: checkpoint.read_info(path))
+        info = raise_if_any_rank_failed(lambda: checkpoint.read_info(path))
 
         def check(history: History | None) -> None:
             check_past(history, run.ledger_path, path, info.consumed_samples, info.data_fingerprint)
 
         own = session.ledger.history if session.ledger else None
-        on_first_process(lambda: check(own))  # before anything large is read
+        on_rank0(lambda: check(own))  # before anything large is read
         checkpoint.load(engine, info)
         session.start(step, info.consumed_samples, check)
         logger.info(f"resuming after step {info.step} ({info.layout} before, {topology.describe()} now)")
         return info.consumed_samples, path
     if run.checkpoint.init_from:
         origin = Path(run.checkpoint.init_from)
-        info = together(lambda: checkpoint.read_info(origin))
-        on_first_process(lambda: checkpoint.verify(origin))
+        info = raise_if_any_rank_failed(lambda: checkpoint.read_info(origin))
+        on_rank0(lambda: checkpoint.verify(origin))
         checkpoint.load_weights(engine.stage, info, run.model)
         engine.optimizer.reload_model_params()
         logger.info(f"starting from the weights of {origin}")
     path = Path(run.checkpoint.directory) / "run.yaml"
     text = dump_yaml(run).encode()
-    on_first_process(lambda: write_atomically(path, text, CheckpointError))
+    on_rank0(lambda: write_atomically(path, text, CheckpointError))
     session.start()
     return 0, None
 

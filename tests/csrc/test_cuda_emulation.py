@@ -66,15 +66,15 @@ class Case:
         if self.blocks is not None:
             starts, ends, reads = (torch.tensor([row]) for row in self.blocks)
             return Plan(starts, ends, torch.searchsorted(reads[0], torch.arange(length), right=True).unsqueeze(0))
-        segment_starts = None
+        document_starts = None
         if self.documents is not None:
             tokens = torch.arange(length)
             rows = [
                 torch.tensor(begins)[torch.searchsorted(torch.tensor(begins), tokens, right=True) - 1]
                 for begins in self.documents
             ]
-            segment_starts = torch.stack(rows)
-        made = block_plan(length, self.block_length, torch.device("cpu"), segment_starts)
+            document_starts = torch.stack(rows)
+        made = block_plan(length, self.block_length, torch.device("cpu"), document_starts)
         return Plan(made.starts, made.ends, made.block_of_token)
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +84,7 @@ class Case:
         x = torch.randn(batch, 1 if self.equal else length, width, generator=generator).expand(batch, length, width)
         x = x.to(self.dtype).contiguous()
         x[:, self.zero] = 0.0
-        return x, self.scale * reference.unit(torch.randn(slots, width, generator=generator))
+        return x, self.scale * reference.l2_normalize(torch.randn(slots, width, generator=generator))
 
 
 class Emulated:

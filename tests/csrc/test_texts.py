@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steel_megatron.data.native import helpers
-from steel_megatron.data.reading.documents import SkippedRow, documents_of, joined_documents, plain_texts
+from steel_megatron.data.reading.documents import SkippedRow, documents_of, plain_texts, text_batches
 from steel_megatron.data.reading.formats import Place, RawChunk
 from steel_megatron.data.reading.sources import Row, SkyPile, Source, Text
 from steel_megatron.data.tokenizing.gigatoken_engine import unsure, unsure_by_numpy
@@ -38,7 +38,7 @@ def by_parser(lines: bytes, source: Source, skipped: list[SkippedRow] | None = N
 
 def joined(lines: bytes, source: Source, skipped: list[SkippedRow] | None = None) -> Read:
     policy: Any = "stop" if skipped is None else "skip"
-    parts = joined_documents(chunk(lines), source, policy, None if skipped is None else skipped.append)
+    parts = text_batches(chunk(lines), source, policy, None if skipped is None else skipped.append)
     return [(text, row, dialogue) for texts, rows, dialogue in parts for text, row in zip(texts, rows, strict=True)]
 
 

@@ -11,7 +11,7 @@ from steel_megatron.config import CleanConfig, PreprocessConfig, TokenizerKind
 from steel_megatron.data.cleaning import pipeline as cleaning
 from steel_megatron.data.cleaning.pipeline import CleaningResult
 from steel_megatron.data.preprocessing import pipeline as preprocessing
-from steel_megatron.data.preprocessing.job import Pace
+from steel_megatron.data.preprocessing.job import ChunkSizes
 from steel_megatron.data.preprocessing.report import PreprocessReport
 
 
@@ -21,7 +21,7 @@ def preprocess(
     tokenizer_kind: TokenizerKind,
     tokenizer_path: str | Path,
     *,
-    pace: Pace | None = None,
+    pace: ChunkSizes | None = None,
     **options: Any,
 ) -> PreprocessReport:
     """Run a job; ``options`` are further fields of its config."""
@@ -32,7 +32,7 @@ def preprocess(
         tokenizer_path=os.fspath(tokenizer_path),
         **_plain(options),
     )
-    return preprocessing.preprocess(config, pace or Pace())
+    return preprocessing.preprocess(config, pace or ChunkSizes())
 
 
 def clean_corpus(

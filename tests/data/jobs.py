@@ -20,7 +20,7 @@ from pathlib import Path
 from steel_megatron.data.preprocessing import workers as encoding_workers
 from steel_megatron.config import PreprocessConfig
 from steel_megatron.data.preprocessing.pipeline import preprocess
-from steel_megatron.data.preprocessing.job import Pace, Run
+from steel_megatron.data.preprocessing.job import ChunkSizes, Run
 from steel_megatron.log import exit_code
 
 def stop_after(writes, reached, released):
@@ -40,7 +40,7 @@ def stop_after(writes, reached, released):
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
-    pace = Pace(**arguments.pop("pace"))
+    pace = ChunkSizes(**arguments.pop("pace"))
     encoding_workers._BYTES_PER_WORKER = 1 << 16  # most of the work is yet to be handed out
     if "hold" in arguments:
         reached = Path(arguments.pop("hold"))

@@ -364,7 +364,7 @@ def test_training_equals_one_process(layout: str, case: str) -> None:
 
 
 def starts_of(lengths: list[list[int]]) -> torch.Tensor:
-    """``segment_starts`` of rows of documents with these lengths."""
+    """``document_starts`` of rows of documents with these lengths."""
     rows = []
     for row in lengths:
         starts = [sum(row[:number]) for number in range(len(row))]
@@ -394,7 +394,7 @@ PACKED = [[[7]], [[1, 6]], [[3, 1, 3], [7]], [[4, 3], [3, 4], [1, 6]], [[1] * 7,
 def test_each_document_is_routed_alone(documents: list[list[int]], block_length: int, mix: str) -> None:
     inputs = leaves(random(len(documents), 7, 4), random(4, 3, 2, seed=1), torch.tensor([3.0], dtype=F64))
     x, phi, scale = inputs
-    shares = merge_weights(x, phi, scale, mix=mix, block_length=block_length, segment_starts=starts_of(documents))
+    shares = merge_weights(x, phi, scale, mix=mix, block_length=block_length, document_starts=starts_of(documents))
     expected = []
     for row, lengths in zip(x, documents, strict=True):
         parts = [shares_of_document(t, phi, scale, mix, block_length) for t in row.split(lengths)]
@@ -410,7 +410,7 @@ def test_one_document_needs_no_plan() -> None:
     x, phi, scale = random(2, 7, 4), random(4, 3, 2, seed=1), torch.tensor([3.0], dtype=F64)
     plain = merge_weights(x, phi, scale, mix="raw", block_length=3)
     starts = torch.zeros(2, 7, dtype=torch.int64)
-    torch.testing.assert_close(merge_weights(x, phi, scale, mix="raw", block_length=3, segment_starts=starts), plain)
+    torch.testing.assert_close(merge_weights(x, phi, scale, mix="raw", block_length=3, document_starts=starts), plain)
 
 
 def test_plan_of_segments() -> None:
@@ -431,11 +431,11 @@ def through_segments(
     phi: torch.Tensor,
     scale: torch.Tensor,
     weight: torch.Tensor,
-    segment_starts: torch.Tensor,
+    document_starts: torch.Tensor,
 ) -> torch.Tensor:
     """[B, T, d] to [B, T, d]: route, gather segments, merge, put back."""
-    plan = segment_plan(segment_starts, 2)
-    shares = merge_weights(x, phi, scale, mix="raw", block_length=2, segment_starts=segment_starts)[plan.real]
+    plan = segment_plan(document_starts, 2)
+    shares = merge_weights(x, phi, scale, mix="raw", block_length=2, document_starts=document_starts)[plan.real]
     return plan.from_segments(torch.tanh(merged_linear(plan.to_segments(x), shares.unsqueeze(0), weight)))
 
 
@@ -460,5 +460,5 @@ def test_packed_documents_equal_documents_alone_and_do_not_see_each_other() -> N
 def test_bad_document_starts_are_named() -> None:
     x, phi, scale = random(1, 4, 4), random(4, 3, 1, seed=1), torch.tensor([3.0], dtype=F64)
     wrong = torch.tensor([[0, 0, 1, 1]])
-    with pytest.raises(ConfigError, match=r"segment_starts\[0, 2\] = 1"):
-        merge_weights(x, phi, scale, mix="raw", block_length=2, segment_starts=wrong)
+    with pytest.raises(ConfigError, match=r"document_starts\[0, 2\] = 1"):
+        merge_weights(x, phi, scale, mix="raw", block_length=2, document_starts=wrong)

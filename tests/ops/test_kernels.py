@@ -47,7 +47,7 @@ class Case:
     scale: float = 3.0
     documents: tuple[tuple[int, ...], ...] | None = None
 
-    def segment_starts(self) -> torch.Tensor | None:
+    def document_starts(self) -> torch.Tensor | None:
         """The position of the first token of each token's document, [B, T]."""
         if self.documents is None:
             return None
@@ -56,7 +56,7 @@ class Case:
 
     def plan(self) -> BlockPlan:
         """The blocks."""
-        return block_plan(self.length, self.block_length, torch.device("cpu"), self.segment_starts())
+        return block_plan(self.length, self.block_length, torch.device("cpu"), self.document_starts())
 
     def tensors(self, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """x in the case's type, and keys."""
@@ -230,17 +230,17 @@ def test_each_document_is_as_if_alone(
     x, phi = torch.randn(2, 30, 7, generator=generator).to(dtype), torch.randn(7, 3, 2, generator=generator).to(dtype)
     scale = torch.tensor([2.0], dtype=dtype)
 
-    def through(tokens: torch.Tensor, segment_starts: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def through(tokens: torch.Tensor, document_starts: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         leaves = [tensor.clone().requires_grad_() for tensor in (tokens, phi, scale)]
-        slots, routing = dispatch(*leaves, mode, mix, block_length, segment_starts)
+        slots, routing = dispatch(*leaves, mode, mix, block_length, document_starts)
         y = combine(torch.tanh(slots), routing)
         return (y, *torch.autograd.grad(y.sin().sum(), leaves))
 
-    segment_starts = case.segment_starts()
-    together = through(x, segment_starts)
+    document_starts = case.document_starts()
+    together = through(x, document_starts)
     alone = [torch.zeros_like(value) for value in together]
     for b in range(2):
-        edges = [*segment_starts[b].unique().tolist(), 30]
+        edges = [*document_starts[b].unique().tolist(), 30]
         for start, end in pairwise(edges):
             y, grad_x, grad_phi, grad_scale = through(x[b : b + 1, start:end], None)
             alone[0][b, start:end], alone[1][b, start:end] = y[0], grad_x[0]
@@ -338,7 +338,7 @@ def test_later_tokens_do_not_change_a_bit(
     case = Case(1, length, 20, experts, 1, None, False, documents=(documents,))
     (x, _), cut = case.tensors(), length // 2
     phi = torch.randn(20, experts, 1, generator=torch.Generator().manual_seed(2))
-    starts, changed = case.segment_starts(), x.clone()
+    starts, changed = case.document_starts(), x.clone()
     assert starts is not None
     changed[:, cut:] *= -50
     results = []

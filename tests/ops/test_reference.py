@@ -79,11 +79,11 @@ def test_dispatch_and_combine_are_their_definition(mode: str, block_length: int 
 @pytest.mark.parametrize("mode", ["sequence", "block_causal", "token"])
 @pytest.mark.parametrize("documents", [None, [[0, 0, 0, 3, 3, 3], [0, 1, 1, 1, 1, 5]]])
 def test_gradients(mode: str, mix: str, documents: list[list[int]] | None) -> None:
-    batch, segment_starts = (1, None) if documents is None else (2, torch.tensor(documents))
+    batch, document_starts = (1, None) if documents is None else (2, torch.tensor(documents))
     tensors = [tensor.requires_grad_() for tensor in inputs(batch, 6, 4, 2, 2)]
 
     def layer(x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        slots, routing = dispatch(x, phi, scale, mode=mode, mix=mix, block_length=2, segment_starts=segment_starts)
+        slots, routing = dispatch(x, phi, scale, mode=mode, mix=mix, block_length=2, document_starts=document_starts)
         return combine(torch.tanh(slots), routing)
 
     assert torch.autograd.gradcheck(layer, tensors)
@@ -185,10 +185,10 @@ def test_bad_arguments_are_named() -> None:
         dispatch(x, phi.to("meta"), scale)
     with pytest.raises(ConfigError, match=r"\[4, 0, 1\]"):
         dispatch(x, phi[:, :0], scale)
-    with pytest.raises(ConfigError, match=r"segment_starts is torch.int64 \[1, 3\]"):
-        dispatch(x, phi, scale, segment_starts=torch.zeros(1, 3, dtype=torch.int64))
-    with pytest.raises(ConfigError, match=r"segment_starts\[0, 2\] = 1; it must be 2"):
-        dispatch(x, phi, scale, segment_starts=torch.tensor([[0, 0, 1, 1]]))
+    with pytest.raises(ConfigError, match=r"document_starts is torch.int64 \[1, 3\]"):
+        dispatch(x, phi, scale, document_starts=torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=r"document_starts\[0, 2\] = 1; it must be 2"):
+        dispatch(x, phi, scale, document_starts=torch.tensor([[0, 0, 1, 1]]))
     slots, routing = dispatch(x, phi, scale)
     with pytest.raises(ConfigError, match=r"got \[1, 1, 3, 1, 4\]"):
         combine(slots.new_ones(1, 1, 3, 1, 4), routing)

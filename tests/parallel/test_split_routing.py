@@ -73,7 +73,7 @@ def whole(values: Tensors, case: dict[str, Any]) -> Tensors:
 
 
 def plans(case: dict[str, Any], split: SequenceSplit, equal_blocks: bool = False) -> list[SplitPlan]:
-    plan = block_plan(split.length, case.get("block_length"), CPU, case.get("segment_starts"))
+    plan = block_plan(split.length, case.get("block_length"), CPU, case.get("document_starts"))
     return [split_plan(plan, split, rank, equal_blocks=equal_blocks) for rank in range(split.ranks)]
 
 
@@ -111,7 +111,7 @@ def assert_equal(ours: Tensors, theirs: Tensors, tolerance: float = 1e-11) -> No
 
 
 def documents(length: int, starts: list[list[int]]) -> torch.Tensor:
-    """segment_starts of sequences whose documents begin at these tokens, and at 0."""
+    """document_starts of sequences whose documents begin at these tokens, and at 0."""
     rows = []
     for row in starts:
         begins = torch.zeros(length, dtype=torch.int64)
@@ -132,7 +132,7 @@ def test_any_split_equals_whole_sequences(data: st.DataObject) -> None:
         case["block_length"] = data.draw(st.integers(1, length + 3))
     if data.draw(st.booleans()):
         starts = st.lists(st.integers(1, length - 1), max_size=6, unique=True)
-        case["segment_starts"] = documents(length, [data.draw(starts) for _ in range(BATCH)])
+        case["document_starts"] = documents(length, [data.draw(starts) for _ in range(BATCH)])
     values = inputs(length, data.draw(st.sampled_from([0.5, 3.0, 60.0])), data.draw(st.integers(0, 9)))
     split = SequenceSplit(length, context, tensor)
     ours = played(values, case, split, data.draw(st.booleans()))
@@ -177,8 +177,8 @@ CASES: list[dict[str, Any]] = [
     {"mode": "block_causal", "mix": "raw", "block_length": 2},
     {"mode": "block_causal", "mix": "normalized", "block_length": 7},
     {"mode": "block_causal", "mix": "raw", "block_length": 100},
-    {"mode": "block_causal", "mix": "raw", "block_length": 4, "segment_starts": documents(24, [[3, 17], [12]])},
-    {"mode": "sequence", "mix": "raw", "segment_starts": documents(24, [[1, 2, 23], []])},
+    {"mode": "block_causal", "mix": "raw", "block_length": 4, "document_starts": documents(24, [[3, 17], [12]])},
+    {"mode": "sequence", "mix": "raw", "document_starts": documents(24, [[1, 2, 23], []])},
 ]
 
 

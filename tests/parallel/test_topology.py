@@ -51,21 +51,21 @@ def test_first_host_of_a_node_list(nodes: str, host: str) -> None:
 
 def one_fails(failing: int) -> str:
     from steel_megatron.config import ParallelConfig
-    from steel_megatron.parallel.agreement import any_process, first_process_says, together
+    from steel_megatron.parallel.agreement import any_rank, broadcast_from_rank0, raise_if_any_rank_failed
     from steel_megatron.parallel.topology import initialize
 
     topology = initialize(ParallelConfig())
-    assert together(lambda: 5) == 5
-    assert any_process(topology.launch.rank == 1)
-    assert not any_process(False)
-    assert first_process_says(10 + topology.launch.rank) == 10
+    assert raise_if_any_rank_failed(lambda: 5) == 5
+    assert any_rank(topology.launch.rank == 1)
+    assert not any_rank(False)
+    assert broadcast_from_rank0(10 + topology.launch.rank) == 10
 
     def action() -> None:
         if topology.launch.rank == failing:
             raise ConfigError("this file is not here")
 
     try:
-        together(action)
+        raise_if_any_rank_failed(action)
     except SteelError as error:
         return str(error)
     return "no error"

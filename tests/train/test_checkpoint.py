@@ -371,7 +371,7 @@ def save_with_a_first_process_that_cannot(directory: str) -> str:
     run = small_run(LAYOUTS["dp2"], directory)
     topology = initialize(run.parallel)
     engine = Engine(run, topology)
-    if topology.is_first_process:
+    if topology.is_rank0:
 
         def fail(*args: object) -> None:
             raise OSError(28, "No space left on device")

@@ -79,7 +79,9 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
         raise ConfigError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(read, dict):
         raise ConfigError(f"{path} holds no recipe: a mapping with the keys kind and operators was expected")
-    values = {key: value for given in (read, overrides) for key, value in given.items() if value is not None}
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    given = [*read.items(), *overrides.items()]
+    values = {key: value for key, value in given if value is not None or key not in known}  # a key without a value
     if "kind" not in values:
         raise ConfigError(f"{path}: kind is missing; it must be text or code")
     recipe: Recipe = from_dict(Recipe, {**values, "operators": ()}, str(path))

@@ -58,7 +58,7 @@ class Read(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Incoming:
+class PendingCorpora:
     """Corpora that were described, and perhaps compared, before they come into a ledger."""
 
     corpora: tuple[Corpus, ...]
@@ -139,18 +139,18 @@ class Ledger:
         domain: str = "default",
         on_duplicate: OnDuplicate = "stop",
         drop_duplicates: bool = False,
-    ) -> Incoming:
+    ) -> PendingCorpora:
         """The part of :meth:`append` that reads corpora, and may take long."""
         if names is not None and len(names) != len(prefixes):
             raise DataError(f"{len(names)} names ({', '.join(names)}) were given for {len(prefixes)} corpora")
         called = names if names is not None else names_of(prefixes)
         new = [describe(prefix, name, domain) for prefix, name in zip(prefixes, called, strict=True)]
         if not drop_duplicates:
-            return Incoming(tuple(new), {}, None, on_duplicate)
+            return PendingCorpora(tuple(new), {}, None, on_duplicate)
         compared = self._compared()
         others = [other for read in compared if (other := self._other(read)) is not None]
         reduced, files = without_duplicates(fresh(self.history, new, on_duplicate), others)
-        return Incoming(tuple(reduced), files, compared, on_duplicate)
+        return PendingCorpora(tuple(reduced), files, compared, on_duplicate)
 
     def _compared(self) -> tuple[Read, ...]:
         """What new documents are compared with: all that a run has read, or may still read."""
@@ -181,7 +181,7 @@ class Ledger:
 
     def take_in(
         self,
-        incoming: Incoming,
+        incoming: PendingCorpora,
         epochs: float | None = 1.0,
         at: int | None = None,
         mixture: Mapping[str, float] | None = None,
@@ -193,7 +193,7 @@ class Ledger:
             write_atomically(self.folder / name, content, DataError)
         return appended
 
-    def up_to_date(self, incoming: Incoming) -> bool:
+    def up_to_date(self, incoming: PendingCorpora) -> bool:
         """Whether new corpora were compared with what the ledger reads now."""
         return incoming.compared is None or incoming.compared == self._compared()
 

@@ -48,11 +48,11 @@ def read_ledger(path: Path, sequence_length: int, beginning: Sequence[str]) -> L
 class Processes(Protocol):
     """How the processes of a run act as one; :mod:`steel_megatron.parallel.agreement` is it."""
 
-    def together(self, action: Callable[[], Result]) -> Result:
+    def raise_if_any_rank_failed(self, action: Callable[[], Result]) -> Result:
         """Do ``action`` on every process; if it raises a SteelError on any, all of them raise."""
         ...
 
-    def on_first_process(self, action: Callable[[], Result]) -> Result | None:
+    def on_rank0(self, action: Callable[[], Result]) -> Result | None:
         """Do ``action`` on the first process alone; if it raises a SteelError there, all of them raise."""
         ...
 
@@ -85,10 +85,10 @@ class LedgerSession:
         self._cache = self._path.with_suffix(".cache")
         self.samples: LedgerSamples | None = None
         self.end = 0
-        self.ledger, self._new = self._shared(processes.on_first_process(self._read)), None
+        self.ledger, self._new = self._shared(processes.on_rank0(self._read)), None
         if self.ledger is None:
             arguments = run.data.train, run.model.sequence_length, run.training.seed, self._path.parent
-            self._new = processes.on_first_process(lambda: Ledger.create(*arguments, epochs=None))
+            self._new = processes.on_rank0(lambda: Ledger.create(*arguments, epochs=None))
 
     def _read(self) -> Ledger | None:
         train = self._run.data.train
@@ -157,7 +157,7 @@ class LedgerSession:
     def _defer(self, own: Ledger, position: RunPosition) -> Ledger | None:
         """The ledger's file after :func:`~steel_megatron.data.ledger.sync.defer`, or ``own`` if that fails."""
         try:
-            return self._shared(self._processes.on_first_process(lambda: defer_file(self._path, own.history, position)))
+            return self._shared(self._processes.on_rank0(lambda: defer_file(self._path, own.history, position)))
         except SteelError as error:
             _warn(f"{self._path} stays as it is, and does not say how far the run has read", error)
             return own
@@ -172,18 +172,20 @@ class LedgerSession:
                 file.ledger = file.ledger.then(change)
                 return file.ledger
 
-            ledger = self._shared(processes.on_first_process(changed))
+            ledger = self._shared(processes.on_rank0(changed))
             assert ledger is not None
             if samples is None or before is None or ledger.history.differs_from(before.history):
-                samples = processes.together(lambda: LedgerSamples(ledger, self._run.model.vocab_size, self._cache))
+                samples = processes.raise_if_any_rank_failed(
+                    lambda: LedgerSamples(ledger, self._run.model.vocab_size, self._cache)
+                )
             # Before it is written: what cannot be read must not be in the file. Others then find the same index.
             step_end = min(position.consumed + position.global_batch_size, position.end)
-            processes.on_first_process(lambda: samples.prepare(position.consumed, step_end))
-            processes.on_first_process(locked.close)  # writes it
+            processes.on_rank0(lambda: samples.prepare(position.consumed, step_end))
+            processes.on_rank0(locked.close)  # writes it
         if self.samples not in (None, samples):
             logger.info(f"from sample {position.consumed:,} on, {self._path} says something new of what is read")
         self.ledger, self.samples = ledger, samples
-        processes.on_first_process(lambda: prune_cache(ledger.history, self._cache))
+        processes.on_rank0(lambda: prune_cache(ledger.history, self._cache))
 
 
 def _warn(message: str, error: SteelError) -> None:

@@ -16,10 +16,10 @@ import xxhash
 
 from steel_megatron.config import BadRowPolicy
 from steel_megatron.data.preprocessing.stored_documents import stored_documents
-from steel_megatron.data.reading.documents import SkippedRow, joined_documents
+from steel_megatron.data.reading.documents import SkippedRow, text_batches
 from steel_megatron.data.reading.formats import Place, RawChunk
 from steel_megatron.data.reading.sources import Source
-from steel_megatron.data.reading.text_batch import JoinedTexts, as_strings
+from steel_megatron.data.reading.text_batch import TextBatch, as_strings
 from steel_megatron.data.tokenizing.chunking import groups, pieces
 from steel_megatron.data.tokenizing.gigatoken_engine import FlatIds
 from steel_megatron.data.tokenizing.tokenizer import Tokenizer, encode_dialogues
@@ -140,7 +140,7 @@ class Encoder:
         for number, source, chunk in task.pieces:
             for key, texts in found.items():
                 rows = _SkippedTo(skipped, number, key)
-                for part in joined_documents(chunk, self.sources[key][source], self.on_bad_row, rows):
+                for part in text_batches(chunk, self.sources[key][source], self.on_bad_row, rows):
                     texts.add(*part, number)
         documents: dict[tuple[str, str], Documents] = {}
         for key, texts in found.items():
@@ -149,7 +149,7 @@ class Encoder:
         return Encoded(documents, skipped)
 
     def _split(self, key: str, columns: _Texts) -> Iterator[tuple[tuple[str, str], Documents]]:
-        texts, dialogue = JoinedTexts.concatenate(columns.parts), np.concatenate(columns.dialogue)
+        texts, dialogue = TextBatch.concatenate(columns.parts), np.concatenate(columns.dialogue)
         rows, inputs, sizes = np.concatenate(columns.rows), np.concatenate(columns.inputs), texts.sizes
         ids, lengths = self._ids(texts, dialogue)
         valid = self._valid(texts)
@@ -159,7 +159,7 @@ class Encoder:
                 stored = stored_documents(ids, lengths, which, eod, self.dtype)
                 yield (split, key), Documents(*stored, rows[which], inputs[which], sizes[which])
 
-    def _valid(self, texts: JoinedTexts) -> np.ndarray:
+    def _valid(self, texts: TextBatch) -> np.ndarray:
         """Which documents are for validation, bool [documents]: by the text alone, so that none ever changes sides."""
         if not self.valid_fraction:
             return np.zeros(len(texts), dtype=bool)
@@ -167,7 +167,7 @@ class Encoder:
         hashes = (xxhash.xxh3_64_intdigest(text, seed) for text in texts)
         return np.fromiter(hashes, dtype=np.uint64, count=len(texts)) < np.uint64(self.valid_fraction * 2**64)
 
-    def _ids(self, texts: JoinedTexts, dialogue: np.ndarray) -> FlatIds:
+    def _ids(self, texts: TextBatch, dialogue: np.ndarray) -> FlatIds:
         """Ids and lengths of documents, some of which are dialogues, bool [documents]."""
         if not dialogue.any():
             return self._encode(texts, self.tokenizer.encode_flat)
@@ -185,7 +185,7 @@ class Encoder:
     def _encode_dialogues(self, texts: Sequence[str] | Sequence[bytes]) -> FlatIds:
         return encode_dialogues(self.tokenizer, texts)
 
-    def _encode(self, texts: JoinedTexts, encode: Callable[[Sequence[str] | Sequence[bytes]], FlatIds]) -> FlatIds:
+    def _encode(self, texts: TextBatch, encode: Callable[[Sequence[str] | Sequence[bytes]], FlatIds]) -> FlatIds:
         """Ids and lengths of texts; very long ones are encoded in pieces, and not all at once."""
         if int(texts.sizes.max(initial=0)) <= self.long:  # bytes, which are no fewer than characters
             return encode(texts)
@@ -208,20 +208,20 @@ class Encoder:
             raise Unwanted
 
 
-def _chosen(texts: JoinedTexts, which: np.ndarray) -> JoinedTexts:
-    return JoinedTexts.of([text for text, wanted in zip(texts, which.tolist(), strict=True) if wanted])
+def _chosen(texts: TextBatch, which: np.ndarray) -> TextBatch:
+    return TextBatch.of([text for text, wanted in zip(texts, which.tolist(), strict=True) if wanted])
 
 
 class _Texts:
     """The documents of one key in columns."""
 
     def __init__(self) -> None:
-        self.parts: list[JoinedTexts] = []
+        self.parts: list[TextBatch] = []
         self.rows: list[np.ndarray] = []
         self.inputs: list[np.ndarray] = []
         self.dialogue: list[np.ndarray] = []
 
-    def add(self, texts: JoinedTexts, rows: np.ndarray, dialogue: bool, number: int) -> None:
+    def add(self, texts: TextBatch, rows: np.ndarray, dialogue: bool, number: int) -> None:
         """Append documents of an input."""
         self.parts.append(texts)
         self.rows.append(rows)

@@ -23,7 +23,7 @@ from steel_megatron.signals import StopSignals
 
 
 @dataclass(frozen=True)
-class Pace:
+class ChunkSizes:
     """How large the steps of a job are; has no influence on what it writes."""
 
     chunk_bytes: int = 4 << 20
@@ -198,7 +198,7 @@ def write_all(
     encoder: Encoder,
     files: Sequence[InputFile],
     workers: int,
-    pace: Pace,
+    pace: ChunkSizes,
     signals: StopSignals,
 ) -> None:
     """Write all documents of the inputs from the run's position on.

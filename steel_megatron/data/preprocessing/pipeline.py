@@ -20,7 +20,7 @@ from typing import Any
 from steel_megatron.config import PreprocessConfig
 from steel_megatron.data.indexed.dataset import token_dtype
 from steel_megatron.data.preprocessing.encoder import SPLIT_BY, TRAIN, VALID, Encoder
-from steel_megatron.data.preprocessing.job import Pace, Run, write_all
+from steel_megatron.data.preprocessing.job import ChunkSizes, Run, write_all
 from steel_megatron.data.preprocessing.journal import InputFile, Journal, SkippedRows, differences, examine
 from steel_megatron.data.preprocessing.report import (
     PreprocessReport,
@@ -56,11 +56,11 @@ _KEPT = (
     "on_bad_row. Where an input has to change, begin anew with overwrite"
 )
 
-_PACE = Pace()
+_PACE = ChunkSizes()
 _log = get_logger(__name__)
 
 
-def preprocess(config: PreprocessConfig, pace: Pace = _PACE) -> PreprocessReport:
+def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> PreprocessReport:
     """Tokenize documents into indexed corpora.
 
     Without a validation split the corpus of a key is ``<output_prefix>_<key>_document``; with one,
@@ -132,7 +132,12 @@ def preprocess(config: PreprocessConfig, pace: Pace = _PACE) -> PreprocessReport
 
 
 def _work(
-    run: Run, encoder: Encoder, files: Sequence[InputFile], config: PreprocessConfig, pace: Pace, signals: StopSignals
+    run: Run,
+    encoder: Encoder,
+    files: Sequence[InputFile],
+    config: PreprocessConfig,
+    pace: ChunkSizes,
+    signals: StopSignals,
 ) -> PreprocessReport:
     """Do a job, or what is left of it."""
     started = time.monotonic()

@@ -78,7 +78,7 @@ def _by_threads(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Genera
 
 def _by_processes(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[tuple[Position, Encoded]]:
     # Spawned, not forked: the calling process may have threads (of a tokenizer, of torch) that a fork would cut off.
-    handed = _Handed(encoder)
+    handed = _SharedFile(encoder)
     arrives: Any = handed  # as the encoder
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(arrives,)
@@ -105,7 +105,7 @@ def _by_processes(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Gene
         handed.close()
 
 
-class _Handed:
+class _SharedFile:
     """An object for worker processes, on its way in a file without a name.
 
     What a process is started with goes through a pipe. One that dies before it has read that (killed, or its main

@@ -31,7 +31,7 @@ from steel_megatron.data.reading.formats import (
     read_chunks,
 )
 from steel_megatron.data.reading.sources import SOURCES, Dialogue, Source, get_source
-from steel_megatron.data.reading.text_batch import JoinedTexts
+from steel_megatron.data.reading.text_batch import TextBatch
 from steel_megatron.errors import DataError
 from steel_megatron.log import get_logger
 
@@ -44,10 +44,10 @@ __all__ = [
     "expand_inputs",
     "get_source",
     "has_keys",
-    "joined_documents",
     "parse_inputs",
     "plain_texts",
     "read_documents",
+    "text_batches",
 ]
 
 _log = get_logger(__name__)
@@ -223,7 +223,7 @@ def documents_of(
 class PlainTexts(NamedTuple):
     """What :func:`plain_texts` read of a chunk."""
 
-    texts: JoinedTexts
+    texts: TextBatch
     """The texts that are certain."""
     rows: np.ndarray
     """Their rows in the file, from 1, int64 [texts]."""
@@ -243,15 +243,15 @@ def plain_texts(chunk: RawChunk, source: Source) -> PlainTexts | None:
         return None
     key, *others = (name.encode(errors="surrogatepass") for name in (plain[0], *plain[1]))
     found = helpers.texts_of_lines(chunk.payload, chunk.first_row, key, others)
-    return None if found is None else PlainTexts(JoinedTexts(*found[:2]), *found[2:])
+    return None if found is None else PlainTexts(TextBatch(*found[:2]), *found[2:])
 
 
-def joined_documents(
+def text_batches(
     chunk: RawChunk,
     source: Source,
     on_bad_row: BadRowPolicy = "stop",
     on_skip: Callable[[SkippedRow], None] | None = None,
-) -> Iterator[tuple[JoinedTexts, np.ndarray, bool]]:
+) -> Iterator[tuple[TextBatch, np.ndarray, bool]]:
     """What :func:`documents_of` gives, several together: texts, their rows and whether they are dialogues."""
     plain = plain_texts(chunk, source)
     if plain is None:
@@ -259,7 +259,7 @@ def joined_documents(
         for dialogue, group in itertools.groupby(found, operator.attrgetter("dialogue")):
             documents = list(group)
             rows = np.array([document.row for document in documents], dtype=np.int64)
-            yield JoinedTexts.of([document.text for document in documents]), rows, dialogue
+            yield TextBatch.of([document.text for document in documents]), rows, dialogue
         return
     texts, rows, left = plain
     done = 0
@@ -272,7 +272,7 @@ def joined_documents(
             chunk, payload=chunk.payload[begin:end], rows=1, first_row=row, first_offset=chunk.first_offset + begin
         )
         for document in documents_of(line, source, on_bad_row, on_skip):
-            yield JoinedTexts.of([document.text]), np.array([row]), document.dialogue
+            yield TextBatch.of([document.text]), np.array([row]), document.dialogue
     if done < len(texts):
         yield texts.part(done, len(texts)), rows[done:], False
 

@@ -15,7 +15,7 @@ SEPARATOR = b"\xff"
 
 
 @dataclass(frozen=True, eq=False)
-class JoinedTexts(Sequence[bytes]):
+class TextBatch(Sequence[bytes]):
     """Texts in UTF-8, one after the other; as a sequence, the bytes of each."""
 
     content: bytes
@@ -24,7 +24,7 @@ class JoinedTexts(Sequence[bytes]):
     """Where the texts end, int64 [texts]."""
 
     @classmethod
-    def of(cls, texts: Iterable[str] | Iterable[bytes]) -> JoinedTexts:
+    def of(cls, texts: Iterable[str] | Iterable[bytes]) -> TextBatch:
         """Join texts: strings, or UTF-8 (which is not checked).
 
         Raises:
@@ -37,7 +37,7 @@ class JoinedTexts(Sequence[bytes]):
         return cls(SEPARATOR.join([*encoded, b""]), np.cumsum(sizes + 1) - 1)
 
     @classmethod
-    def concatenate(cls, parts: Sequence[JoinedTexts]) -> JoinedTexts:
+    def concatenate(cls, parts: Sequence[TextBatch]) -> TextBatch:
         """The texts of all parts, of which there is at least one."""
         if len(parts) == 1:
             return parts[0]
@@ -45,12 +45,12 @@ class JoinedTexts(Sequence[bytes]):
         ends = [part.ends + start for part, start in zip(parts, starts[:-1], strict=True)]
         return cls(b"".join(part.content for part in parts), np.concatenate(ends))
 
-    def part(self, start: int, stop: int) -> JoinedTexts:
+    def part(self, start: int, stop: int) -> TextBatch:
         """Some of the texts."""
         if start == 0 and stop == len(self):
             return self
         first, last = (int(self.ends[at - 1]) + 1 if at else 0 for at in (start, stop))
-        return JoinedTexts(self.content[first:last], self.ends[start:stop] - first)
+        return TextBatch(self.content[first:last], self.ends[start:stop] - first)
 
     @property
     def sizes(self) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any, Self, get_args
 import numpy as np
 
 from steel_megatron.config import TokenizerEngine, TokenizerKind
-from steel_megatron.data.reading.text_batch import JoinedTexts, as_strings, encode_text
+from steel_megatron.data.reading.text_batch import TextBatch, as_strings, encode_text
 from steel_megatron.data.tokenizing.chunking import groups
 from steel_megatron.data.tokenizing.gigatoken_engine import (
     CHECK_TEXTS,
@@ -229,7 +229,7 @@ class TokenizerBase(ABC):
             DataError: a text is no valid UTF-8 or holds a lone surrogate.
         """
         fast = self._engine_for_batches()
-        joined = JoinedTexts.of(texts)
+        joined = TextBatch.of(texts)
         slow = unsure(joined)  # which also finds what is no text
         if fast is None:
             return self._encode_by_library(as_strings(texts))

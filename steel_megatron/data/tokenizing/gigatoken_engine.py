@@ -24,7 +24,7 @@ import orjson
 import psutil
 
 from steel_megatron.data.native import helpers
-from steel_megatron.data.reading.text_batch import SEPARATOR, JoinedTexts, as_strings
+from steel_megatron.data.reading.text_batch import SEPARATOR, TextBatch, as_strings
 
 CACHE_BYTES = 1 << 28
 """Growth of the process, for each thread that encodes, after which gigatoken's memory of words is dropped."""
@@ -139,7 +139,7 @@ class Gigatoken:
         if self._memory.look() != self._renewals:
             self._renew()
             self._memory.settle()
-        joined = JoinedTexts.of(texts)
+        joined = TextBatch.of(texts)
         # An empty one would be skipped between separators.
         whole = len(joined) > 0 and bool(joined.sizes.all())
         batch = gigatoken.BytesSource([joined.content], SEPARATOR) if whole and self._of_bytes else list(joined)
@@ -205,7 +205,7 @@ def unsure(texts: Sequence[str] | Sequence[bytes]) -> list[int]:
     """
     if helpers is None:
         return unsure_by_numpy(texts)
-    joined = JoinedTexts.of(texts)
+    joined = TextBatch.of(texts)
     found: list[int] = helpers.holding(joined.content, joined.ends, _unsure_characters().view(np.uint8))
     if not all(_is_utf8(joined[number]) for number in found):
         as_strings(joined)  # raises
@@ -222,7 +222,7 @@ def _is_utf8(text: bytes) -> bool:
 
 def unsure_by_numpy(texts: Sequence[str] | Sequence[bytes]) -> list[int]:
     """What :func:`unsure` gives, slower."""
-    strings = as_strings(JoinedTexts.of(texts))
+    strings = as_strings(TextBatch.of(texts))
     numbers = [number for number, text in enumerate(strings) if not text.isascii()]
     joined = "".join(strings[number] for number in numbers)
     hits = []

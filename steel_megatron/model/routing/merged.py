@@ -69,7 +69,7 @@ def merge_weights_split(
     Returns:
         [B, L / block_length, E] in float32 or wider.
     """
-    mixed = mixed_tokens(reference.wide(x), mix)
+    mixed = mixed_tokens(reference.upcast(x), mix)
     means = mixed.unflatten(1, (-1, block_length)).mean(2)
     held = shared.split.pieces[shared.rank]
     offsets, total = [], 0

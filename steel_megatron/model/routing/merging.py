@@ -37,7 +37,7 @@ ENOUGH_BYTES = 32 * 2**20
 SLICE_ON_CPU, SLICE = 2**20, 2**25
 
 
-def gated(pair: torch.Tensor) -> torch.Tensor:
+def swiglu(pair: torch.Tensor) -> torch.Tensor:
     """silu(gate) * value: [..., 2 n], gate and value side by side, to [..., n]."""
     gate, value = pair.chunk(2, dim=-1)
     return F.silu(gate) * value

@@ -68,7 +68,7 @@ def partial_slots(
         [B, I + 1, S, d + 1], mean and log-sum-exp of the plan's spans and of one that is empty; and logits [B, L, S].
     """
     keys = reference.slot_keys(phi, scale)
-    tokens = reference.wide(x)  # so that slots come in float32 as well
+    tokens = reference.upcast(x)  # so that slots come in float32 as well
     means, logits, lse = backend_of(tokens).dispatch(tokens, keys, plan.starts, plan.ends, mix == "normalized")
     return F.pad(torch.cat((means, lse.unsqueeze(-1)), dim=-1), (0, 0, 0, 0, 0, 1)), logits
 

@@ -26,7 +26,7 @@ class RunView:
     @property
     def is_rank0(self) -> bool:
         """Whether this process logs and writes for all."""
-        return self.topology.is_first_process
+        return self.topology.is_rank0
 
     @property
     def step(self) -> int:

@@ -30,24 +30,24 @@ class Batch:
         tokens: int64 [B, T].
         labels: int64 [B, T]; labels[:, t] is the token to be predicted at position t (already shifted).
         loss_mask: float32 [B, T]; 0 where a label does not count.
-        segment_starts: int64 [B, T], for each token the position of the first token of its document; None where
+        document_starts: int64 [B, T], for each token the position of the first token of its document; None where
             documents that share a sequence see each other.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
-    segment_starts: torch.Tensor | None = None
+    document_starts: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        starts = None if self.segment_starts is None else self.segment_starts.to(device)
+        starts = None if self.document_starts is None else self.document_starts.to(device)
         return Batch(self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device), starts)
 
     def part(self, topology: Topology) -> Batch:
         """What this process has of whole sequences, on its device: all of them, or its pieces of each."""
         context_size = topology.parallel.context_parallel_size
-        assert context_size == 1 or self.segment_starts is None  # RunConfig refuses it
+        assert context_size == 1 or self.document_starts is None  # RunConfig refuses it
         if context_size == 1:
             return self.to(topology.device)
         positions = SequenceSplit(self.tokens.size(1), context_size).positions(topology.context_parallel_rank)
@@ -91,7 +91,7 @@ class NextToken:
             tokens=tokens[:, :-1].contiguous(),
             labels=tokens[:, 1:].contiguous(),
             loss_mask=mask if counts is None else mask * counts,
-            segment_starts=None if starts is None else torch.from_numpy(starts[:, :-1]).contiguous(),
+            document_starts=None if starts is None else torch.from_numpy(starts[:, :-1]).contiguous(),
         ).part(topo)
 
     def sizes(self, batch: Batch) -> dict[str, int]:
@@ -105,7 +105,7 @@ class NextToken:
         batch_size, length = batch.tokens.shape
         split = SequenceSplit(length * self.cp_group.size(), self.cp_group.size())
         positions = split.positions(self.cp_group.rank()).to(batch.tokens.device).expand(batch_size, length)
-        self.documents.set(batch.segment_starts)
+        self.documents.set(batch.document_starts)
         output = model(batch.tokens, positions, None)
         return output, partial(self.loss, batch)
 

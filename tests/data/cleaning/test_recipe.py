@@ -57,6 +57,7 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         ("kind: [", "cannot read the recipe"),
         ("- a", "a mapping with the keys kind and operators"),
         ("kind: text\noperators: [x]\nopertors: []", "unknown key 'opertors' in Recipe; it has kind, operators"),
+        ("kind: text\noperators: [x]\nopertors:", "unknown key 'opertors' in Recipe; it has kind, operators"),
         ("kind: poem\noperators: [x]", "kind is 'poem'; it must be one of text, code"),
         ("operators: [x]", "kind is missing; it must be text or code"),
         ("kind: text\noperators: []", "operators must be a list .* not empty"),

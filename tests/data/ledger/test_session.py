@@ -128,10 +128,10 @@ def test_what_does_not_fit_any_more_is_set_aside(tmp_path: Path, caplog: pytest.
 class Alone:
     """A run of one process."""
 
-    def together(self, action: Callable[[], Any]) -> Any:
+    def raise_if_any_rank_failed(self, action: Callable[[], Any]) -> Any:
         return action()
 
-    on_first_process = together
+    on_rank0 = raise_if_any_rank_failed
 
     def first_process_bytes(self, content: bytes) -> bytes:
         return content

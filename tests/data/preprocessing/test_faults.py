@@ -20,7 +20,7 @@ import zstandard
 from pyarrow import parquet as writer
 
 from steel_megatron.data.indexed.dataset import open_indexed
-from steel_megatron.data.preprocessing.job import Pace
+from steel_megatron.data.preprocessing.job import ChunkSizes
 from steel_megatron.data.tokenizing.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import DataError
 from tests import needs
@@ -124,7 +124,7 @@ def test_truncated_files_stop_the_job_and_keep_what_was_before(
                 sp_model,
                 on_bad_row=policy,
                 workers=workers,
-                pace=Pace(chunk_bytes=4096),
+                pace=ChunkSizes(chunk_bytes=4096),
             )
     left = files_in(tmp_path / "out")
     assert "c.progress.json" in left and not any(name.endswith(".json.partial") for name in left)
@@ -139,7 +139,7 @@ def test_what_comes_first_is_said_first(tmp_path: Path, sp_model: Path, workers:
     # The broken file is read while the bad row before it is still on its way.
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\nbroken\n')
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n')[:-4])
-    pace = Pace(chunk_bytes=10)
+    pace = ChunkSizes(chunk_bytes=10)
     with pytest.raises(DataError, match=r"a\.jsonl, row 2, byte 17"):
         preprocess([str(tmp_path)], tmp_path / "out" / "c", "sentencepiece", sp_model, workers=workers, pace=pace)
 
@@ -155,7 +155,7 @@ def test_an_unreadable_file(tmp_path: Path, sp_model: Path) -> None:
 def test_a_file_that_goes_away(tmp_path: Path, sp_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "ab":
         write_jsonl(tmp_path / f"{name}.jsonl", make_texts(20))
-    pace = Pace(chunk_bytes=1000)
+    pace = ChunkSizes(chunk_bytes=1000)
     (tmp_path / "b.jsonl").rename(tmp_path / "away")
     with pytest.raises(DataError, match="matches no file"):
         preprocess([f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"], tmp_path / "c", "sentencepiece", sp_model, pace=pace)
@@ -209,7 +209,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.slow
 def test_a_disk_without_room(tmp_path: Path, sp_model: Path, small_disk: Path) -> None:
     inputs = mixed_inputs(tmp_path, 1200)
-    options: dict[str, Any] = {"on_bad_row": "skip", "pace": Pace(8192, 50_000)}
+    options: dict[str, Any] = {"on_bad_row": "skip", "pace": ChunkSizes(8192, 50_000)}
     (small_disk / "other").write_bytes(bytes(600_000))
     with pytest.raises(DataError, match=r"No space left on device.*is kept"):
         preprocess(inputs, small_disk / "c", "sentencepiece", sp_model, **options)
@@ -227,7 +227,7 @@ _KILLED = """
 import json, os, random, signal, sys
 from pathlib import Path
 from steel_megatron.config import PreprocessConfig
-from steel_megatron.data.preprocessing.job import Pace
+from steel_megatron.data.preprocessing.job import ChunkSizes
 from steel_megatron.data.preprocessing.pipeline import preprocess
 
 arguments, pace, whole, kills = json.loads(sys.argv[1])
@@ -245,7 +245,7 @@ def run(prefix, last=0):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.setprofile(count)
-    preprocess(PreprocessConfig(**{**arguments, "output_prefix": str(prefix)}), Pace(**pace))
+    preprocess(PreprocessConfig(**{**arguments, "output_prefix": str(prefix)}), ChunkSizes(**pace))
     sys.setprofile(None)
     return calls
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from steel_megatron.data.indexed.dataset import open_indexed
-from steel_megatron.data.preprocessing.job import Pace
+from steel_megatron.data.preprocessing.job import ChunkSizes
 from steel_megatron.data.reading import formats
 from steel_megatron.errors import ConfigError, DataError
 from tests.data.configured import preprocess
@@ -34,7 +34,7 @@ def test_a_job_does_not_read_what_it_writes_itself(
     write_jsonl(folder / "zh_text_documents.json", ["looks like one of its files, and is not"])
     whole = source.read_bytes()
     source.write_bytes(whole + b"broken\n")
-    options = {**options, "report": folder / "counts.json", "pace": Pace(2000)}
+    options = {**options, "report": folder / "counts.json", "pace": ChunkSizes(2000)}
     with pytest.raises(DataError, match=r"row 41.*is kept"):
         preprocess([form.format(folder)], folder / "zh", "sentencepiece", sp_model, **options)
     options["on_bad_row"] = "skip"

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from steel_megatron.config import TokenizerEngine
 from steel_megatron.data.indexed.dataset import open_indexed, verify
 from steel_megatron.data.indexed.merge import merge
-from steel_megatron.data.preprocessing.job import Pace
+from steel_megatron.data.preprocessing.job import ChunkSizes
 from steel_megatron.data.tokenizing.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import DataError
 from steel_megatron.files import exclusive_lock
@@ -92,7 +92,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, sp_model: P
         for workers in (1, 3):
             prefix = tmp_path / f"{engine}{workers}" / "c"
             options: dict[str, Any] = {"workers": workers, "engine": engine, "valid_fraction": 0.1}
-            report = preprocess([str(source)], prefix, "sentencepiece", sp_model, **options, pace=Pace(20_000))
+            report = preprocess([str(source)], prefix, "sentencepiece", sp_model, **options, pace=ChunkSizes(20_000))
             assert (report.documents, report.skipped) == (4000, 1)
             written.append(files_in(prefix.parent))
     assert written[0] == written[1] == written[2] == written[3] and len(written[0]) == 9
@@ -102,7 +102,7 @@ def test_without_compiled_helpers_the_bytes_are_the_same(
     tmp_path: Path, sp_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = mixed_inputs(tmp_path, 300)
-    options: dict[str, Any] = {"valid_fraction": 0.2, "on_bad_row": "skip", "pace": Pace(4096)}
+    options: dict[str, Any] = {"valid_fraction": 0.2, "on_bad_row": "skip", "pace": ChunkSizes(4096)}
     preprocess(inputs, tmp_path / "compiled" / "c", "sentencepiece", sp_model, **options)
     for module in ("reading.documents", "preprocessing.stored_documents", "tokenizing.gigatoken_engine"):
         monkeypatch.setattr(f"steel_megatron.data.{module}.helpers", None)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steel_megatron.data.preprocessing.encoder import Documents, Encoded, Position, Skipped
-from steel_megatron.data.preprocessing.job import Pace, Run
+from steel_megatron.data.preprocessing.job import ChunkSizes, Run
 from steel_megatron.data.preprocessing.journal import Journal, SkippedRows, examine
 from steel_megatron.data.preprocessing.report import PreprocessReport
 from steel_megatron.data.preprocessing.shards import ShardedWriter
@@ -82,7 +82,7 @@ def test_an_interrupted_job_writes_the_same_bytes(
         options: dict[str, Any] = {
             "shard_size": shard_size,
             "overwrite": overwrite,
-            "pace": Pace(chunk_bytes, journal_bytes),
+            "pace": ChunkSizes(chunk_bytes, journal_bytes),
         }
         for writes, moment in interrupts:
             with pytest.MonkeyPatch.context() as patch:
@@ -106,7 +106,7 @@ def half_done(tmp_path: Path, sp_model: Path) -> list[str]:
     inputs = mixed_inputs(tmp_path, 60)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 25, "after")
-        run_with(inputs, tmp_path / "out" / "c", sp_model, pace=Pace(1000))
+        run_with(inputs, tmp_path / "out" / "c", sp_model, pace=ChunkSizes(1000))
     assert "c.progress.json" in files_in(tmp_path / "out")
     return inputs
 
@@ -170,7 +170,7 @@ def test_a_finished_shard_that_was_replaced_is_noticed(tmp_path: Path, sp_model:
     inputs, prefix = mixed_inputs(tmp_path, 60), tmp_path / "out" / "c"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 12, "after")
-        run_with(inputs, prefix, sp_model, shard_size=1000, pace=Pace(1000))
+        run_with(inputs, prefix, sp_model, shard_size=1000, pace=ChunkSizes(1000))
     run_with(inputs, tmp_path / "other" / "c", sp_model, append_eod=False, shard_size=1000)
     for suffix in ("bin", "idx", "json", "rows.npy"):
         name = f"c_train_text_document_00000.{suffix}"
@@ -183,9 +183,9 @@ def test_a_finished_shard_that_was_replaced_is_noticed(tmp_path: Path, sp_model:
 def test_a_bad_row_keeps_what_is_done_and_skip_goes_on(tmp_path: Path, sp_model: Path) -> None:
     inputs, out = mixed_inputs(tmp_path, 60), tmp_path / "out"
     with pytest.raises(DataError, match=r"a\.jsonl, row 21, byte \d+: key 'text' holds null.*the same command goes on"):
-        run_with(inputs, out / "c", sp_model, on_bad_row="stop", pace=Pace(1000))
+        run_with(inputs, out / "c", sp_model, on_bad_row="stop", pace=ChunkSizes(1000))
     assert len(files_in(out)["c_train_text_document.bin.partial"]) > 100
-    run_with(inputs, out / "c", sp_model, workers=2, pace=Pace(1000))
+    run_with(inputs, out / "c", sp_model, workers=2, pace=ChunkSizes(1000))
     run_with(inputs, tmp_path / "whole" / "c", sp_model)
     assert files_in(out) == files_in(tmp_path / "whole")
 
@@ -196,7 +196,7 @@ def test_overwrite_leaves_nothing_of_an_unfinished_job(tmp_path: Path, sp_model:
     inputs = mixed_inputs(tmp_path, 60)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 25, "after")
-        run_with(inputs, tmp_path / "out" / "c", sp_model, shard_size=600, pace=Pace(1000))
+        run_with(inputs, tmp_path / "out" / "c", sp_model, shard_size=600, pace=ChunkSizes(1000))
     left = files_in(tmp_path / "out")
     assert {"c_train_text_document_00000.bin", "c_valid_text_document_00000.json", "c_skipped.jsonl.partial"} <= set(
         left
@@ -220,7 +220,7 @@ def test_a_discarded_job_leaves_the_corpus_that_it_was_to_replace(
     finished = files_in(out)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 3, "after")
-        run_with(inputs, out / "c", sp_model, shard_size=shard_size, overwrite=True, pace=Pace(1000))
+        run_with(inputs, out / "c", sp_model, shard_size=shard_size, overwrite=True, pace=ChunkSizes(1000))
     run_with(inputs, out / "c", sp_model, valid_fraction=0.0, overwrite=True)
     assert finished.items() <= files_in(out).items()
 
@@ -232,7 +232,7 @@ def test_overwrite_of_the_same_job_begins_anew_only_when_it_was_not_begun_so(
         caplog.clear()
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt), caplog.at_level("INFO"):
             interrupt_at(patch, 3, "after")
-            run_with(half_done, tmp_path / "out" / "c", sp_model, overwrite=True, pace=Pace(1000))
+            run_with(half_done, tmp_path / "out" / "c", sp_model, overwrite=True, pace=ChunkSizes(1000))
         assert expected in caplog.text
 
 
@@ -260,7 +260,7 @@ def test_a_write_to_one_of_two_outputs_is_not_noted(tmp_path: Path, sp_model: Pa
     ):
         patch.setattr(Run, "write", counted)
         patch.setattr(ShardedWriter, "add", fail_later)
-        run_with(inputs, tmp_path / "out" / "c", sp_model, valid_fraction=0.5, pace=Pace(8000, 0))
+        run_with(inputs, tmp_path / "out" / "c", sp_model, valid_fraction=0.5, pace=ChunkSizes(8000, 0))
     run_with(inputs, tmp_path / "out" / "c", sp_model, valid_fraction=0.5)
     run_with(inputs, tmp_path / "whole" / "c", sp_model, valid_fraction=0.5)
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
@@ -269,7 +269,7 @@ def test_a_write_to_one_of_two_outputs_is_not_noted(tmp_path: Path, sp_model: Pa
 @pytest.mark.parametrize("moment", ["after", "killed"])
 def test_what_was_written_after_the_last_note_is_written_again(tmp_path: Path, sp_model: Path, moment: str) -> None:
     # One task fills several shards and skips rows; the second try must not stumble over them.
-    inputs, options = mixed_inputs(tmp_path, 60), {"shard_size": 600, "pace": Pace(20_000)}
+    inputs, options = mixed_inputs(tmp_path, 60), {"shard_size": 600, "pace": ChunkSizes(20_000)}
     for writes in (0, 1, 2):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt_at(patch, writes, moment)
@@ -291,7 +291,7 @@ def test_an_input_that_grows_meanwhile_is_noticed(
 
     monkeypatch.setattr(Run, "write", grow)
     with pytest.raises(DataError, match=r"corpus\.jsonl changed while it was read"):
-        preprocess([str(source)], tmp_path / "out" / "c", "sentencepiece", sp_model, pace=Pace(100))
+        preprocess([str(source)], tmp_path / "out" / "c", "sentencepiece", sp_model, pace=ChunkSizes(100))
 
 
 def test_what_is_noted_is_on_the_disk_and_so_is_the_result(
@@ -309,7 +309,7 @@ def test_what_is_noted_is_on_the_disk_and_so_is_the_result(
             note(journal, content)
 
         monkeypatch.setattr(Journal, "write", checked)
-        run_with(inputs, tmp_path / "out" / "c", sp_model, pace=Pace(4000, 4000))
+        run_with(inputs, tmp_path / "out" / "c", sp_model, pace=ChunkSizes(4000, 4000))
     assert watch.faults == [] and noted > 4
     gone = [place for place, call in enumerate(watch.order()) if call == "unlink c.progress.json"]
     assert gone[0] > max(place for place, call in enumerate(watch.order()) if call.startswith("replace"))
