@@ -31,7 +31,16 @@ _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 @contextmanager
 def disk_errors(action: str, path: Path, error_type: type[SteelError]) -> Iterator[None]:
-    """Turn what the operating system refuses (disk full, no permission, no folder) into an error of the library."""
+    """Turn what the operating system refuses (disk full, no permission, no folder) into an error of the library.
+
+    Args:
+        action: what the block does, such as ``write``, for the message.
+        path: what it does that to, for the message.
+        error_type: the kind of error.
+
+    Raises:
+        SteelError: of the given type; the block raised an OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -60,6 +69,11 @@ def remove(path: Path) -> None:
 
 def write_atomically(path: str | Path, content: bytes, error_type: type[SteelError]) -> None:
     """Write a file that is there complete or not at all, also after a crash; what it replaces hands down its mode.
+
+    Args:
+        path: the file; folders above it are made.
+        content: all that it is to hold.
+        error_type: the kind of error.
 
     Raises:
         SteelError: of the given type; the disk is full, or the folder cannot be made or written to.

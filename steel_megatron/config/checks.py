@@ -14,11 +14,32 @@ def at_least(minimum: float, owner: object, *names: str) -> None:
 
 
 def one_of(allowed: tuple[str, ...], owner: object, name: str) -> None:
+    """Check that a field has one of the allowed values.
+
+    Args:
+        allowed: the values.
+        owner: the config.
+        name: the field.
+
+    Raises:
+        ConfigError: it has another value.
+    """
     value = getattr(owner, name)
     if value not in allowed:
         raise ConfigError(f"{type(owner).__name__}.{name} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
 def divides(divisor: int, divisor_name: str, value: int, value_name: str) -> None:
+    """Check that one number divides another.
+
+    Args:
+        divisor: the number that must divide ``value``.
+        divisor_name: its name in the message.
+        value: the number to be divided.
+        value_name: its name in the message.
+
+    Raises:
+        ConfigError: there is a remainder.
+    """
     if value % divisor:
         raise ConfigError(f"{value_name} = {value} is not divisible by {divisor_name} = {divisor}")

@@ -70,6 +70,13 @@ class MergedFacts(RoutingModeFacts):
     splits_sequences = packs_documents = True
 
     def check_chunks(self, model: Any, chunk: int, chunks: int, cut: str) -> None:
+        """Require that ``model.block_length`` divides a chunk.
+
+        Args: as for :meth:`RoutingModeFacts.check_chunks`.
+
+        Raises:
+            ConfigError: it does not.
+        """
         if chunk % model.block_length:
             raise ConfigError(
                 f"block_length = {model.block_length} does not divide {chunk}, the tokens of each of the {chunks} "

@@ -40,8 +40,14 @@ _UNIT_FILE = re.compile(r"\d{6,}\.jsonl\.zst")
 def check_places(job: Job, sources: Sequence[str], inputs: Sequence[Input], final: Path) -> None:
     """Refuse inputs in the folders that the job writes, and an output that the same inputs would match later.
 
+    Args:
+        job: the job.
+        sources: the inputs as the user named them: paths and patterns, each alone or as ``SOURCE=PATTERN``.
+        inputs: the files they matched.
+        final: the output folder, absolute.
+
     Raises:
-        DataError: names the input and the folder.
+        DataError: an input or the output is in the wrong place; the message names the input and the folder.
     """
     written = (final, job.folder)
     for given in inputs:
@@ -101,6 +107,13 @@ def _fingerprints(model: Path) -> dict[str, str]:
 
 def prepare(job: Job, wanted: bytes, final: Path, overwrite: bool, over_slurm: bool) -> None:
     """Make the job's folder, or find it as an interrupted call with the same plan left it.
+
+    Args:
+        job: the job.
+        wanted: its plan, from :func:`plan_of`.
+        final: the output folder.
+        overwrite: whether an earlier result, or an interrupted job with another plan, may be removed.
+        over_slurm: whether this call runs the job over Slurm, so that it may take up tasks that are still running.
 
     Raises:
         DataError: something stands in the way that may not be removed, or Slurm tasks of an earlier call still run.
@@ -204,7 +217,19 @@ def remove_folder(folder: Path) -> None:
 
 
 def publish(job: Job, final: Path, overwrite: bool) -> dict[str, Any]:
-    """Write the report, give the result its name, and remove the job's folder."""
+    """Write the report, give the result its name, and remove the job's folder.
+
+    Args:
+        job: the job, with all its units done.
+        final: the output folder.
+        overwrite: whether an earlier result there may be replaced.
+
+    Returns:
+        the report, as in ``funnel.json``.
+
+    Raises:
+        DataError: the output may not be replaced, or the disk refuses.
+    """
     operators: list[dict[str, Any]] = [{"operator": funnel.READ, "settings": {}, "left_out": False}]
     for label, operator in zip(job.recipe.labels, job.recipe.operators, strict=True):
         left_out = isinstance(operator, Perplexity) and operator.model == "none"
@@ -236,9 +261,20 @@ def _finished(job: Job) -> Path:
 
 
 def finished_report(job: Job, wanted: bytes, final: Path) -> dict[str, Any] | None:
-    """The report of a job of this plan that was killed when its result had its name already.
+    """The report of a job with this plan that was killed when its result already had its name.
 
-    The folder of a job whose result was published is of no more use, and goes, whatever its plan was.
+    The folder of a job whose result was published is of no more use and is removed, whatever its plan.
+
+    Args:
+        job: the job.
+        wanted: its plan, from :func:`plan_of`.
+        final: the output folder.
+
+    Returns:
+        the report; None if there is no such job, or its result is no longer there.
+
+    Raises:
+        DataError: the job's folder cannot be read or removed.
     """
     doomed = job.folder.with_name(f".{job.folder.name}.removed")
     with disk_errors("remove", job.folder, DataError):

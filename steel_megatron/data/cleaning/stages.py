@@ -42,7 +42,16 @@ class Dropped:
 
 
 def operate(text: Text, operator: object, resources: Resources) -> Dropped | bool:
-    """Let a mapper or a filter work on a text; returns why it is dropped, or whether it was changed."""
+    """Apply a mapper or a filter to a text.
+
+    Args:
+        text: the text; a mapper changes it in place.
+        operator: a :class:`Mapper` or a :class:`Filter`.
+        resources: what filters need loaded.
+
+    Returns:
+        why the text is dropped, or else whether it was changed.
+    """
     if isinstance(operator, Mapper):
         try:
             changed = text.apply(operator.apply)

@@ -104,10 +104,18 @@ class IndexedCorpus:
         return self.tokens_of(index, 0, int(self.sizes[index]))
 
     def tokens_of(self, document: int, offset: int, length: int) -> np.ndarray:
-        """``length`` ids of a document from its token ``offset`` on.
+        """Some consecutive ids of a document.
+
+        Args:
+            document: number of the document, from 0.
+            offset: first token, counted from 0 within the document.
+            length: number of tokens.
+
+        Returns:
+            the ids [length], a view of the mapped file.
 
         Raises:
-            IndexError: there is no such document, or it does not have them.
+            IndexError: there is no such document, or it does not have these tokens.
         """
         size = self.sizes.item(document)
         if document < 0 or offset < 0 or length < 0 or offset + length > size:
@@ -265,6 +273,16 @@ def scan_file(
 ) -> list[Block]:
     """Read one of a corpus' files and compare it with its checksums, if there are any; see :func:`scan_blocks`.
 
+    Args:
+        corpus: the corpus.
+        suffix: which file: a key of ``corpus.files``.
+        dtype: what it holds, to find the extremes; None to leave them at 0.
+        on_bytes: called, in the calling thread, with the bytes of each block that was read.
+        workers: threads; None for one per processor, up to 8.
+
+    Returns:
+        digest and extremes of each block, in order.
+
     Raises:
         DataError: the file cannot be read, or differs; the message names it and the bytes.
     """
@@ -277,7 +295,16 @@ def scan_file(
 
 
 def check_digests(corpus: IndexedCorpus, suffix: str, actual: Sequence[str]) -> None:
-    """Raise a DataError that names the bytes in which a file differs from what its manifest records."""
+    """Compare the digests of a file with those in the manifest.
+
+    Args:
+        corpus: a corpus that has a manifest.
+        suffix: which file: a key of ``corpus.files``.
+        actual: SHA-256 of each of its blocks, in hex, in order.
+
+    Raises:
+        DataError: the file differs; the message names the bytes of the first block that does.
+    """
     assert corpus.manifest is not None
     recorded, block_bytes = corpus.manifest["blocks"][NAMES[suffix]], corpus.manifest["block_bytes"]
     changed = [number for number, pair in enumerate(zip(actual, recorded, strict=True)) if pair[0] != pair[1]]

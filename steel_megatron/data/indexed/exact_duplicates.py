@@ -82,6 +82,15 @@ def drop_bits(mask: np.ndarray) -> np.ndarray:
 
 
 def bits_of(bits: np.ndarray, begin: int, end: int) -> np.ndarray:
-    """The bits of the documents from ``begin`` to before ``end``: bool [end - begin]."""
+    """The bits of a range of documents.
+
+    Args:
+        bits: uint8 [documents / 8, up], as :func:`drop_bits` gives them.
+        begin: first document of the range.
+        end: the document after the last.
+
+    Returns:
+        bool [end - begin].
+    """
     whole = np.unpackbits(bits[begin // 8 : -(-end // 8)], bitorder="little").view(bool)
     return whole[begin % 8 : begin % 8 + end - begin]

@@ -44,7 +44,17 @@ def partial(path: Path) -> Path:
 
 
 def mapped(file: IO[bytes], dtype: np.dtype[Any], offset: int, count: int) -> np.ndarray:
-    """A read-only array over a part of an open file; the mapping lives as long as the array or any view of it."""
+    """A read-only array over a part of an open file; the mapping lives as long as the array or any view of it.
+
+    Args:
+        file: open for reading, in binary.
+        dtype: of the elements.
+        offset: byte at which the array begins.
+        count: number of elements.
+
+    Returns:
+        the elements [count].
+    """
     if count == 0:
         return np.empty(0, dtype)
     return np.memmap(file, dtype, "r", offset, (count,)).view(np.ndarray)

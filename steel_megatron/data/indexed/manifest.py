@@ -71,6 +71,13 @@ def read_manifest(path: Path, found: Mapping[str, Any], sizes: Mapping[str, int]
 
 def _check_fields(path: Path, manifest: dict[str, Any], sizes: Mapping[str, int]) -> None:
     def require(holds: bool, field: str, right: str) -> None:
+        """Raise a DataError unless a condition holds.
+
+        Args:
+            holds: the condition.
+            field: the manifest's field that it concerns.
+            right: what the field must be, for the message.
+        """
         if not holds:
             raise DataError(f"manifest {path} is damaged: {field} is {str(manifest.get(field))[:80]}, not {right}")
 

@@ -37,7 +37,18 @@ def add(
     on_duplicate: OnDuplicate = "stop",
     mixture: Mapping[str, float] | None = None,
 ) -> History:
-    """Put corpora into the pool; the arguments are those of :meth:`~steel_megatron.data.ledger.ledger.Ledger.append`.
+    """Put corpora into the pool.
+
+    Args:
+        history: the history to change.
+        corpora: the new corpora.
+        epochs: how often each is read in the whole run, such as 2.5; None for no limit.
+        at: the sample from which they are in; None for the run's next sync.
+        on_duplicate: what to do with a corpus that is in already, or was: ``stop`` or ``skip`` it.
+        mixture: weights by domain from then on; None to leave the mixture as it is.
+
+    Returns:
+        the changed history; the same one if all corpora were skipped and no mixture is given.
 
     Raises:
         DataError: a corpus is in already, or does not fit; ``at`` is in the past; the mixture is wrong.
@@ -54,10 +65,15 @@ def add(
 
 
 def fresh(history: History, corpora: Sequence[Corpus], on_duplicate: OnDuplicate) -> list[Corpus]:
-    """The corpora that are not in, and were not: their content is another one, or their dtype.
+    """The corpora that are not in the ledger and never were: their content or dtype differs from all that is known.
+
+    Args:
+        history: the history.
+        corpora: the corpora to look for in it; they are compared with each other as well.
+        on_duplicate: what to do with a corpus that is known: ``stop``, or ``skip`` it with a warning.
 
     Raises:
-        DataError: one is, and ``on_duplicate`` says ``stop``.
+        DataError: a corpus is known, and ``on_duplicate`` says ``stop``.
     """
     new: list[Corpus] = []
     for corpus in corpora:
@@ -84,6 +100,11 @@ def numbered(history: History, new: Sequence[Corpus]) -> tuple[tuple[Corpus, ...
 def remove(history: History, names: Sequence[str], at: int | None = None) -> History:
     """Take corpora out of the pool, for good.
 
+    Args:
+        history: the history to change.
+        names: the corpora, by their names in the ledger.
+        at: the sample from which they are out; None for the run's next sync.
+
     Raises:
         DataError: one is not in; the mixture names a domain of which none would be left; ``at`` is in the past.
     """
@@ -91,7 +112,12 @@ def remove(history: History, names: Sequence[str], at: int | None = None) -> His
 
 
 def reweight(history: History, epochs: Mapping[str, float | None], at: int | None = None) -> History:
-    """Change how often corpora are read in the whole run, by name; what was read counts.
+    """Change how often corpora are read in the whole run; epochs already read count.
+
+    Args:
+        history: the history to change.
+        epochs: the new number of epochs by name of the corpus; None for no limit.
+        at: the sample from which it holds; None for the run's next sync.
 
     Raises:
         DataError: a corpus is not in, a number is wrong, or ``at`` is in the past.
@@ -103,7 +129,12 @@ def reweight(history: History, epochs: Mapping[str, float | None], at: int | Non
 
 
 def set_mixture(history: History, mixture: Mapping[str, float] | None, at: int | None = None) -> History:
-    """Read domains by weights; a domain of weight 0 is paused. None ends the mixture.
+    """Read domains by weights, or end the mixture.
+
+    Args:
+        history: the history to change.
+        mixture: weights by domain, 0 to pause one; None to read all corpora by their sizes.
+        at: the sample from which it holds; None for the run's next sync.
 
     Raises:
         DataError: a domain has no corpus, one is not named, a weight is wrong, or ``at`` is in the past.
@@ -156,14 +187,29 @@ def apply_pending(history: History, consumed: int, next_sync: int | None = None)
 
 
 def synced(history: History, consumed: int, next_sync: int | None = None) -> History:
-    """:func:`apply_pending`, but what is pending stays so."""
+    """:func:`apply_pending`, but pending changes stay pending.
+
+    Args:
+        history: the history.
+        consumed: the position at which the run syncs, in samples.
+        next_sync: where it syncs next; None for a run that ends.
+
+    Raises:
+        DataError: pending changes do not fit at ``next_sync``.
+    """
     next_sync = consumed if next_sync is None else next_sync
     return dataclasses.replace(history, last_synced_sample=consumed, next_sync_sample=next_sync)
 
 
 def at_step(history: History, step: int, consumed: int, global_batch_size: int) -> History:
-    """Note that a run goes on with steps of ``global_batch_size`` samples after ``step`` steps; what was noted of
-    later steps is forgotten, as these are done again."""
+    """Note the step size with which a run continues; notes on later steps are dropped, as those are done again.
+
+    Args:
+        history: the history.
+        step: optimizer steps done.
+        consumed: samples consumed by them.
+        global_batch_size: samples of each step from now on.
+    """
     steps = tuple(size for size in history.steps if size.step < step and size.consumed < consumed)
     latest = dataclasses.replace(history, steps=steps).step_samples(step + 1)
     if latest != range(consumed, consumed + global_batch_size):
@@ -172,7 +218,13 @@ def at_step(history: History, step: int, consumed: int, global_batch_size: int) 
 
 
 def take_event_of(history: History, other: History, event: Event, at: int | None) -> History:
-    """Take an event over from another history, in which corpora may have other numbers, for some position.
+    """Take over an event from another history, in which corpora may have other numbers.
+
+    Args:
+        history: the history that gets it.
+        other: the history that has it.
+        event: the event.
+        at: its position in ``history``; None to make it pending.
 
     Raises:
         DataError: it does not fit.

@@ -80,7 +80,14 @@ class Ledger:
     def create(
         cls, prefixes: Sequence[str | Path], sequence_length: int, seed: int, folder: Path = Path(), **options: Any
     ) -> Self:
-        """A new ledger of some corpora; ``options`` as for :meth:`append`.
+        """A new ledger of some corpora.
+
+        Args:
+            prefixes: the corpora, as paths without a suffix.
+            sequence_length: tokens that a sample predicts, from 1 to 2**31.
+            seed: seed of all orders, from 0 to 2**63 - 1.
+            folder: the folder of the ledger's file.
+            options: as for :meth:`append`.
 
         Raises:
             ConfigError: the length or the seed is out of range.
@@ -140,7 +147,14 @@ class Ledger:
         on_duplicate: OnDuplicate = "stop",
         drop_duplicates: bool = False,
     ) -> PendingCorpora:
-        """The part of :meth:`append` that reads corpora, and may take long."""
+        """The part of :meth:`append` that reads corpora, and may take long.
+
+        Args:
+            prefixes, names, domain, on_duplicate, drop_duplicates: as for :meth:`append`.
+
+        Raises:
+            DataError: a corpus cannot be used.
+        """
         if names is not None and len(names) != len(prefixes):
             raise DataError(f"{len(names)} names ({', '.join(names)}) were given for {len(prefixes)} corpora")
         called = names if names is not None else names_of(prefixes)
@@ -186,7 +200,15 @@ class Ledger:
         at: int | None = None,
         mixture: Mapping[str, float] | None = None,
     ) -> Self:
-        """The part of :meth:`append` that changes the ledger; ``incoming`` must be :meth:`up_to_date`."""
+        """The part of :meth:`append` that changes the ledger.
+
+        Args:
+            incoming: the corpora; must be :meth:`up_to_date`.
+            epochs, at, mixture: as for :meth:`append`.
+
+        Raises:
+            DataError: a corpus does not fit, or the disk refuses.
+        """
         assert self.up_to_date(incoming)
         appended = self.then(add, incoming.corpora, epochs, at, incoming.on_duplicate, mixture)
         for name, content in incoming.files.items():
@@ -198,10 +220,7 @@ class Ledger:
         return incoming.compared is None or incoming.compared == self._compared()
 
     def check_began_with(self, prefixes: Sequence[str | Path]) -> None:
-        """Raise a DataError when corpora are not those that the ledger began with, or has taken in since.
-
-        What was removed need not be named.
-        """
+        """Raise a DataError unless corpora are those the ledger began with (removed ones aside) or took in since."""
         corpora = self.history.known()
         known = {os.path.abspath(self.folder / corpus.prefix): corpus for corpus in corpora}
         by_content = {corpus.content: corpus for corpus in corpora}

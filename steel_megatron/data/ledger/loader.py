@@ -151,10 +151,21 @@ class SequentialSamples:
 def micro_batches(
     first_sample: int, global_batch_size: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
 ) -> list[range]:
-    """One rank's share of a global batch: the numbers of the samples of each of its micro batches.
+    """One rank's share of a global batch.
 
-    The global batch is the samples ``first_sample`` to ``first_sample + global_batch_size``, whatever the ranks. Each
-    step of gradient accumulation takes the next ``micro_batch_size * data_parallel_size`` of them, in order of rank.
+    The global batch is the samples ``first_sample`` to before ``first_sample + global_batch_size``, whatever the ranks.
+    Each step of gradient accumulation takes the next ``micro_batch_size * data_parallel_size`` of them, in order of
+    rank.
+
+    Args:
+        first_sample: number of the global batch's first sample.
+        global_batch_size: samples of an optimizer step, over all ranks.
+        micro_batch_size: samples that a rank computes at a time.
+        data_parallel_rank: this rank, from 0.
+        data_parallel_size: number of data-parallel ranks.
+
+    Returns:
+        the numbers of the samples of each of the rank's micro batches, in order.
 
     Raises:
         ConfigError: the sizes do not divide.
@@ -171,10 +182,16 @@ def micro_batches(
 
 
 def read_samples(stream: Samples, numbers: Sequence[int], with_starts: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Some samples as arrays: ids, and if asked for the positions where documents begin.
+    """Some samples as arrays.
+
+    Args:
+        stream: the samples.
+        numbers: which of them, at least one.
+        with_starts: whether to return the document starts as well.
 
     Returns:
-        int64 [len(numbers), sequence_length + 1] both, or None for the second.
+        the ids, and for each the position in the sample of its document's first token, or None if not asked for: int64
+        [len(numbers), sequence_length + 1] both.
     """
     if not with_starts:
         return np.stack([stream.sample(number) for number in numbers]), None

@@ -22,10 +22,15 @@ class Pool:
 
 
 def number_of(corpora: Sequence[Corpus], name: str, among: Iterable[int]) -> int:
-    """The number of the corpus of a name, among some numbers.
+    """The number of the corpus that has a name.
+
+    Args:
+        corpora: the ledger's corpora, by number.
+        name: the name.
+        among: the numbers to look at.
 
     Raises:
-        DataError: there is none.
+        DataError: none of these corpora has it.
     """
     known = sorted(among)
     for number in known:
@@ -41,7 +46,15 @@ def used_by(events: Iterable[Event]) -> set[int]:
 
 
 def pools_of(corpora: Sequence[Corpus], events: Sequence[Event], sequence_length: int) -> list[Pool]:
-    """The pool after the events of each position, the first at 0.
+    """The pool after the events of each position.
+
+    Args:
+        corpora: the ledger's corpora, by number.
+        events: the events, ordered by position; none is pending.
+        sequence_length: tokens that a sample predicts.
+
+    Returns:
+        the pools in order of position, the first at 0.
 
     Raises:
         DataError: an event concerns a corpus that is not in the pool, a corpus is read too often, or a mixture does not

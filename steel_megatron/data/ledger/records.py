@@ -128,7 +128,17 @@ class Fields:
         self._value, self._where = value, where
 
     def get(self, name: str, right: str, check: Callable[[Any], bool], *default: Any) -> Any:
-        """A field that passes ``check``; ``right`` says what would. Without a default the field must be there."""
+        """A field's value.
+
+        Args:
+            name: the field.
+            right: what it must be, for messages.
+            check: whether a value is right.
+            default: the value if the field is missing; without one it must be there.
+
+        Raises:
+            DataError: the field is missing or wrong.
+        """
         if name not in self._value:
             if default:
                 return default[0]
@@ -142,7 +152,16 @@ class Fields:
         return str(self.get(name, "a text", is_name))
 
     def count(self, name: str, least: int = 0, most: int = MOST_POSITIONS) -> int:
-        """A whole number."""
+        """A field's value that is a whole number.
+
+        Args:
+            name: the field.
+            least: its smallest allowed value.
+            most: its largest allowed value.
+
+        Raises:
+            DataError: the field is missing or wrong.
+        """
         return int(self.get(name, f"a whole number from {least} to {most}", lambda v: is_count(v, least, most)))
 
     def digest(self, name: str) -> str:
@@ -161,7 +180,13 @@ def is_name(value: object) -> bool:
 
 
 def is_count(value: object, least: int, most: int) -> bool:
-    """Whether a value is a whole number in a range."""
+    """Whether a value is a whole number in a range.
+
+    Args:
+        value: the value; a bool is not a whole number.
+        least: the smallest number of the range.
+        most: the largest number of the range.
+    """
     return type(value) is int and least <= value <= most
 
 
@@ -208,7 +233,16 @@ def corpus_from(value: object, where: str) -> Corpus:
 
 
 def event_from(value: object, where: str, corpora: int) -> Event:
-    """An event out of the ledger's JSON, in which there are ``corpora`` corpora."""
+    """An event out of the ledger's JSON.
+
+    Args:
+        value: what the JSON holds there.
+        where: file and place, for messages.
+        corpora: how many corpora the ledger has.
+
+    Raises:
+        DataError: a field is missing, unknown or wrong; the message names it.
+    """
     fields = Fields(value, where, ("at", "add", "remove", "epochs", "mixture"))
     at = fields.get("at", "a sample's number, or null", lambda v: v is None or is_count(v, 0, MOST_SAMPLES))
     add = []

@@ -42,6 +42,12 @@ class RunPosition:
 def run_position(run: RunConfig, step: int, consumed: int, *, ends: bool = False) -> RunPosition:
     """Where a run stands after a step.
 
+    Args:
+        run: the run's settings.
+        step: optimizer steps done.
+        consumed: samples consumed by them.
+        ends: whether the run ends here, so that there is no next sync.
+
     Raises:
         ConfigError: it has done more steps than it is to do.
     """
@@ -68,10 +74,15 @@ def start(history: History, position: RunPosition) -> History:
 
 
 def resume(history: History, own: History, position: RunPosition) -> History:
-    """The ledger with which a run reads on that read by ``own`` so far: :func:`start`, unless the past was changed.
+    """The ledger with which a run continues: :func:`start`, unless the past was changed.
+
+    Args:
+        history: what the ledger's file says.
+        own: the history by which the run has read so far.
+        position: where the run syncs.
 
     Raises:
-        DataError: as :func:`start`, or the file says something else of what was read.
+        DataError: as :func:`start`, or the file says something else about what was read.
     """
     if difference := first_difference(history, own, position.consumed):
         raise DataError(f"{difference[0]}, other than what was read")
@@ -84,8 +95,13 @@ def defer(history: History, own: History, position: RunPosition) -> History:
     Until there it is ``own``. What is pending stays pending, what is planned for later stays planned, and what was
     planned for before is pending now: nothing is lost, and the next sync finds it.
 
+    Args:
+        history: what the file says.
+        own: the history by which the run reads.
+        position: where the run syncs.
+
     Raises:
-        DataError: the two do not fit together any more.
+        DataError: the two no longer fit together.
     """
     if first_difference(history, own, position.next_sync) is None:
         return synced(history, position.consumed, position.next_sync)
@@ -108,7 +124,15 @@ def defer(history: History, own: History, position: RunPosition) -> History:
 
 
 def defer_file(path: Path, own: History, position: RunPosition) -> Ledger:
-    """:func:`defer` for a ledger's file. What does not fit together any more is set aside in a file beside it.
+    """:func:`defer` for a ledger's file. If the two no longer fit together, the file's ledger is set aside next to it.
+
+    Args:
+        path: the file.
+        own: the history by which the run reads.
+        position: where the run syncs.
+
+    Returns:
+        the ledger that the file then holds.
 
     Raises:
         DataError: the file is damaged or gone, somebody holds it, or the disk refuses.
@@ -128,6 +152,11 @@ def defer_file(path: Path, own: History, position: RunPosition) -> Ledger:
 
 def first_difference(history: History, other: History, position: int) -> tuple[str, int | None] | None:
     """The first thing in which two histories differ on the samples before a position.
+
+    Args:
+        history: one history.
+        other: the one it is compared with.
+        position: number of samples that are compared.
 
     Returns:
         what it is, and if it is a change that only ``history`` has, for which sample; None if there is none.

@@ -222,7 +222,14 @@ class _Texts:
         self.dialogue: list[np.ndarray] = []
 
     def add(self, texts: TextBatch, rows: np.ndarray, dialogue: bool, number: int) -> None:
-        """Append documents of an input."""
+        """Append documents of an input.
+
+        Args:
+            texts: their texts.
+            rows: row of each in its file, from 1, int64 [texts].
+            dialogue: whether they are dialogues.
+            number: number of the input file, from 0.
+        """
         self.parts.append(texts)
         self.rows.append(rows)
         self.inputs.append(np.full(len(texts), number))

@@ -203,6 +203,14 @@ def write_all(
 ) -> None:
     """Write all documents of the inputs from the run's position on.
 
+    Args:
+        run: the outputs, and the position.
+        encoder: how documents become ids.
+        files: all inputs, from the first on.
+        workers: workers that encode; 1 to encode in the calling process.
+        pace: bytes of a task, and how often the journal is written.
+        signals: held back while a result is written.
+
     Raises:
         DataError: an input cannot be read, a row stops the job, a worker died, or the disk is full.
     """

@@ -29,7 +29,13 @@ class Counts:
     text_bytes: int = 0
 
     def add(self, documents: int, tokens: int, text_bytes: int) -> None:
-        """Count more."""
+        """Count more.
+
+        Args:
+            documents: number of documents.
+            tokens: their tokens.
+            text_bytes: bytes of their texts in UTF-8.
+        """
         self.documents += documents
         self.tokens += tokens
         self.text_bytes += text_bytes

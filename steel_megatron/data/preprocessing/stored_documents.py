@@ -35,7 +35,10 @@ def stored_documents(
 def stored_documents_by_numpy(
     ids: np.ndarray, lengths: np.ndarray, chosen: np.ndarray, eod_id: int | None, dtype: np.dtype[Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What :func:`stored_documents` gives, slower."""
+    """What :func:`stored_documents` gives, slower.
+
+    Args: as for :func:`stored_documents`.
+    """
     ids, lengths = ids[np.repeat(chosen, lengths)].astype(dtype), lengths[chosen]
     if eod_id is None:
         return ids, lengths

@@ -42,6 +42,11 @@ def encoded(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Generator[
 
     Closed early, or ended by an error or a signal, it does not wait for processes, and for threads a second or two.
 
+    Args:
+        tasks: the tasks, in the order of the inputs.
+        encoder: how documents become ids.
+        workers: number of workers; 1 to encode in the calling process.
+
     Yields:
         The end of each task and what it gave.
 

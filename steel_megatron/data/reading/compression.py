@@ -28,7 +28,16 @@ def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
 
 
 def opened_at(path: Path, raw: BinaryIO, offset: int) -> BinaryIO:
-    """The (decompressed) content from a byte on."""
+    """The (decompressed) content from a byte on.
+
+    Args:
+        path: the file; the end of its name says how it is compressed.
+        raw: the same file, open for reading.
+        offset: byte of the decompressed content to begin with.
+
+    Raises:
+        EOFError: a compressed file ends before that byte.
+    """
     stream = decompressed(path, raw)
     if stream is raw:
         raw.seek(offset)

@@ -192,7 +192,17 @@ def documents_of(
     on_bad_row: BadRowPolicy = "stop",
     on_skip: Callable[[SkippedRow], None] | None = None,
 ) -> Iterator[Document]:
-    """The documents of one chunk; arguments and errors as for :func:`read_documents`."""
+    """The documents of one chunk.
+
+    Args:
+        chunk: the chunk.
+        source: what its rows mean.
+        on_bad_row: what to do with a bad row, as for :func:`read_documents`.
+        on_skip: told of each row that is left out.
+
+    Raises:
+        DataError: a bad row under ``stop``; the message names file, row and byte offset.
+    """
     for row, offset, raw, value in parse_chunk(chunk):
         dialogue = False
         try:
@@ -252,7 +262,20 @@ def text_batches(
     on_bad_row: BadRowPolicy = "stop",
     on_skip: Callable[[SkippedRow], None] | None = None,
 ) -> Iterator[tuple[TextBatch, np.ndarray, bool]]:
-    """What :func:`documents_of` gives, several together: texts, their rows and whether they are dialogues."""
+    """What :func:`documents_of` gives, several documents together.
+
+    Args:
+        chunk: the chunk.
+        source: what its rows mean.
+        on_bad_row: what to do with a bad row, as for :func:`read_documents`.
+        on_skip: told of each row that is left out.
+
+    Yields:
+        texts, their rows in the file, from 1, int64 [texts], and whether they are dialogues.
+
+    Raises:
+        DataError: a bad row under ``stop``; the message names file, row and byte offset.
+    """
     plain = plain_texts(chunk, source)
     if plain is None:
         found = documents_of(chunk, source, on_bad_row, on_skip)

@@ -105,7 +105,7 @@ def counts_below(counts: np.ndarray, streams: np.ndarray, bound: float) -> np.nd
 
     Args:
         counts: int64 [K], samples of each corpus.
-        streams: uint64 [K], of which each corpus draws its keys.
+        streams: uint64 [K], from which each corpus draws its keys.
         bound: from 0 to 1, a multiple of a power of two.
     """
     if helpers is not None:
@@ -118,6 +118,14 @@ def counts_below_by_numpy(counts: np.ndarray, streams: np.ndarray, bound: float)
 
     Of ``n`` keys, the first ``floor(n * bound)`` are below, and perhaps one more; rounding may take the product up to
     the next whole number. So the keys on both sides of it decide.
+
+    Args:
+        counts: int64 [K], samples of each corpus.
+        streams: uint64 [K], from which each corpus draws its keys.
+        bound: from 0 to 1, a multiple of a power of two.
+
+    Returns:
+        int64 [K].
     """
     guess = (counts * bound).astype(np.int64)
     corpora = np.arange(len(counts))
@@ -135,7 +143,7 @@ def merge_keys(
 
     Args:
         counts: int64 [K], samples of each corpus.
-        streams: uint64 [K], of which each corpus draws its keys.
+        streams: uint64 [K], from which each corpus draws its keys.
         first: int64 [K].
         last: int64 [K].
         low: no key is below.
@@ -153,7 +161,17 @@ def merge_keys(
 def merge_keys_by_numpy(
     counts: np.ndarray, streams: np.ndarray, first: np.ndarray, last: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The reference of :func:`merge_keys`; equal keys stay in order of corpus and number."""
+    """The reference of :func:`merge_keys`; equal keys stay in order of corpus and number.
+
+    Args:
+        counts: int64 [K], samples of each corpus.
+        streams: uint64 [K], from which each corpus draws its keys.
+        first: int64 [K], the first sample of each corpus.
+        last: int64 [K], the sample after the last of each corpus.
+
+    Returns:
+        corpora int32 [m] and numbers int64 [m].
+    """
     sizes = last - first
     corpora = np.repeat(np.arange(len(counts), dtype=np.int32), sizes)
     numbers = np.arange(len(corpora)) + np.repeat(first - (np.cumsum(sizes) - sizes), sizes)

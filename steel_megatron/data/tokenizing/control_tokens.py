@@ -37,6 +37,12 @@ def mark_control_tokens(stored: dict[str, Any], eod: str, eod_id: int, named: se
 
     A token that is added and not special is found in any text, as is one that is a plain word of the vocabulary.
 
+    Args:
+        stored: the parsed ``tokenizer.json``; changed in place.
+        eod: the token that ends a document; added if it is only a word of the vocabulary.
+        eod_id: its id.
+        named: other tokens to mark, as :func:`named_tokens` gives them.
+
     Returns:
         Whether anything has changed.
     """

@@ -225,6 +225,11 @@ def _refuse_empty_merges(path: Path) -> None:
 def save_huggingface(folder: Path, tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
     """Write a tokenizer and its configuration as transformers reads them.
 
+    Args:
+        folder: gets ``tokenizer.json`` and ``tokenizer_config.json``; made if it does not exist.
+        tokenizer: the tokenizer.
+        config: content of ``tokenizer_config.json``; the tokenizer's class is set here, and ``auto_map`` left out.
+
     Raises:
         DataError: they cannot be written.
     """
