@@ -22,7 +22,16 @@ def prompts_for(model: ModelConfig, length: int) -> tuple[int, ...]:
 
 
 def cached_decoding(exported: SteelForCausalLM, ids: torch.Tensor, prompts: Sequence[int]) -> Difference:
-    """Token by token after a prompt, the second row padded on the left, against the full forward."""
+    """Decode token by token after each prompt, the second row padded on the left, and compare with the full forward.
+
+    Args:
+        exported: a causal model in its exported form.
+        ids: int64 [B >= 2, T] token ids.
+        prompts: lengths of the prompts, less than T. Up to ``DECODED`` tokens are decoded after each.
+
+    Returns:
+        The difference of the logits at all real tokens, those of the prompts included.
+    """
     mask = torch.ones_like(ids)
     mask[1, : min(3, ids.size(1) - 2)] = 0
     full = exported(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -50,6 +59,14 @@ def published_decoding(exported: SteelForCausalLM, ids: torch.Tensor, prompts: S
 
     As the published code does it: the cache holds keys and values of the tokens so far, and routing sees only the
     new token, a sequence of one. Against the full forward on the text up to that token.
+
+    Args:
+        exported: a model in its exported form; its settings are changed and restored.
+        ids: int64 [B, T] token ids, without padding.
+        prompts: lengths of the prompts, less than T. Up to ``DECODED`` tokens are decoded after each.
+
+    Returns:
+        The difference of the logits at the decoded tokens.
     """
     # The settings decide whether there is a cache, each layer's own mode how it routes.
     mode = exported.config.routing_mode

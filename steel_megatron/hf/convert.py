@@ -260,6 +260,11 @@ def _count(tensor: torch.Tensor) -> int:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """What a model folder's config.json holds.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not JSON or holds no object.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -225,7 +225,19 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], model: ModelConfig, origi
 
 
 def from_hf(tensors: Mapping[str, torch.Tensor], model: ModelConfig, origin: str) -> Tensors:
-    """Published tensors as the library keeps them; arguments and errors as :func:`check_tensors`."""
+    """Published tensors as the library keeps them.
+
+    Args:
+        tensors: by published name.
+        model: the settings they belong to.
+        origin: where they came from, for the message.
+
+    Returns:
+        Tensors by the library's names; those of the layers are stacked, [layers, ...].
+
+    Raises:
+        CheckpointError: the tensors are not those of the model, as in :func:`check_tensors`.
+    """
     check_tensors(tensors, model, origin)
     own: Tensors = {}
     for rule in rules(model):

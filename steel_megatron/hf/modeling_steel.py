@@ -122,11 +122,21 @@ class SteelRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size] to the same, in the type of ``x``."""
         return F.rms_norm(upcast(x), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
 
 
 def rotary_angles(positions: torch.Tensor, size: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the rotary embedding: [B, T] to two of float32 [B, 1, T, size]."""
+    """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864, section 3.2.2).
+
+    Args:
+        positions: int64 [B, T].
+        size: of a head, even.
+        base: angle i of a position is position / base ** (2 i / size).
+
+    Returns:
+        Both float32 [B, 1, T, size], the second half of the last axis equal to the first.
+    """
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size
     angles = positions.float().unsqueeze(-1) / base**exponents
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
@@ -161,6 +171,14 @@ class SteelAttention(nn.Module):
         mask: torch.Tensor | None,
         cache: DynamicCache | None,
     ) -> torch.Tensor:
+        """[B, T, d] to the same.
+
+        Args:
+            x: tokens.
+            angles: from :func:`rotary_angles`.
+            mask: bool [B, 1, T, past + T], False for keys that a query must not see; None for plain causality.
+            cache: keys and values of the tokens before; those of ``x`` are added.
+        """
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.size)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -194,6 +212,7 @@ class SteelMLP(nn.Module):
         return tuple(getattr(self, name).weight for name in self.names)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., d] to the same."""
         return network(x, self.matrices())
 
 
@@ -420,6 +439,15 @@ class SteelDecoderLayer(nn.Module):
         real: torch.Tensor,
         cache: DynamicCache | None,
     ) -> torch.Tensor:
+        """[B, T, d] to the same.
+
+        Args:
+            x: tokens.
+            angles: from :func:`rotary_angles`.
+            mask: of the attention: see :meth:`SteelAttention.forward`.
+            real: bool [B, T], False for padding.
+            cache: of the tokens before; those of ``x`` are added.
+        """
         x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, SteelMLP):
@@ -475,11 +503,21 @@ class SteelModel(SteelPreTrainedModel):
         cache: DynamicCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Token ids [B, T], or their embeddings [B, T, d], to hidden states [B, T, d].
+        """Token ids or their embeddings to hidden states [B, T, d].
 
-        ``attention_mask`` is [B, past + T] with 0 for padding. Positions, where they are not given, count real
-        tokens. ``use_cache`` has no effect where the model is not causal. ``cache`` and ``past_key_values`` are the
-        same: the newer and the older name.
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, past + T], 0 for padding; None if there is none.
+            position_ids: int64 [B, T]; None counts real tokens.
+            past_key_values: the older name of ``cache``.
+            inputs_embeds: [B, T, d], instead of ``input_ids``.
+            use_cache: make a cache if none is given; no effect where the model is not causal.
+            output_hidden_states: also return the embeddings and each layer's output, the last one after the norm.
+            output_attentions: refused if true.
+            cache: of the tokens before; those of this call are added.
+
+        Raises:
+            ValueError: the arguments do not fit together, or the model cannot use them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -565,7 +603,12 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
         cache: DynamicCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As :class:`SteelModel`, to logits [B, T, V]; ``labels`` are shifted here, -100 does not count."""
+        """Logits [B, kept, V] and, with labels, the loss. Other arguments and errors: :meth:`SteelModel.forward`.
+
+        Args:
+            labels: int64 [B, T], not shifted: position t is held against label t + 1; -100 does not count.
+            logits_to_keep: how many of the last positions get logits, 0 for all; or the positions, int64 [n].
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -89,7 +89,20 @@ class ScaledDotProductAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: object | None = None,
     ) -> torch.Tensor:
-        """[T, B, heads, size] and [T, B, groups, size] to [T, B, heads * size], in the type of ``value``."""
+        """Causal attention of this process's T tokens of each sequence.
+
+        Args:
+            query: [T, B, heads, size], rotated.
+            key: [T, B, groups, size], rotated; each group of heads shares one.
+            value: [T, B, groups, size].
+            attention_mask: None; the mask follows from causality and the packed documents.
+            attn_mask_type: causal, or None for the same.
+            attention_bias: None.
+            packed_seq_params: None; documents are packed as :class:`PackedDocuments` says.
+
+        Returns:
+            [T, B, heads * size] in the type of ``value``.
+        """
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
         assert attn_mask_type in (None, AttnMaskType.causal)
         # The rotated queries and keys come in float32.

@@ -152,7 +152,17 @@ class Experts(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, ShardedTensor]:
-        """The weights for megatron-core's checkpoints: cut by expert and by inner width."""
+        """The weights for megatron-core's checkpoints: cut by expert and by inner width.
+
+        Args:
+            prefix: of the weights' names, with its dot.
+            sharded_offsets: (axis, index of this part, number of parts) of each axis in front of a weight's own, such
+                as the layers'.
+            metadata: megatron-core's; not used.
+
+        Returns:
+            The weights by name, prefix included.
+        """
         axis = len(sharded_offsets)
         tensor_parallel = (self.tp_group.rank(), self.tp_group.size())
         sharded = {}

@@ -215,5 +215,8 @@ class SoftMoE(nn.Module):
     def run_merged_experts(
         self, segments: torch.Tensor, weights: torch.Tensor, *, equal_segments: bool = True
     ) -> torch.Tensor:
-        """Each segment through its merged expert: see :class:`steel_megatron.model.routing.RoutedLayer`."""
+        """Each segment through its merged expert; ``equal_segments`` does not matter on one process.
+
+        Args: as for :meth:`steel_megatron.model.routing.RoutedLayer.run_merged_experts`.
+        """
         return self.experts.forward_merged(segments, weights)

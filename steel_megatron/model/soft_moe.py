@@ -160,7 +160,10 @@ class ParallelSoftMoE(MegatronModule):
     def run_merged_experts(
         self, segments: torch.Tensor, weights: torch.Tensor, *, equal_segments: bool = True
     ) -> torch.Tensor:
-        """Each segment through its merged expert: see :class:`steel_megatron.model.routing.RoutedLayer`."""
+        """Each segment through its merged expert, wherever the experts are.
+
+        Args: as for :meth:`steel_megatron.model.routing.RoutedLayer.run_merged_experts`.
+        """
         if not self.sequence_parallel:
             return self.experts.forward_merged(segments, weights, equal_segments)
         everyones = gather_copies(segments, self.tp_group), gather_copies(weights, self.tp_group)

@@ -41,7 +41,18 @@ DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bf
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, precision: Precision, device: torch.device
 ) -> TransformerConfig:
-    """The settings as megatron-core wants them."""
+    """The settings as megatron-core wants them.
+
+    Args:
+        model: the model's settings; its ``megatron`` fields are taken over.
+        parallel: the sizes of the layout.
+        precision: type of the weights, and of what pipeline stages send.
+        device: where the weights are.
+
+    Raises:
+        ConfigError: ``model.megatron`` has a field that is unknown or the library's own, or a value that megatron-core
+            refuses.
+    """
     dtype = DTYPES[precision]
     own = {
         "num_layers": model.num_layers,
@@ -85,7 +96,13 @@ def transformer_config(
 
 
 def layer_spec(model: ModelConfig, groups: ProcessGroupCollection, documents: PackedDocuments) -> ModuleSpec:
-    """One transformer layer: pre-norm attention with biases on q, k and v only, and the feed-forward layer."""
+    """One transformer layer: pre-norm attention with biases on q, k and v only, and the feed-forward layer.
+
+    Args:
+        model: the settings.
+        groups: the process groups, for the feed-forward layer.
+        documents: shared by the modules that keep packed documents apart.
+    """
     feed_forward = _feed_forward_spec(model, groups, documents)
     return ModuleSpec(
         module=TransformerLayer,

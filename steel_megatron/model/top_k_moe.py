@@ -62,6 +62,15 @@ class TopKMoE(MoELayer):
         """The weights for megatron-core's checkpoints, whole.
 
         megatron-core would store gate and value of an expert's way up apart, so that they can be cut; here nothing is.
+
+        Args:
+            prefix: of the weights' names, with its dot.
+            sharded_offsets: (axis, index of this part, number of parts) of each axis in front of a weight's own, such
+                as the layers'.
+            metadata: megatron-core's; not used.
+
+        Returns:
+            The weights by name, prefix included.
         """
         return {
             prefix + name: ShardedTensor.from_rank_offsets(

@@ -32,6 +32,11 @@ def initialize_weights(stage: GPTModel, model: ModelConfig, seed: int) -> None:
     or, in experts, ``expert_init_method_std``; norms are 1, the routing scale is ``routing_scale_init``, biases are 0.
     ``phi`` is only used by its direction. Rows of the padded vocabulary are 0. With ``experts_alike`` all experts of
     a layer get the first one's.
+
+    Args:
+        stage: this process's part of the model.
+        model: the settings, with the deviations.
+        seed: the run's; the same on all processes.
     """
     with torch.no_grad():
         for name, sharded in sharded_weights(stage).items():

@@ -54,7 +54,17 @@ def is_refresh(position: torch.Tensor, block_length: int) -> torch.Tensor:
 def check_document_starts(
     document_starts: torch.Tensor, batch: int, length: int, name: str = "document_starts"
 ) -> None:
-    """Raise a ConfigError unless these are the document starts of [B, T] tokens; looks at values on a CPU only."""
+    """Make sure that these are the document starts of [B, T] tokens.
+
+    Args:
+        document_starts: should be int64 [B, T]; values are checked on a CPU only.
+        batch: B.
+        length: T.
+        name: what the message calls the tensor.
+
+    Raises:
+        ConfigError: the type or shape is wrong, or a value is neither its token's position nor the value before it.
+    """
     if document_starts.shape != (batch, length) or document_starts.dtype != torch.int64:
         raise ConfigError(
             f"{name} is {document_starts.dtype} {list(document_starts.shape)}; it must be int64 "

@@ -111,7 +111,18 @@ def dispatch(
 def dispatch_blocks(
     x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor, mix: str, plan: BlockPlan
 ) -> tuple[torch.Tensor, Routing]:
-    """:func:`dispatch` by a plan at hand, for layers that share one; empty blocks have slots of zeros."""
+    """:func:`dispatch` by a given plan, for layers that share one.
+
+    Args:
+        x: [B, T, d] tokens.
+        phi: [d, E, P] directions of the slots' keys.
+        scale: [1] length of the keys.
+        mix: ``raw`` or ``normalized``.
+        plan: the blocks of these sequences.
+
+    Returns:
+        slots [B, R, E, P, d] in the type of ``x``, 0 where a block is empty, and what :func:`combine` needs.
+    """
     keys = reference.slot_keys(phi, scale)
     slots, logits, _ = backend_of(x).dispatch(x, keys, plan.starts, plan.ends, mix == "normalized")
     return slots.unflatten(2, phi.shape[1:]), Routing(logits, plan.block_of_token)
@@ -156,9 +167,20 @@ def _logits(x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor) -> torch.Te
 
 
 def expert_weights(x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """How much every token gets from each expert (its slots taken together): [B, T, d] to [B, T, E].
+    """How much every token gets from each expert. This is all that mode ``token`` needs of routing.
 
-    In float32 or wider; sums to 1 over the experts. This is all that mode ``token`` needs of routing.
+    The combine weights of Soft MoE (arXiv 2308.00951, section 2.1), summed over the slots of an expert.
+
+    Args:
+        x: [B, T, d] tokens.
+        phi: [d, E, P] directions of the slots' keys.
+        scale: [1] length of the keys.
+
+    Returns:
+        [B, T, E] in float32 or wider; sums to 1 over the experts.
+
+    Raises:
+        ConfigError: an argument's shape, type or device is wrong.
     """
     _check(x, phi, scale, "raw")
     return _logits(x, phi, scale).softmax(-1).unflatten(-1, phi.shape[1:]).sum(-1)
@@ -209,7 +231,18 @@ def merge_weights(
 def merge_weights_of_documents(
     x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor, mix: str, plan: SegmentPlan
 ) -> torch.Tensor:
-    """:func:`merge_weights` by a plan at hand, for layers that share one: [M, E], for each of the plan's segments."""
+    """:func:`merge_weights` by a given plan, for layers that share one.
+
+    Args:
+        x: [B, T, d] tokens.
+        phi: [d, E, P] directions of the slots' keys.
+        scale: [1] length of the keys.
+        mix: what the mean is taken of: ``raw`` tokens, or ``normalized`` ones.
+        plan: the segments of these sequences, M of them.
+
+    Returns:
+        [M, E] in float32 or wider; sums to 1 over the experts.
+    """
     segments = plan.to_segments(mixed_tokens(reference.upcast(x), mix))
     means = segments.sum(1) / plan.lengths[plan.real].unsqueeze(-1)
     # A segment that follows another one is never the first of its row, so the one before is the one in the list before.

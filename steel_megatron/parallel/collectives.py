@@ -94,6 +94,13 @@ class _SumBothWays(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, partial: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """The sum of all processes' tensors, on each.
+
+        Args:
+            ctx: autograd's context.
+            partial: [...], what this process adds.
+            group: the processes.
+        """
         ctx.group = group
         total = partial.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
@@ -117,6 +124,13 @@ class _SumGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """``x`` unchanged.
+
+        Args:
+            ctx: autograd's context.
+            x: [...], the same on all processes.
+            group: the processes whose gradients are summed.
+        """
         ctx.group = group
         return x.view_as(x)
 

@@ -113,6 +113,14 @@ def path_of(run: RunConfig, step: int) -> Path:
 def save(engine: Engine, consumed_samples: int, ledger: Ledger | None = None) -> Path:
     """Save a run's state as ``checkpoints/step_...``, with its ledger; every process calls it.
 
+    Args:
+        engine: the run's engine, between two steps.
+        consumed_samples: training sequences read so far.
+        ledger: the run's; None if it has none.
+
+    Returns:
+        The checkpoint's folder.
+
     Raises:
         CheckpointError: it cannot be written (disk full, folder read-only). What was there before stays.
     """
@@ -147,7 +155,24 @@ def write_checkpoint(
     ledger: Ledger | None = None,
     run: RunConfig | None = None,
 ) -> Path:
-    """Write a sharded state as the folder ``final``, which appears only when it is whole; every process calls it."""
+    """Write a sharded state as the folder ``final``, which appears only when it is whole; every process calls it.
+
+    Args:
+        state: sharded tensors under ``model`` and, for a checkpoint to resume from, ``optimizer`` and ``random``.
+        final: the folder; replaced if it is there.
+        model: the model's settings.
+        step: optimizer steps done.
+        consumed_samples: training sequences read so far.
+        layout: the layout that saves it, such as ``TP2 PP1 EP1 DP1``.
+        ledger: saved with it; None for no ledger.
+        run: the run's settings, saved with it; None for no run.
+
+    Returns:
+        ``final``
+
+    Raises:
+        CheckpointError: it cannot be written. What was there before stays.
+    """
     partial = final.with_name(f".{final.name}.partial")
     manifest = {
         "format": FORMAT,
@@ -337,7 +362,16 @@ def load(engine: Engine, info: CheckpointInfo) -> None:
 
 
 def load_weights(stage: GPTModel, info: CheckpointInfo, model: ModelConfig) -> None:
-    """Load a checkpoint's weights into one pipeline stage; every process calls it."""
+    """Load a checkpoint's weights into one pipeline stage; every process calls it.
+
+    Args:
+        stage: this process's part of the model.
+        info: the checkpoint, saved under any layout.
+        model: the settings of the stage's model.
+
+    Raises:
+        CheckpointError: the checkpoint's settings differ in one that :func:`check_model` holds equal.
+    """
     check_model(info, model, resumes=False)
     state = dist_checkpointing.load({"model": sharded_weights(stage)}, str(info.path), validate_access_integrity=False)
     _set_weights(stage, state["model"])

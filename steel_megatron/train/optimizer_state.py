@@ -46,7 +46,13 @@ def sharded_state(optimizer: MegatronOptimizer, model_state: ShardedStateDict, *
 
 
 def load_state(optimizer: MegatronOptimizer, state: OptimizerState, step: int) -> None:
-    """Put tensors that :func:`sharded_state` described, now filled, into the optimizer."""
+    """Put loaded tensors into the optimizer.
+
+    Args:
+        optimizer: the run's, with its state allocated (:func:`allocate_state`).
+        state: what :func:`sharded_state` described, filled from a checkpoint.
+        step: optimizer steps done, for Adam's bias correction.
+    """
     for index, part in enumerate(_parts(optimizer)):
         own = [part.optimizer.state[p] for group in part.optimizer.param_groups for p in group["params"]]
         for values in own:

@@ -31,13 +31,20 @@ class Merged(MergedFacts, RoutingMode):
         return self._compute(layer, x, shares, block)
 
     def forward_documents(self, layer: RoutedLayer, x: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
-        """Segments begin anew with each document."""
+        """Each document starts a new segment.
+
+        Args: as for :meth:`RoutingMode.forward_documents`.
+        """
         plan = documents.segment_plan(layer.block_length)
         shares = merge_weights_of_documents(x, layer.phi, layer.scale, layer.routing_mix, plan)
         results = layer.run_merged_experts(plan.to_segments(x), shares, equal_segments=False)
         return plan.from_segments(results)
 
     def forward_split(self, layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences) -> torch.Tensor:
+        """The mean that merges a chunk's first segment may come from another process.
+
+        Args: as for :meth:`RoutingMode.forward_split`.
+        """
         block, mix = layer.block_length, layer.routing_mix
         shares = merge_weights_split(x, layer.phi, layer.scale, mix=mix, block_length=block, shared=shared)
         return self._compute(layer, x, shares, block)

@@ -44,7 +44,15 @@ def swiglu(pair: torch.Tensor) -> torch.Tensor:
 
 
 def sums_travel(segments: int, experts: int, ranks: int) -> bool:
-    """Whether merging at the holders of the experts moves less than gathering the experts: M R < E."""
+    """Whether merging at the holders of the experts moves less than gathering the experts: M R < E.
+
+    Both costs are given in :func:`steel_megatron.model.experts.merged_experts`; that of the shares is left out.
+
+    Args:
+        segments: M, on this process.
+        experts: E, over all processes.
+        ranks: R, processes that share the experts.
+    """
     return ranks > 1 and segments * ranks < experts
 
 
@@ -87,6 +95,19 @@ class _MergedLinear(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         at_once: int,
     ) -> torch.Tensor:
+        """Merge and multiply, one chunk of segments after the other.
+
+        Args:
+            ctx: autograd's context.
+            x: [M, N, in] tokens.
+            shares: [1, M, E], or [R, M, E / R] where sums travel.
+            weight: [E / R, out, in], in the type of ``x``.
+            group: the processes that share the experts; None where each has all of them.
+            at_once: segments of the largest chunk.
+
+        Returns:
+            [M, N, out]
+        """
         ctx.save_for_backward(x, shares, weight)
         ctx.group, ctx.at_once = group, at_once
         experts = _SharedExperts(weight, shares, group, min(at_once, x.size(0)))

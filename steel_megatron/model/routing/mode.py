@@ -109,11 +109,35 @@ class RoutingMode(RoutingModeFacts, ABC):
         """Whole sequences [B, T, d], each of them one document, to the same shape."""
 
     def forward_documents(self, layer: RoutedLayer, x: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
-        """Whole sequences [B, T, d] of several documents, each to be computed as if it were alone."""
+        """Whole sequences of several documents, each computed as if it were alone.
+
+        Args:
+            layer: the layer that the mode routes for.
+            x: [B, T, d] tokens.
+            documents: which documents the sequences hold.
+
+        Returns:
+            [B, T, d]
+
+        Raises:
+            NotImplementedError: the mode does not override it.
+        """
         raise NotImplementedError(f"{self.name} does not keep documents apart; RunConfig refuses them")
 
     def forward_split(self, layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences) -> torch.Tensor:
-        """This process's tokens [B, L, d] of sequences that several processes share, to the same shape."""
+        """This process's tokens of sequences that several processes share.
+
+        Args:
+            layer: the layer that the mode routes for.
+            x: [B, L, d] tokens.
+            shared: the processes that share the sequences, and which tokens each holds.
+
+        Returns:
+            [B, L, d]
+
+        Raises:
+            NotImplementedError: the mode does not override it.
+        """
         raise NotImplementedError(f"{self.name} does not split sequences; RunConfig refuses it")
 
 

@@ -42,10 +42,18 @@ class SlotRouting(RoutingMode):
         return self._compute(layer, *dispatch_blocks(x, layer.phi, layer.scale, layer.routing_mix, plan))
 
     def forward_documents(self, layer: RoutedLayer, x: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
+        """Slots are means over tokens of one document.
+
+        Args: as for :meth:`RoutingMode.forward_documents`.
+        """
         plan = documents.block_plan(self.refresh_length(layer.block_length))
         return self._compute(layer, *dispatch_blocks(x, layer.phi, layer.scale, layer.routing_mix, plan))
 
     def forward_split(self, layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences) -> torch.Tensor:
+        """Slots are means over the tokens of all processes: partial means travel, tokens do not.
+
+        Args: as for :meth:`RoutingMode.forward_split`.
+        """
         plan = split_plan_of_one_document(
             shared.split, shared.rank, self.refresh_length(layer.block_length), shared.equal_blocks, x.device
         )

@@ -64,6 +64,13 @@ def partial_slots(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The partial slots of a process's own spans, in float32 or wider.
 
+    Args:
+        x: [B, L, d], this process's tokens.
+        phi: [d, E, P].
+        scale: [1].
+        mix: ``raw`` or ``normalized``.
+        plan: this process's plan.
+
     Returns:
         [B, I + 1, S, d + 1], mean and log-sum-exp of the plan's spans and of one that is empty; and logits [B, L, S].
     """

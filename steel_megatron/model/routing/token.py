@@ -26,7 +26,15 @@ class Token(TokenFacts, RoutingMode):
         return torch.einsum("bte,ebtd->btd", by_expert.to(x.dtype), results.reshape(layer.num_experts, *x.shape))
 
     def forward_documents(self, layer: RoutedLayer, x: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
+        """As for one document: no token depends on another.
+
+        Args: as for :meth:`RoutingMode.forward_documents`.
+        """
         return self.forward(layer, x)  # no token depends on another
 
     def forward_split(self, layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences) -> torch.Tensor:
+        """As for whole sequences: no token depends on another.
+
+        Args: as for :meth:`RoutingMode.forward_split`.
+        """
         return self.forward(layer, x)

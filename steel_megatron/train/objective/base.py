@@ -44,7 +44,13 @@ class Objective(Protocol):
 
     @classmethod
     def build(cls, run: RunConfig, topology: Topology, stage: GPTModel) -> Self:
-        """The objective of a run, for one pipeline stage."""
+        """The objective of a run, for one pipeline stage.
+
+        Args:
+            run: the run's settings.
+            topology: the process groups.
+            stage: this process's part of the model.
+        """
         ...
 
     @classmethod

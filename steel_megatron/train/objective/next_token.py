@@ -75,14 +75,20 @@ class NextToken:
 
     @classmethod
     def build(cls, run: RunConfig, topology: Topology, stage: GPTModel) -> NextToken:
-        """The objective of a run, for one pipeline stage."""
+        """The objective of a run, for one pipeline stage.
+
+        Args: as for :meth:`steel_megatron.train.objective.Objective.build`.
+        """
         return cls(run.model.loss_name, run.model.vocab_size, topology.groups, stage.documents)
 
     @classmethod
     def batch(
         cls, samples: np.ndarray, starts: np.ndarray | None, counts: torch.Tensor | None, topo: Topology
     ) -> Batch:
-        """This process's part of a micro batch; arguments as for every objective."""
+        """This process's part of a micro batch; the first token of a packed document is no label.
+
+        Args: as for :meth:`steel_megatron.train.objective.Objective.batch`.
+        """
         tokens = torch.from_numpy(samples)
         mask = torch.ones(tokens.size(0), tokens.size(1) - 1)
         if starts is not None:  # no document says how another one begins
