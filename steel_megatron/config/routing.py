@@ -47,24 +47,32 @@ class RoutingModeFacts:
 
 
 class SequenceFacts(RoutingModeFacts):
+    """One set of slots per document, as published."""
+
     name = "sequence"
     causal = False
     splits_sequences = packs_documents = True
 
 
 class TokenFacts(RoutingModeFacts):
+    """Every token through all experts."""
+
     name = "token"
     causal = True
     splits_sequences = packs_documents = True
 
 
 class BlockCausalFacts(RoutingModeFacts):
+    """Slots over the tokens before a block."""
+
     name = "block_causal"
     causal = has_blocks = True
     splits_sequences = packs_documents = True
 
 
 class MergedFacts(RoutingModeFacts):
+    """One expert per segment, merged by the routing of the segment before (Lory, arXiv 2405.03133)."""
+
     name = "merged"
     causal = has_blocks = True
     splits_sequences = packs_documents = True
