@@ -16,6 +16,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 OptimizerState = dict[str, Any]
 
+COUNTS_PER_PARAMETER = (torch.optim.AdamW, torch.optim.Adam)
+"""Optimizers of torch, which count steps for each parameter; the fused ones have one count for a group."""
+
 
 def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """The distributed optimizers inside: one, or two when experts have data-parallel groups of their own."""
@@ -26,7 +29,7 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
     """Make the optimizer's state before its first step, so that a checkpoint can be loaded into it."""
     for part in _parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)  # zeros, for torch's AdamW and the fused ones
-        if isinstance(part.optimizer, torch.optim.AdamW):
+        if isinstance(part.optimizer, COUNTS_PER_PARAMETER):
             for values in part.optimizer.state.values():
                 values["step"] = torch.zeros((), dtype=torch.float32)
 
@@ -58,7 +61,7 @@ def load_state(optimizer: MegatronOptimizer, state: OptimizerState, step: int) -
         for values in own:
             values.pop("step", None)  # megatron-core's loader does not expect torch's count
         part.load_parameter_state_from_fully_reshardable(state[str(index)])
-        if isinstance(part.optimizer, torch.optim.AdamW):
+        if isinstance(part.optimizer, COUNTS_PER_PARAMETER):
             for values in own:
                 values["step"] = torch.tensor(float(step), dtype=torch.float32)
         else:

@@ -56,6 +56,16 @@ def test_resume_equals_no_stop(before: str, after: str, tmp_path: Path, uninterr
         compare([rank[:-1] for rank in results], uninterrupted[first - 1 : last])
 
 
+@pytest.mark.slow
+def test_adam_with_coupled_decay_resumes_as_well(tmp_path: Path) -> None:
+    base = small_run(ALONE, str(tmp_path), steps=4, num_layers=2)
+    coupled = dataclasses.replace(base.optimizer, megatron={"decoupled_weight_decay": False})
+    run = dataclasses.replace(base, optimizer=coupled)
+    straight = run_distributed(train, 1, run)[0]
+    run_distributed(train, 1, run, 1, 2, True)
+    compare(run_distributed(train, 1, run, 3, 4, False, True), straight[2:])
+
+
 def save_twice(run: RunConfig) -> None:
     from steel_megatron.parallel.topology import initialize
     from steel_megatron.train.engine import Engine
