@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from steel_megatron.config import (
+    CheckpointConfig,
     CleanConfig,
     DataConfig,
     ModelConfig,
@@ -162,12 +163,34 @@ def test_unknown_keys_are_named() -> None:
         ({"optimizer": {"lr_schedule": "step"}}, "lr_schedule is 'step'; it must be one of cosine, linear"),
         ({"checkpoint": {"resume": 1}}, "resume is 1; it must be of type bool"),
         ({"data": {"train": ["a", 3]}}, r"train is \['a', 3\]; it must be a list of str"),
-        ({"data": {"validation": {"zh": "a"}}}, "validation is .*; it must be a list of str or of type dict"),
+        ({"data": {"validation": {"zh": "a"}}}, "validation is .*; it must be a list of str or a dictionary with keys"),
+        ({"data": {"validation": {2024: ["a"]}}}, "validation is .* keys of type str, each a list of str"),
     ],
 )
 def test_values_of_another_type_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_dict(RunConfig, values, "here")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (DataConfig, {"train": "data/corpus"}, "DataConfig.train is 'data/corpus'; it must be a list of str"),
+        (DataConfig, {"validation": {2024: ["a"]}}, "validation is .* keys of type str"),
+        (TrainingConfig, {"train_steps": 1e3}, "TrainingConfig.train_steps is 1000.0; it must be of type int"),
+        (CheckpointConfig, {"directory": Path("runs")}, "CheckpointConfig.directory is .*; it must be of type str"),
+        (RunConfig, {"model": {"routing_mode": "token"}}, "RunConfig.model is .*; it must be of type ModelConfig"),
+        (PreprocessConfig, {"inputs": "a", "output_prefix": "b", "tokenizer_path": "c"}, "inputs is 'a'; .* a list"),
+        (
+            CleanConfig,
+            {"recipe": "recipe.yaml", "sources": "a"},
+            "CleanConfig.sources is 'a'; it must be a list of str",
+        ),
+    ],
+)
+def test_types_are_checked_in_python_as_well(kind: type, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        kind(**change)
 
 
 def test_what_yaml_says_in_another_way_is_the_same() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steel_megatron.config.checks import at_least
+from steel_megatron.config.checks import at_least, typed
 from steel_megatron.errors import ConfigError
 
 
@@ -25,6 +25,7 @@ class CheckpointConfig:
     another way."""
 
     def __post_init__(self) -> None:
+        typed(self)
         at_least(1, self, "save_interval", "keep_last")
         if not self.directory.strip():
             raise ConfigError("CheckpointConfig.directory is empty; name the run's folder, such as runs/first")

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any, get_type_hints
+
+from steel_megatron.config.loading import described, is_a
 from steel_megatron.errors import ConfigError
+
+
+def typed(owner: Any) -> None:
+    """Raise a ConfigError for the first of a config's fields that holds a value of another type than it is to have."""
+    hints = get_type_hints(type(owner))
+    for field in dataclasses.fields(owner):
+        value, hint = getattr(owner, field.name), hints[field.name]
+        if not is_a(value, hint):
+            raise ConfigError(f"{type(owner).__name__}.{field.name} is {value!r}; it must be {described(hint)}")
 
 
 def at_least(minimum: float, owner: object, *names: str) -> None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from steel_megatron.config.checks import at_least
+from steel_megatron.config.checks import at_least, typed
 from steel_megatron.errors import ConfigError
 
 TokenizerKind = Literal["huggingface", "sentencepiece"]
@@ -46,6 +46,7 @@ class DataConfig:
     of a document is not predicted. Not with context or sequence parallelism."""
 
     def __post_init__(self) -> None:
+        typed(self)
         at_least(0, self, "num_workers")
         if isinstance(self.validation, dict):
             for name, prefixes in self.validation.items():

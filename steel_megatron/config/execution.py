@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from steel_megatron.config.checks import at_least, one_of
+from steel_megatron.config.checks import at_least, one_of, typed
 from steel_megatron.errors import ConfigError
 
 ExecutorName = Literal["local", "slurm", "ray"]
@@ -35,6 +35,7 @@ class ExecutionConfig:
     """Seconds between two queries of Slurm's job states."""
 
     def __post_init__(self) -> None:
+        typed(self)
         one_of(get_args(ExecutorName), self, "executor")
         at_least(1, self, "workers", "tasks", "slurm_memory_gb")
         at_least(0, self, "slurm_poll_seconds")

@@ -35,33 +35,39 @@ def from_dict(kind: type, values: dict[str, Any], origin: str) -> Any:
         hint = hints[name]
         if dataclasses.is_dataclass(hint) and isinstance(value, dict):
             value = from_dict(hint, value, origin)  # type: ignore[arg-type]
-        if not _is_a(value, hint):
-            raise ConfigError(f"{where}{name} is {value!r}; it must be {_described(hint)}")
+        if not is_a(value, hint):
+            raise ConfigError(f"{where}{name} is {value!r}; it must be {described(hint)}")
         built[name] = tuple(value) if get_origin(hint) is tuple else value
     return kind(**built)
 
 
-def _is_a(value: object, hint: Any) -> bool:
+def is_a(value: object, hint: Any) -> bool:
+    """Whether a plain value is of the type that a hint names; a whole number is a float as well, true is no number."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Literal or hint is Any:
         return hint is Any or value in parts
     if kind in (Union, UnionType):
-        return any(_is_a(value, part) for part in parts)
+        return any(is_a(value, part) for part in parts)
     if kind in (list, tuple):
-        return isinstance(value, (list, tuple)) and all(_is_a(entry, parts[0]) for entry in value)
+        return isinstance(value, (list, tuple)) and all(is_a(entry, parts[0]) for entry in value)
     if kind is dict:
-        return isinstance(value, dict) and all(_is_a(entry, parts[1]) for entry in value.values())
+        return isinstance(value, dict) and all(is_a(k, parts[0]) and is_a(v, parts[1]) for k, v in value.items())
     if bool in (hint, type(value)):
         return hint is type(value)
     return isinstance(value, (int, float) if hint is float else hint)
 
 
-def _described(hint: Any) -> str:
+def described(hint: Any) -> str:
+    """A type hint in words, as in "it must be of type int or null"."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
-        return " or ".join("null" if part is NoneType else _described(part) for part in parts)
+        return " or ".join("null" if part is NoneType else described(part) for part in parts)
     if kind in (list, tuple):
         return f"a list of {parts[0].__name__}"
+    if kind is dict:
+        return f"a dictionary with keys of type {parts[0].__name__}" + (
+            "" if parts[1] is Any else f", each {described(parts[1])}"
+        )
     return f"one of {', '.join(map(str, parts))}" if kind is Literal else f"of type {hint.__name__}"
 
 

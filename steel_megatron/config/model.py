@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from steel_megatron.config.checks import at_least, divides, one_of
+from steel_megatron.config.checks import at_least, divides, one_of, typed
 from steel_megatron.config.routing import RoutingModeFacts, routing_facts, routing_mode_names
 from steel_megatron.errors import ConfigError
 
@@ -84,6 +84,7 @@ class ModelConfig:
     """Further fields of megatron-core's TransformerConfig, by name."""
 
     def __post_init__(self) -> None:
+        typed(self)
         one_of(("soft_moe", "dense", "none", "top_k_moe"), self, "ffn")
         one_of(("double_swiglu", "swiglu"), self, "ffn_activation")
         one_of(("normalized", "raw"), self, "routing_mix")

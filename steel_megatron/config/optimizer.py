@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from steel_megatron.config.checks import at_least, one_of
+from steel_megatron.config.checks import at_least, one_of, typed
 from steel_megatron.errors import ConfigError
 
 LrSchedule = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
@@ -45,6 +45,7 @@ class OptimizerConfig:
     """Further fields of megatron-core's OptimizerConfig, by name."""
 
     def __post_init__(self) -> None:
+        typed(self)
         one_of(get_args(LrSchedule), self, "lr_schedule")
         one_of(get_args(WsdDecay), self, "wsd_decay_style")
         at_least(1, self, "wsd_decay_steps")

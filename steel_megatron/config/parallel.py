@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from steel_megatron.config.checks import at_least, divides
+from steel_megatron.config.checks import at_least, divides, typed
 from steel_megatron.config.model import ModelConfig
 from steel_megatron.errors import ConfigError
 
@@ -26,6 +26,7 @@ class ParallelConfig:
     """Processes that share each sequence: process r has pieces r and 2 * size - 1 - r of 2 * size."""
 
     def __post_init__(self) -> None:
+        typed(self)
         at_least(1, self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
         at_least(1, self, "expert_model_parallel_size", "context_parallel_size")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:

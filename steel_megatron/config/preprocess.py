@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import get_args
 
-from steel_megatron.config.checks import at_least, one_of
+from steel_megatron.config.checks import at_least, one_of, typed
 from steel_megatron.config.data import BadRowPolicy, TokenizerEngine, TokenizerKind
 from steel_megatron.errors import ConfigError
 
@@ -47,6 +47,7 @@ class PreprocessConfig:
     """End-of-document token; default: the tokenizer's own."""
 
     def __post_init__(self) -> None:
+        typed(self)
         one_of(get_args(TokenizerKind), self, "tokenizer_kind")
         one_of(get_args(BadRowPolicy), self, "on_bad_row")
         one_of(get_args(TokenizerEngine), self, "engine")

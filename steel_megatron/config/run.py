@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from steel_megatron.config.checkpoint import CheckpointConfig
+from steel_megatron.config.checks import typed
 from steel_megatron.config.data import DataConfig
 from steel_megatron.config.model import ModelConfig
 from steel_megatron.config.optimizer import OptimizerConfig
@@ -26,6 +27,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        typed(self)
         check_layout(self.model, self.parallel)
         context, sharing = self.parallel.context_parallel_size, self.parallel.sequence_parallel
         if self.data.reset_at_eod and (context > 1 or sharing):

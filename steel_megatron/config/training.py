@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from steel_megatron.config.checks import at_least, one_of
+from steel_megatron.config.checks import at_least, one_of, typed
 from steel_megatron.errors import ConfigError
 
 Precision = Literal["float32", "bfloat16"]
@@ -40,6 +40,7 @@ class TrainingConfig:
     measurement."""
 
     def __post_init__(self) -> None:
+        typed(self)
         one_of(("float32", "bfloat16"), self, "precision")
         at_least(1, self, "train_steps", "stop_after_step", "micro_batch_size", "global_batch_size")
         at_least(1, self, "log_interval", "eval_interval", "eval_steps", "routing_metrics_interval")
