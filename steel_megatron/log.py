@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -50,11 +51,12 @@ def exit_code(command: Callable[[], None]) -> int:
     """Run a command with logging set up; what a user can mend becomes one line on stderr, without a traceback.
 
     Returns:
-        0, or 2 after a SteelError, or 130 after an interrupt.
+        0, or 2 after a SteelError, 130 after an interrupt, or 141 when nobody reads the output any further.
     """
     setup_logging()
     try:
         command()
+        sys.stdout.flush()
     except SteelError as error:
         rank = launched_rank()
         prefix = f"[rank {rank}] " if rank else ""
@@ -63,7 +65,26 @@ def exit_code(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
         return 130
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return 141
     return 0
+
+
+def _reader_left() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as under ``| head``; what is left to write is dropped."""
+    try:
+        out = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file: a test or a notebook has taken its place
+        return False
+    state = select.poll()
+    state.register(out, 0)
+    if not state.poll(0):
+        return False
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), out)  # Python writes the rest when it ends
+    return True
 
 
 def get_logger(name: str) -> logging.Logger:

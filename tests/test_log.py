@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from steel_megatron.errors import ConfigError
@@ -66,3 +69,18 @@ def test_exit_codes(rank_variable: str, monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err == "[rank 1] error: no such file\nstopped\n"
     with pytest.raises(ValueError, match="a bug"):
         exit_code(lambda: fail(ValueError("a bug")))
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        exit_code(lambda: fail(BrokenPipeError("a worker's")))
+
+
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_output_that_nobody_reads_to_its_end(lines: int) -> None:
+    """As under ``| head``: no traceback, whether the command or its end notices."""
+    code = (
+        "import sys, time; from steel_megatron.log import exit_code; sys.stdin.read(1)\n"
+        f"sys.exit(exit_code(lambda: [print('a line') for _ in range({lines})] and None))"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        process.stdout.close()
+        assert process.communicate(b"go")[1] == b"" and process.returncode == 141
