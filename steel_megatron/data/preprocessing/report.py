@@ -74,7 +74,9 @@ class PreprocessReport:
             lines.append(f"{source}: {found.skipped:,} skipped")
         for name, prefix in self.outputs.items():
             size = f"{self.split_documents[name]:,} documents, {self.split_tokens[name]:,} tokens"
-            lines.append(f"{name}: {size} in {prefix}")
+            shards = self.shards[name]
+            where = prefix if shards == [prefix] else f"{len(shards):,} shards, {shards[0]} to {shards[-1]}"
+            lines.append(f"{name}: {size} in {where}")
         keys = len({name.partition(".")[2] for name in self.outputs})
         what = "documents in" if keys == 1 else f"texts under {keys} keys"  # a row has one under each
         lines.append(

@@ -37,6 +37,9 @@ def test_a_finished_job_says_so(
     with caplog.at_level("INFO"):
         again = run_with(inputs, out / "c", sp_model, shard_size=shard_size, report=tmp_path / "report.json")
     assert again == first and "this very job is finished already" in caplog.text
+    shards = first.shards["train"]
+    where = f"{len(shards)} shards, {shards[0]} to {shards[-1]}" if shard_size else f"{out}/c_train_text_document"
+    assert f"tokens in {where}\n" in first.summary()
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert json.loads((tmp_path / "report.json").read_text()) == asdict(first)
     for other in ({"append_eod": False}, {"shard_size": 700}, {"seed": 1}):
