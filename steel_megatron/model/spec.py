@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from steel_megatron.config import ModelConfig, ParallelConfig, Precision
 from steel_megatron.model.attention import Float32, RMSNorm, ScaledDotProductAttention
 from steel_megatron.model.documents import PackedDocuments
-from steel_megatron.model.megatron_fields import with_further_fields
+from steel_megatron.model.megatron_fields import refusals, with_further_fields
 from steel_megatron.model.soft_moe import DenseFeedForward, ParallelSoftMoE
 from steel_megatron.model.top_k_moe import TopKMoE, top_k_moe_settings
 from steel_megatron.model.weights import initialize_weights
@@ -168,18 +168,19 @@ def build_model(
     block = TransformerBlockSubmodules(
         layer_specs=[spec] * get_num_layers_to_build(config, pp_rank=groups.pp.rank()), layer_norm=RMSNorm
     )
-    stage = GPTModel(
-        config=config,
-        transformer_layer_spec=block,
-        vocab_size=model.padded_vocab_size,
-        max_sequence_length=model.sequence_length,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="rope",
-        rotary_base=model.rotary_base,
-        pg_collection=groups,
-    )
+    with refusals(model.megatron, "model.megatron"):
+        stage = GPTModel(
+            config=config,
+            transformer_layer_spec=block,
+            vocab_size=model.padded_vocab_size,
+            max_sequence_length=model.sequence_length,
+            pre_process=topology.is_first_stage,
+            post_process=topology.is_last_stage,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            rotary_base=model.rotary_base,
+            pg_collection=groups,
+        )
     stage.documents = documents  # set before each forward pass, see NextToken
     _mark_split_weights(stage)
     if seed is not None:

@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from steel_megatron.config import RunConfig
 from steel_megatron.errors import TrainingError
-from steel_megatron.model.megatron_fields import with_further_fields
+from steel_megatron.model.megatron_fields import refusals, with_further_fields
 from steel_megatron.model.spec import DTYPES, build_model
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.diagnosis import where_backward_fails, where_forward_fails
@@ -117,7 +117,8 @@ class Engine:
             "use_distributed_optimizer": True,
         }
         config = with_further_fields(MegatronOptimizerConfig, own, settings.megatron, "optimizer.megatron")
-        optimizer = get_megatron_optimizer(config, [self.model])
+        with refusals(settings.megatron, "optimizer.megatron"):
+            optimizer = get_megatron_optimizer(config, [self.model])
         allocate_state(optimizer)
         return optimizer
 

@@ -130,15 +130,18 @@ def test_settings_of_megatron_core() -> None:
     def optimizer(**fields: Any) -> RunConfig:
         return dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, megatron=fields))
 
-    unknown, own, fine, refused, of_optimizer, fine_too, objective = run_distributed(
+    unknown, own, fine, type_, refused, late, of_optimizer, another_type, fine_too, objective = run_distributed(
         refusals,
         1,
         [
             model(no_such_field=1),
             model(hidden_size=3),
-            model(qk_layernorm=False),
-            model(recompute_granularity="sideways"),
+            model(qk_layernorm=False, window_size=[4, 0], moe_layer_freq=1, softmax_scale=1, fp8=None),
+            model(recompute_num_layers="one"),
+            model(recompute_granularity="full", recompute_method=None),
+            model(cpu_offloading=True, cpu_offloading_num_layers=0),
             optimizer(lr=1.0),
+            optimizer(log_num_zeros_in_grad="x"),
             optimizer(decoupled_weight_decay=True),
             dataclasses.replace(base, training=dataclasses.replace(base.training, objective="nothing")),
         ],
@@ -147,7 +150,10 @@ def test_settings_of_megatron_core() -> None:
     assert "recompute_granularity" in unknown and " hidden_size," not in unknown
     assert own == "model.megatron.hidden_size = 3: the library sets this field itself, to 32; use its own option"
     assert fine == fine_too == "no error"
-    assert refused.startswith("megatron-core refuses model.megatron with recompute_granularity = 'sideways'")
+    assert type_ == "model.megatron.recompute_num_layers = 'one'; it must be of type int or null"
+    assert refused.startswith("megatron-core refuses model.megatron with recompute_granularity = 'full', ")
+    assert late.startswith("megatron-core refuses model.megatron with cpu_offloading = True, ") and "TE" in late
+    assert another_type == "optimizer.megatron.log_num_zeros_in_grad = 'x'; it must be of type bool"
     assert of_optimizer.startswith("optimizer.megatron.lr = 1.0: the library sets this field itself")
     assert objective == "training.objective is 'nothing'; it must be one of next_token"
 
