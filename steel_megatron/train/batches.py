@@ -5,32 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from steel_megatron.config import RunConfig
-from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, micro_batches, read_samples
+from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, read_samples
 from steel_megatron.data.ledger.session import LedgerSession
 from steel_megatron.parallel.agreement import raise_if_any_rank_failed
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.objective.base import objective_of
-
-Arrays = tuple[np.ndarray, np.ndarray | None]
-"""Token ids and, where documents are kept apart, the beginnings of their documents: int64 [B, T + 1] both."""
-
-
-class _Steps(Dataset[list[Arrays]]):
-    """What this process reads for the steps of a run, by the number of samples consumed before."""
-
-    def __init__(self, stream: LedgerSamples, run: RunConfig, topology: Topology) -> None:
-        self._stream, self._with_starts = stream, run.data.reset_at_eod
-        self._sizes = run.training.global_batch_size, run.training.micro_batch_size
-        self._place = topology.data_parallel_rank, topology.data_parallel_size
-
-    def __getitem__(self, consumed_samples: int) -> list[Arrays]:
-        shares = micro_batches(consumed_samples, *self._sizes, *self._place)
-        return [read_samples(self._stream, numbers, self._with_starts) for numbers in shares]
+from steel_megatron.train.reading import Arrays, read_ahead
 
 
 class Batches:
@@ -65,25 +48,11 @@ class Batches:
     def training(self, consumed_samples: int) -> list[Any]:
         """This process's micro batches of the step that begins after ``consumed_samples`` samples."""
         if self._session.samples is not self._stream or consumed_samples != self._next:
-            self._ahead = self._read_ahead(consumed_samples)
+            self._stream = self._session.samples
+            assert self._stream is not None, "the session has not started"
+            self._ahead = read_ahead(self._stream, self._run, self._topology, consumed_samples, self._session.end)
         self._next = consumed_samples + self._run.training.global_batch_size
         return [self._batch(samples, starts, None, self._topology) for samples, starts in next(self._ahead)]
-
-    def _read_ahead(self, consumed_samples: int) -> Iterator[list[Arrays]]:
-        """The arrays of all steps from a position to the run's end, read by workers if the run has some."""
-        self._stream = self._session.samples
-        assert self._stream is not None, "the session has not started"
-        workers = self._run.data.num_workers
-        return iter(
-            DataLoader(
-                _Steps(self._stream, self._run, self._topology),
-                batch_size=None,
-                sampler=range(consumed_samples, self._session.end, self._run.training.global_batch_size),
-                num_workers=workers,
-                multiprocessing_context="spawn" if workers else None,
-                collate_fn=_as_they_are,
-            )
-        )
 
     def validation(self) -> Iterator[tuple[str, list[Any]]]:
         """This process's micro batches of one validation, by set; the same samples each time, under any layout."""
@@ -105,8 +74,3 @@ class Batches:
                 self._batch(*read_samples(samples, numbers, self._run.data.reset_at_eod), counts, self._topology)
             )
         return batches
-
-
-def _as_they_are(arrays: list[Arrays]) -> list[Arrays]:
-    """In place of torch's own collation, which would make tensors in a worker."""
-    return arrays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,7 +13,7 @@ from steel_megatron.config import RunConfig, dump_yaml
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.session import LedgerSession
 from steel_megatron.data.ledger.sync import check_past
-from steel_megatron.errors import CheckpointError
+from steel_megatron.errors import CheckpointError, ConfigError
 from steel_megatron.files import exclusive_lock, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 from steel_megatron.parallel import agreement
@@ -25,6 +26,9 @@ from steel_megatron.train.engine import Engine, minimised
 from steel_megatron.train.stop_signal import StopSignal
 
 logger = get_logger(__name__)
+
+_UNDER_WAY = threading.Lock()
+"""Held while a run is under way in this process: megatron-core's process groups are there once."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,16 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         callbacks: what is called around the loop's steps, after the library's own.
 
     Raises:
-        SteelError: settings, data, checkpoints or the loss do not allow to go on.
+        SteelError: settings, data, checkpoints or the loss do not allow to go on, or another run is under way in this
+            process.
     """
-    topology = initialize(run.parallel)
+    if not _UNDER_WAY.acquire(blocking=False):
+        raise ConfigError(
+            "a run is under way in this process already; wait for its end, or start this one in a process of its own"
+        )
     with ExitStack() as stack:
+        stack.callback(_UNDER_WAY.release)
+        topology = initialize(run.parallel)
         stack.callback(shutdown)
         lock = exclusive_lock(Path(run.checkpoint.directory) / "run", CheckpointError)
         on_rank0(lambda: stack.enter_context(lock))
@@ -92,6 +102,10 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
     validation: dict[str, float] = {}
     losses = array("d")
     with _started(callbacks, view), StopSignal() as signal:
+        if engine.step_number >= training.last_step:
+            asked = "train_steps" if training.stop_after_step is None else "stop_after_step"
+            done = engine.step_number
+            logger.info(f"nothing is left to do: step {done} is done, and training.{asked} is {training.last_step}")
         while engine.step_number < training.last_step:
             for callback in callbacks:
                 callback.before_step(view)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steel_megatron.config import DataConfig, RunConfig, dump_yaml
-from steel_megatron.errors import SteelError
+from steel_megatron.errors import ConfigError, SteelError
 from steel_megatron.report import read_scalars
 from steel_megatron.train.loop import TrainingSummary, pretrain
 from tests.distributed import run_distributed
@@ -162,16 +162,38 @@ def test_a_run_in_a_thread(data: DataConfig, tmp_path: Path) -> None:
     assert run_distributed(in_a_thread, 1, make_run(data, tmp_path, train_steps=1))[0].finished
 
 
+def nested(run: RunConfig) -> tuple[TrainingSummary, str]:
+    """A run during which another one is begun, and what that says."""
+    from steel_megatron.train.callbacks import Callback, RunView
+
+    said: list[str] = []
+
+    class Another(Callback):
+        def start(self, run: RunView) -> None:
+            try:
+                pretrain(run.config)
+            except ConfigError as error:
+                said.append(str(error))
+
+    return pretrain(run, callbacks=[Another()]), said[0]
+
+
+def test_one_run_at_a_time(data: DataConfig, tmp_path: Path) -> None:
+    summary, said = run_distributed(nested, 1, make_run(data, tmp_path, train_steps=1))[0]
+    assert summary.finished and said.startswith("a run is under way in this process already")
+
+
 def test_two_runs_in_a_script_without_a_main_guard(data: DataConfig, tmp_path: Path) -> None:
     """As in a notebook: one run after another in the same process, the second resumes; a refused one between them."""
-    run = make_run(data, tmp_path / "run", train_steps=2, stop_after_step=1)
+    with_worker = dataclasses.replace(data, num_workers=1)
+    run = make_run(with_worker, tmp_path / "run", train_steps=2, stop_after_step=1)
     (tmp_path / "run.yaml").write_text(dump_yaml(run))
     script = tmp_path / "script.py"
     script.write_text(
         "import dataclasses, yaml\n"
         "from steel_megatron.config import RunConfig, from_dict\n"
         "from steel_megatron.errors import SteelError\n"
-        "from steel_megatron.train.loop import pretrain\n"
+        "from steel_megatron import pretrain\n"
         f"run = from_dict(RunConfig, yaml.safe_load(open({str(tmp_path / 'run.yaml')!r})), 'run.yaml')\n"
         "first = pretrain(run)\n"
         "try:\n"
@@ -188,3 +210,4 @@ def test_two_runs_in_a_script_without_a_main_guard(data: DataConfig, tmp_path: P
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:2] == ["refused", "1 2 True 1 1"]
+    assert "Warning" not in done.stderr  # as megatron-core would give in a worker that imports it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import signal
 from pathlib import Path
@@ -106,6 +107,25 @@ def test_stopped_and_resumed_under_another_layout(
 def test_a_finished_run_has_nothing_to_do(finished: tuple[RunConfig, TrainingSummary]) -> None:
     again = one(finished[0])
     assert again.finished and again.loss is None and again.checkpoint == finished[1].checkpoint
+    stopped = dataclasses.replace(finished[0].training, stop_after_step=4)
+    for run, limit in (
+        (finished[0], "training.train_steps is 6"),
+        (dataclasses.replace(finished[0], training=stopped), "training.stop_after_step is 4"),
+    ):
+        said = run_distributed(told, 1, run)[0]
+        assert said[-1] == f"nothing is left to do: step 6 is done, and {limit}"
+
+
+def told(run: RunConfig) -> list[str]:
+    """What a run logs."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("steel_megatron")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    pretrain(run)
+    return lines
 
 
 def test_other_data_cannot_be_resumed_on(finished: tuple[RunConfig, TrainingSummary], tmp_path: Path) -> None:
