@@ -19,7 +19,7 @@ import yaml
 from steel_megatron.config import ModelConfig, TokenizerKind
 from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import CheckpointError, ConfigError, DataError
-from steel_megatron.hf.convert import read_config
+from steel_megatron.hf.convert import is_exported, read_config
 from steel_megatron.hf.loading import load_model
 from steel_megatron.hf.mapping import config_from_hf
 from steel_megatron.parallel.topology import initialize_alone
@@ -88,9 +88,9 @@ def generate(
         ConfigError: a prompt has no tokens, or prompt and new tokens exceed the model's sequence length.
     """
     # Check everything before loading the model.
-    if (model / "config.json").is_file():
+    if is_exported(model):
         settings = config_from_hf(read_config(model), str(model / "config.json"))
-        loaded = load_tokenizer(*(tokenizer or ("huggingface", str(model))))
+        loaded = load_tokenizer(*(tokenizer or _tokenizer_of_folder(model)))
         load = partial(_load_exported, model)
     else:
         info = _read_checkpoint(model)
@@ -194,6 +194,13 @@ def with_cache(exported: torch.nn.Module) -> NextLogits:
         return out.logits[0, -1]
 
     return next_logits
+
+
+def _tokenizer_of_folder(path: Path) -> tuple[TokenizerKind, str]:
+    """The tokenizer that was exported with a model."""
+    if not any((path / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
+        raise CheckpointError(f"{path} was exported without a tokenizer; name it with --tokenizer_path")
+    return "huggingface", str(path)
 
 
 def _tokenizer_of_run(path: Path) -> Tokenizer:

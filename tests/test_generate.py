@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from steel_megatron import load_model
+from steel_megatron.audit import audit
 from steel_megatron.cli import main
 from steel_megatron.config import DataConfig, ParallelConfig
 from steel_megatron.data.tokenizing.sentencepiece_training import train_sentencepiece
@@ -78,10 +81,10 @@ def test_all_ways_give_the_same_tokens(trained: Path) -> None:
 
 
 def logits_of(paths: list[Path], tokens: torch.Tensor) -> list[torch.Tensor]:
-    from steel_megatron import load_model
-
     with torch.no_grad():
-        return [load_model(path)(tokens).logits for path in paths]
+        found = [load_model(path)(tokens).logits for path in paths]
+    assert not torch.distributed.is_initialized()  # a script may begin its own
+    return found
 
 
 def test_a_model_loaded_from_a_checkpoint_is_the_exported_one(trained: Path) -> None:
@@ -194,5 +197,15 @@ def test_bad_settings() -> None:
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"steel\.json"):
-        generate(tmp_path, ["a"], Sampling())
+    for use in (lambda: generate(tmp_path, ["a"], Sampling()), lambda: load_model(tmp_path), lambda: audit(tmp_path)):
+        with pytest.raises(CheckpointError, match=r"is neither a checkpoint .*steel\.json\) nor .*config\.json\)"):
+            use()
+
+
+def test_a_folder_without_a_tokenizer(trained: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(trained / "hf" / name, tmp_path / name)
+    with pytest.raises(CheckpointError, match="was exported without a tokenizer; name it with --tokenizer_path"):
+        generate(tmp_path, PROMPTS, Sampling())
+    tokenizer = ("sentencepiece", str(trained / "tokenizer.model"))
+    assert generate(tmp_path, PROMPTS, Sampling(max_new_tokens=2), tokenizer)

@@ -17,7 +17,7 @@ from steel_megatron.audit.report import Kind
 from steel_megatron.config import ModelConfig, from_dict
 from steel_megatron.errors import ConfigError
 from steel_megatron.files import disk_errors
-from steel_megatron.hf.convert import read_config, read_weights
+from steel_megatron.hf.convert import is_exported, read_config, read_weights
 from steel_megatron.hf.mapping import Tensors, check_tensors, config_from_hf, published_shapes, rules, to_hf
 from steel_megatron.model.weights import initialize_weights
 from steel_megatron.train import checkpoint
@@ -60,7 +60,7 @@ def open_subject(path: Path, seed: int) -> Subject:
             load=lambda: _random_weights(model, seed),
             fill=lambda stage: initialize_weights(stage, unscaled, seed),
         )
-    if (path / "config.json").is_file():
+    if is_exported(path):
         model = config_from_hf(read_config(path), str(path / "config.json"))
 
         def load() -> Tensors:

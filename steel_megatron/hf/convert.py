@@ -25,7 +25,7 @@ from steel_megatron.errors import CheckpointError
 from steel_megatron.files import exclusive_lock, replace_folder
 from steel_megatron.hf import mapping
 from steel_megatron.log import get_logger, progress
-from steel_megatron.parallel.topology import initialize_alone
+from steel_megatron.parallel.topology import alone, initialize_alone
 from steel_megatron.platform import prepare
 
 if TYPE_CHECKING:
@@ -84,6 +84,22 @@ def export_hf(
     return output
 
 
+def is_exported(path: Path) -> bool:
+    """Whether a folder is an exported or published one; if not, it may be a checkpoint.
+
+    Raises:
+        CheckpointError: the folder is neither.
+    """
+    if (path / "config.json").is_file():
+        return True
+    if path.is_dir() and not (path / CHECKPOINT_MARK).exists():
+        raise CheckpointError(
+            f"{path} is neither a checkpoint (it has no {CHECKPOINT_MARK}) nor a Hugging Face folder (it has no "
+            "config.json); name a checkpoint's folder, step_..., or one that export-hf made"
+        )
+    return False
+
+
 def read_checkpoint(path: Path) -> tuple[CheckpointInfo, dict[str, torch.Tensor]]:
     """A checkpoint and its weights under the published names.
 
@@ -97,8 +113,8 @@ def read_checkpoint(path: Path) -> tuple[CheckpointInfo, dict[str, torch.Tensor]
     info = checkpoint.read_info(path)
     mapping.check_exportable(info.model)
     checkpoint.verify(path)
-    initialize_alone("a conversion")
-    own = checkpoint.read_tensors(info, [rule.key for rule in mapping.rules(info.model)])
+    with alone("a conversion"):
+        own = checkpoint.read_tensors(info, [rule.key for rule in mapping.rules(info.model)])
     return info, mapping.to_hf(own, info.model)
 
 

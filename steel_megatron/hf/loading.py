@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steel_megatron.hf import mapping
-from steel_megatron.hf.convert import read_checkpoint, read_config, read_weights
+from steel_megatron.hf.convert import is_exported, read_checkpoint, read_config, read_weights
 
 if TYPE_CHECKING:
     from steel_megatron.hf.modeling_steel import SteelForCausalLM
@@ -32,7 +32,7 @@ def load_model(path: str | Path) -> SteelForCausalLM:
     from steel_megatron.hf.modeling_steel import SteelForCausalLM
 
     path = Path(path)
-    if (path / "config.json").is_file():
+    if is_exported(path):
         settings = mapping.config_from_hf(read_config(path), str(path / "config.json"))
         weights = read_weights(path)
         mapping.check_tensors(weights, settings, str(path))

@@ -6,8 +6,8 @@ import datetime
 import os
 import secrets
 import socket
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -151,6 +151,21 @@ def initialize_alone(task: str) -> Topology:
     if launch.world_size != 1:
         raise ConfigError(f"{task} runs in one process; this launch has {launch.world_size}")
     return initialize(ParallelConfig())
+
+
+@contextmanager
+def alone(task: str) -> Iterator[Topology]:
+    """:func:`initialize_alone` for a block; the process is left as it was, without process groups if it had none.
+
+    Raises:
+        ConfigError: the launch has several processes.
+    """
+    there = dist.is_initialized()
+    try:
+        yield initialize_alone(task)
+    finally:
+        if not there:
+            shutdown()
 
 
 def shutdown() -> None:
