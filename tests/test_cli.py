@@ -129,6 +129,11 @@ def test_a_list_in_a_file_must_be_one(
     assert "'a.jsonl' is not a list; write [a.jsonl]" in said and "job.yaml" in said
 
 
+def test_a_list_of_a_run_is_written_in_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "pretrain", "--data.train", "data/corpus")
+    assert "data.train" in said and "a list is written '[A, B]'" in said
+
+
 def test_settings_out_of_range(capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("config") / "job.yaml"
     file.write_text("inputs: [a.jsonl]\nworkers: 0\n")

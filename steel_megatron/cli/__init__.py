@@ -187,6 +187,8 @@ def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         parsed = build_parser().parse_args(list(arguments))
     except (ArgumentError, UnicodeDecodeError) as error:
         message = " ".join(str(error).split())  # jsonargparse messages span several lines
+        if "Expected a <class 'list'>" in message:
+            message += "; a list is written '[A, B]'"
         if "--config" in arguments[:-1]:
             message += f"; settings from {arguments[arguments.index('--config') + 1]}"
         raise ConfigError(f"{message} (steel-megatron COMMAND --help lists the options)") from None
