@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from steel_megatron.data.native import helpers
 from steel_megatron.data.reading.documents import SkippedRow, documents_of, plain_texts, text_batches
-from steel_megatron.data.reading.formats import Place, RawChunk
+from steel_megatron.data.reading.formats import FileOffset, RawChunk
 from steel_megatron.data.reading.sources import Row, SkyPile, Source, Text
 from steel_megatron.data.tokenizing.gigatoken_engine import unsure, unsure_by_numpy
 from steel_megatron.errors import DataError
@@ -23,7 +23,7 @@ pytestmark = needs.compiled.mark
 
 
 def chunk(lines: bytes) -> RawChunk:
-    return RawChunk("a.jsonl", "lines", lines, lines.count(b"\n") + 1, 7, 100, Place())
+    return RawChunk("a.jsonl", "lines", lines, lines.count(b"\n") + 1, 7, 100, FileOffset())
 
 
 Read = list[tuple[bytes, int, bool]]
@@ -189,7 +189,7 @@ def test_a_source_of_its_own_reads_its_rows_itself() -> None:
 
     assert plain_texts(chunk(b'{"text": "a"}'), Upper()) is None
     assert taken(b'{"text": "a"}', Text("\udc80")) is None  # of a command line that is no UTF-8
-    assert plain_texts(RawChunk("a.txt", "file", b"a", 1, 1, 0, Place(1)), Text()) is None
+    assert plain_texts(RawChunk("a.txt", "file", b"a", 1, 1, 0, FileOffset(1)), Text()) is None
 
 
 @given(st.lists(st.text(st.sampled_from("ab\x7f\x80éÿĀ长\u1ac3\u0c3c\uffff\U00010000\U0001e130\U0010ffff"))))

@@ -1,8 +1,8 @@
 """Operators that keep or drop a document by one number. Names and meaning are data-juicer's; docs/cleaning.md lists
 where they differ.
 
-Every filter is a frozen dataclass whose fields are its parameters in a recipe. It measures a :class:`Sample` and keeps
-it when the number is within its bounds, both included.
+Every filter is a frozen dataclass whose fields are its parameters in a recipe. It measures a :class:`MeasuredText` and
+keeps it when the number is within its bounds, both included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from steel_megatron.errors import ConfigError
 Tokenization = Literal["jieba", "space", "tokenizer"]
 
 
-class Sample:
+class MeasuredText:
     """A text under measurement, with what several filters need of it.
 
     Args:
@@ -132,7 +132,7 @@ class Filter:
         """The least and the greatest number that is kept."""
         raise NotImplementedError
 
-    def measure(self, sample: Sample) -> float:
+    def measure(self, sample: MeasuredText) -> float:
         """The number of a text."""
         raise NotImplementedError
 
@@ -168,7 +168,7 @@ class Alphanumeric(_RatioFilter):
     measured = "letters and numbers per character, or letters per token"
     tokenization: bool = False
 
-    def measure(self, sample: Sample) -> float:
+    def measure(self, sample: MeasuredText) -> float:
         if self.tokenization:
             return _ratio(sum(map(str.isalpha, sample.text)), len(sample.resources.tokenizer.encode(sample.text)))
         return _ratio(sum(map(str.isalnum, sample.text)), len(sample.text))
@@ -181,7 +181,7 @@ class AverageLineLength(_LengthFilter):
     name = "average_line_length_filter"
     measured = "characters per line"
 
-    def measure(self, sample: Sample) -> float:
+    def measure(self, sample: MeasuredText) -> float:
         return _ratio(len(sample.text), len(sample.lines))
 
 
@@ -193,7 +193,7 @@ class CharacterRepetition(_RatioFilter):
     measured = "share of the most frequent repeated character n-grams"
     rep_len: int = 10
 
-    def measure(self, sample: Sample) -> float:
+    def measure(self, sample: MeasuredText) -> float:
         text, n = sample.text, self.rep_len
         counts = sorted(Counter(text[i : i + n] for i in range(len(text) - n + 1)).values(), reverse=True)
         repeated = sum(count > 1 for count in counts)
@@ -211,7 +211,7 @@ class MaximumLineLength(_LengthFilter):
     name = "maximum_line_length_filter"
     measured = "characters of the longest line"
 
-    def measure(self, sample: Sample) -> float:
+    def measure(self, sample: MeasuredText) -> float:
         return max(map(len, sample.lines), default=0)
 
 
@@ -240,7 +240,7 @@ class Perplexity(Filter):
             return 0.0, self.max_ppl
         return 0.0, min(self.max_ppl, resources.language_model.quantile(self.max_quantile, resources.source))
 
-    def measure(self, sample: Sample) -> float:
+    def measure(self, sample: MeasuredText) -> float:
         return sample.resources.language_model.perplexity(sample.text)
 
     def __post_init__(self) -> None:
@@ -258,7 +258,7 @@ class SpecialCharacters(_RatioFilter):
     name = "special_characters_filter"
     measured = "special characters per character"
 
-    def measure(self, sample: Sample) -> float:
+    def measure(self, sample: MeasuredText) -> float:
         return _ratio(sum(map(is_special, sample.text)), len(sample.text))
 
 
@@ -269,7 +269,7 @@ class TextLength(_LengthFilter):
     name = "text_length_filter"
     measured = "characters"
 
-    def measure(self, sample: Sample) -> float:
+    def measure(self, sample: MeasuredText) -> float:
         return len(sample.text)
 
 
@@ -286,7 +286,7 @@ class WordsNum(Filter):
     def bounds(self, resources: Resources) -> tuple[float, float]:
         return self.min_num, self.max_num
 
-    def measure(self, sample: Sample) -> float:
+    def measure(self, sample: MeasuredText) -> float:
         return len(sample.words(self.tokenization))
 
 
@@ -299,7 +299,7 @@ class WordRepetition(_RatioFilter):
     tokenization: Tokenization = "jieba"
     rep_len: int = 10
 
-    def measure(self, sample: Sample) -> float:
+    def measure(self, sample: MeasuredText) -> float:
         words, n = sample.words(self.tokenization), self.rep_len
         counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
         return _ratio(sum(count for count in counts.values() if count > 1), counts.total())

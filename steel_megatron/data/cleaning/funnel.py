@@ -21,7 +21,7 @@ _SUMS = (
 
 
 @dataclass
-class Counts:
+class FunnelCounts:
     """What one operator did to one source. Bytes are those of the texts in UTF-8."""
 
     documents_in: int = 0
@@ -62,7 +62,7 @@ class Counts:
         if len(self.samples) < SAMPLES:
             self.samples.append({**sample, "text": sample["text"][:_SHOWN_CHARACTERS]})
 
-    def add(self, other: Counts) -> None:
+    def add(self, other: FunnelCounts) -> None:
         """Add the counts of another unit; samples come first that are first in the input."""
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -81,7 +81,7 @@ def difference(before: str, after: str) -> dict[str, str]:
     return {"before": before[begin : begin + _SHOWN_OF_CHANGE], "after": after[begin : begin + _SHOWN_OF_CHANGE]}
 
 
-UnitCounts = dict[str, Counts]
+UnitCounts = dict[str, FunnelCounts]
 """The counts of one unit by the label of the operator."""
 
 
@@ -92,7 +92,7 @@ def dump_counts(counts: UnitCounts) -> bytes:
 
 def load_counts(content: bytes) -> UnitCounts:
     """What :func:`dump_counts` wrote."""
-    return {label: Counts(**value) for label, value in json.loads(content).items()}
+    return {label: FunnelCounts(**value) for label, value in json.loads(content).items()}
 
 
 def merge(units: Iterable[tuple[str, UnitCounts]], operators: list[dict[str, Any]]) -> dict[str, Any]:
@@ -105,10 +105,10 @@ def merge(units: Iterable[tuple[str, UnitCounts]], operators: list[dict[str, Any
     Returns:
         the report; the sums of documents agree from each operator to the next.
     """
-    by_label: dict[str, dict[str, Counts]] = {entry["operator"]: {} for entry in operators}
+    by_label: dict[str, dict[str, FunnelCounts]] = {entry["operator"]: {} for entry in operators}
     for source, counts in units:
         for label, value in counts.items():
-            by_label[label].setdefault(source, Counts()).add(value)
+            by_label[label].setdefault(source, FunnelCounts()).add(value)
     for label, sources in by_label.items():
         for source, counts_of in sources.items():
             for sample in [*counts_of.samples, *counts_of.changes]:
@@ -127,7 +127,7 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     active = [row for row in rows if not row["left_out"]]
     totals: dict[str, Any] = {}
     for source in [None, *active[0]["sources"]]:
-        chain = [row if source is None else row["sources"].get(source, asdict(Counts())) for row in active]
+        chain = [row if source is None else row["sources"].get(source, asdict(FunnelCounts())) for row in active]
         for earlier, later in itertools.pairwise(chain):
             kept = earlier["documents_in"] - earlier["documents_dropped"]
             assert later["documents_in"] == kept, f"{source}: {later['documents_in']} documents came of {kept}"

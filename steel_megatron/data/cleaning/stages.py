@@ -19,11 +19,11 @@ from steel_megatron.data.cleaning.deduplication import (
     find_duplicates,
 )
 from steel_megatron.data.cleaning.filters import Filter, Perplexity, Resources
-from steel_megatron.data.cleaning.funnel import READ, Counts, UnitCounts, difference, dump_counts
+from steel_megatron.data.cleaning.funnel import READ, FunnelCounts, UnitCounts, difference, dump_counts
 from steel_megatron.data.cleaning.job import Job, Stage, Unit
 from steel_megatron.data.cleaning.language_model import LanguageModel
 from steel_megatron.data.cleaning.mappers import Mapper
-from steel_megatron.data.cleaning.texts import Lost, Text
+from steel_megatron.data.cleaning.texts import DocumentText, Lost
 from steel_megatron.data.cleaning.unit_files import UnitFiles, rows_of, save_array, storable
 from steel_megatron.data.reading.documents import Document, SkippedRow
 
@@ -33,7 +33,7 @@ n-grams would fill the memory."""
 
 
 @dataclass(frozen=True)
-class Dropped:
+class Rejection:
     """Why a document does not go on."""
 
     value: float | None
@@ -41,7 +41,7 @@ class Dropped:
     reason: str
 
 
-def operate(text: Text, operator: object, resources: Resources) -> Dropped | bool:
+def operate(text: DocumentText, operator: object, resources: Resources) -> Rejection | bool:
     """Apply a mapper or a filter to a text.
 
     Args:
@@ -56,16 +56,16 @@ def operate(text: Text, operator: object, resources: Resources) -> Dropped | boo
         try:
             changed = text.apply(operator.apply)
         except Lost as lost:
-            return Dropped(None, str(lost))
+            return Rejection(None, str(lost))
         if changed and (length := len(str(text))) > LONGEST:
-            return Dropped(length, f"more than {LONGEST:,} characters")
+            return Rejection(length, f"more than {LONGEST:,} characters")
         return changed
     assert isinstance(operator, Filter), operator
     value, (low, high) = operator.measure(text.sample(resources)), operator.bounds(resources)
     if low <= value <= high:
         return False
     side = f"below {low:.6g}" if value < low else f"above {high:.6g}"
-    return Dropped(round(value, 6), f"{operator.measured}: {value:.6g}, {side}")
+    return Rejection(round(value, 6), f"{operator.measured}: {value:.6g}, {side}")
 
 
 def _size(text: str) -> int:
@@ -88,16 +88,16 @@ class _Cleaner:
         self.job, self.unit, self.files = job, job.units[number], files
         model = job.language_model
         self.resources = Resources(job.recipe.tokenizer, str(model) if model else None, self.unit.source)
-        self.counts: UnitCounts = {READ: Counts()}
+        self.counts: UnitCounts = {READ: FunnelCounts()}
         self.operators = [
             (label, operator)
             for label, operator in zip(job.recipe.labels, job.recipe.operators, strict=True)
             if isinstance(operator, (Mapper, Filter))
             and not (isinstance(operator, Perplexity) and operator.model == "none")
         ]
-        self.counts |= {label: Counts() for label, _ in self.operators}
+        self.counts |= {label: FunnelCounts() for label, _ in self.operators}
 
-    def kept(self) -> Iterator[tuple[Document, Text]]:
+    def kept(self) -> Iterator[tuple[Document, DocumentText]]:
         """The documents that all operators keep."""
         skipped: list[SkippedRow] = []
         for document in self.job.documents(self.unit, skipped):
@@ -114,19 +114,19 @@ class _Cleaner:
     def _count_skipped(self, skipped: list[SkippedRow]) -> None:
         for row in skipped:
             self.counts[READ].enter(_size(row.raw))
-            self._drop(READ, row, row.raw, Dropped(None, row.reason))
+            self._drop(READ, row, row.raw, Rejection(None, row.reason))
         skipped.clear()
 
-    def _clean(self, document: Document) -> Text | None:
+    def _clean(self, document: Document) -> DocumentText | None:
         size = _size(document.text)
         self.counts[READ].enter(size)
         problem = f"more than {LONGEST:,} characters" if len(document.text) > LONGEST else None
         try:
-            text = Text(document.text, document.dialogue and problem is None)
+            text = DocumentText(document.text, document.dialogue and problem is None)
         except Lost as lost:
             problem = str(lost)
         if problem is not None:
-            self._drop(READ, document, document.text, Dropped(None, problem))
+            self._drop(READ, document, document.text, Rejection(None, problem))
             return None
         self.counts[READ].keep(size)
         for label, operator in self.operators:
@@ -134,7 +134,7 @@ class _Cleaner:
             counts.enter(size)
             before = str(text) if counts.wants_changes and isinstance(operator, Mapper) else ""
             done = operate(text, operator, self.resources)
-            if isinstance(done, Dropped):
+            if isinstance(done, Rejection):
                 self._drop(label, document, str(text), done)
                 return None
             if not done:
@@ -148,7 +148,7 @@ class _Cleaner:
                 counts.changes.append(place | difference(before, after))
         return text
 
-    def _drop(self, label: str, at: Document | SkippedRow, text: str, why: Dropped) -> None:
+    def _drop(self, label: str, at: Document | SkippedRow, text: str, why: Rejection) -> None:
         entry = _row(self.unit, at, text) | {"operator": label, "value": why.value, "reason": why.reason}
         self.files.write(f"output/quarantine/{label}", entry)
         self.counts[label].drop(_size(text), sample_of(entry, self.unit.files[at.source]))
@@ -240,7 +240,7 @@ class WriteKept(Stage):
         originals = np.load(job.folder / "originals" / f"{name}.npy")
         paths = {file: storable(path) for other in job.units for path, file in other.files.items()}
         files_of = {storable(path): file for path, file in unit.files.items()}
-        counts = {label: Counts() for label in labels}
+        counts = {label: FunnelCounts() for label in labels}
         cleaned = job.folder / "cleaned" / f"{name}.jsonl.zst"
         with UnitFiles(job.folder, name) as files:
             for place, row in enumerate(rows_of(cleaned) if len(verdicts) else ()):
@@ -308,10 +308,10 @@ def _passed(document: Document, steps: list[Mapper | Filter], resources: Resourc
     if len(document.text) > LONGEST:
         return None
     try:
-        text = Text(document.text, document.dialogue)
+        text = DocumentText(document.text, document.dialogue)
     except Lost:
         return None
-    if any(isinstance(operate(text, step, resources), Dropped) for step in steps):
+    if any(isinstance(operate(text, step, resources), Rejection) for step in steps):
         return None
     return text.sample(resources).text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from steel_megatron.data.cleaning.filters import Resources, Sample
+from steel_megatron.data.cleaning.filters import MeasuredText, Resources
 from steel_megatron.data.reading.sources import MARKS
 
 _TURN_MARKS = re.compile(r"(<\|im_start\|>\w+\n|<\|im_end\|>\n?)")
@@ -17,7 +17,7 @@ class Lost(Exception):
     """A document of which an operator left nothing that could go on; the message is the reason."""
 
 
-class Text:
+class DocumentText:
     """The text of a document.
 
     Of a dialogue, mappers get what the user and the assistant said, turn by turn; filters and deduplicators see these
@@ -41,7 +41,7 @@ class Text:
             self._said = [turn + _SAID for turn in turns if self._pieces[turn + _BEGIN] != _SYSTEM]
             if not self._said:
                 raise Lost("a dialogue in which nobody says anything")
-        self._sample: Sample | None = None
+        self._sample: MeasuredText | None = None
 
     def _check(self) -> None:
         marks = [piece[:10] for piece in self._pieces[1::2]]
@@ -49,10 +49,10 @@ class Text:
         if not whole or any(piece.strip() for piece in [*self._pieces[_BETWEEN::4], self._pieces[-1]]):
             raise Lost("a dialogue that is not in the dialogue template")
 
-    def sample(self, resources: Resources) -> Sample:
+    def sample(self, resources: Resources) -> MeasuredText:
         """What filters measure; the same object as long as the text does not change."""
         if self._sample is None:
-            self._sample = Sample("\n".join(self._pieces[place] for place in self._said), resources)
+            self._sample = MeasuredText("\n".join(self._pieces[place] for place in self._said), resources)
         return self._sample
 
     def apply(self, change: Callable[[str], str]) -> bool:

@@ -57,7 +57,7 @@ class SourceCounts:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ShownDocument:
     """The begin of one document."""
 
     prefix: str
@@ -93,7 +93,7 @@ class Inspection:
     """Corpora that say nothing of how they were made and have no checksums."""
     tokenizer_matches: bool | None
     """Whether the tokenizer given is the one recorded everywhere; None when nothing was given or recorded."""
-    samples: list[Sample]
+    samples: list[ShownDocument]
 
     def as_json(self) -> str:
         """Everything, as JSON."""
@@ -252,7 +252,7 @@ def _sources(corpora: Sequence[IndexedCorpus]) -> list[SourceCounts]:
     return [SourceCounts(source, *counts) for source, counts in sums.items()]
 
 
-def _samples(corpora: Sequence[IndexedCorpus], tokenizer: Tokenizer | None, samples: int) -> list[Sample]:
+def _samples(corpora: Sequence[IndexedCorpus], tokenizer: Tokenizer | None, samples: int) -> list[ShownDocument]:
     ends = np.cumsum([corpus.documents for corpus in corpora])
     total = int(ends[-1])
     shown = []
@@ -263,7 +263,7 @@ def _samples(corpora: Sequence[IndexedCorpus], tokenizer: Tokenizer | None, samp
         size = int(corpus.sizes[document])
         ids = corpus.tokens_of(document, 0, min(size, _SAMPLE_TOKENS)).tolist()
         text = tokenizer.decode(ids)[:_SAMPLE_CHARACTERS] if tokenizer else " ".join(map(str, ids[:20]))
-        shown.append(Sample(corpus.prefix, document, size, text, corpus.origin(document)))
+        shown.append(ShownDocument(corpus.prefix, document, size, text, corpus.origin(document)))
     return shown
 
 

@@ -15,7 +15,7 @@ from steel_megatron.data.preprocessing.journal import InputFile, Journal, Skippe
 from steel_megatron.data.preprocessing.shards import ShardedWriter
 from steel_megatron.data.preprocessing.stored_documents import count_ids
 from steel_megatron.data.preprocessing.workers import encoded
-from steel_megatron.data.reading.formats import Place, RawChunk, read_chunks
+from steel_megatron.data.reading.formats import FileOffset, RawChunk, read_chunks
 from steel_megatron.data.reading.sources import Source
 from steel_megatron.errors import DataError
 from steel_megatron.log import progress
@@ -69,7 +69,7 @@ class Run:
         """How often each token was written to the training split [vocabulary]."""
         if noted is not None:
             number, row, offset = noted["position"]
-            self.position = Position(number, Place(row, offset))
+            self.position = Position(number, FileOffset(row, offset))
             self.skipped_rows = dict(noted["skipped_rows"])
             self.token_counts += noted["token_counts"]
         self._noted = self.position
@@ -253,7 +253,7 @@ def _tasks(
     for number in range(start.input, len(files)):
         file = files[number]
         columns = _columns([by_name[file.source] for by_name in sources.values()])
-        place = start.place if number == start.input else Place()
+        place = start.place if number == start.input else FileOffset()
         for chunk in read_chunks(file.path, place, chunk_bytes, columns, on_bytes):
             if pieces and size + len(chunk.payload) > chunk_bytes:
                 yield taken()

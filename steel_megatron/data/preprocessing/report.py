@@ -13,7 +13,7 @@ import numpy as np
 from steel_megatron.data.preprocessing.encoder import TRAIN
 from steel_megatron.data.preprocessing.job import Run
 from steel_megatron.data.preprocessing.journal import differences
-from steel_megatron.data.preprocessing.shards import Counts, content_of, corpora_at
+from steel_megatron.data.preprocessing.shards import CorpusCounts, content_of, corpora_at
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, with_suffix, write_atomically
 
@@ -25,7 +25,7 @@ FORMAT = "steel-megatron-preprocess-report-1"
 class SourceReport:
     """What became of the rows of one source."""
 
-    splits: dict[str, Counts]
+    splits: dict[str, CorpusCounts]
     """What was written to each output."""
     skipped: int
     """Rows that gave no document."""
@@ -94,7 +94,7 @@ def report_of(run: Run, seconds: float) -> PreprocessReport:
     names = dict.fromkeys(entry["source"] for entry in run.job["inputs"])
     sources = {
         source: SourceReport(
-            {name: writer.per_source.get(source, Counts()) for name, writer in named.items()},
+            {name: writer.per_source.get(source, CorpusCounts()) for name, writer in named.items()},
             run.skipped_rows.get(source, 0),
         )
         for source in names
@@ -179,7 +179,7 @@ def finished_report(prefix: str, job: Mapping[str, Any], outputs: Iterable[str])
 
 def _report_from(fields: dict[str, Any]) -> PreprocessReport:
     sources = {
-        name: SourceReport({split: Counts(**counts) for split, counts in of["splits"].items()}, of["skipped"])
+        name: SourceReport({split: CorpusCounts(**counts) for split, counts in of["splits"].items()}, of["skipped"])
         for name, of in fields["sources"].items()
     }
     return PreprocessReport(**{**fields, "sources": sources})

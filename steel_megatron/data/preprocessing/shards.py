@@ -21,7 +21,7 @@ from steel_megatron.files import disk_errors, remove, with_suffix
 
 
 @dataclass
-class Counts:
+class CorpusCounts:
     """Of documents."""
 
     documents: int = 0
@@ -85,19 +85,19 @@ class ShardedWriter:
         self.prefix = prefix
         self.shards: list[Shard] = []
         """Those that are complete."""
-        self.per_source: dict[str, Counts] = {}
+        self.per_source: dict[str, CorpusCounts] = {}
         """What was written, by the name of the source."""
         self._dtype, self._inputs, self._about = dtype, inputs, about
         self._shard_size, self._overwrite = shard_size, overwrite
-        self._per_input: dict[int, Counts] = {}
+        self._per_input: dict[int, CorpusCounts] = {}
         """What the shard in progress has of each input, by its number."""
         self._completing = self._committing = False
         if state is None:
             refuse_existing(prefix, overwrite)
         else:
             self.shards = [Shard(**shard) for shard in state["shards"]]
-            self.per_source = {name: Counts(**counts) for name, counts in state["per_source"].items()}
-            self._per_input = {int(number): Counts(**counts) for number, counts in state["per_input"].items()}
+            self.per_source = {name: CorpusCounts(**counts) for name, counts in state["per_source"].items()}
+            self._per_input = {int(number): CorpusCounts(**counts) for number, counts in state["per_input"].items()}
             for shard in self.shards:
                 _check_still_there(shard)
             if not overwrite:  # what is beyond the noted shard can only be of the interrupted job itself
@@ -152,8 +152,8 @@ class ShardedWriter:
             tokens, text_bytes = (int(values[start:stop].sum()) for values in (documents.lengths, documents.text_bytes))
             source = self._inputs[number]["source"]
             for counts in (
-                self._per_input.setdefault(number, Counts()),
-                self.per_source.setdefault(source, Counts()),
+                self._per_input.setdefault(number, CorpusCounts()),
+                self.per_source.setdefault(source, CorpusCounts()),
             ):
                 counts.add(int(stop - start), tokens, text_bytes)
 

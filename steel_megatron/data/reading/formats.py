@@ -47,7 +47,7 @@ _TAIL = 1 << 16
 
 
 @dataclass(frozen=True)
-class Place:
+class FileOffset:
     """Where reading a file goes on."""
 
     row: int = 0
@@ -70,7 +70,7 @@ class RawChunk:
     """Number of its first row in the file, from 1."""
     first_offset: int
     """Bytes of the file before it, decompressed; 0 for parquet."""
-    end: Place
+    end: FileOffset
     """Where the next chunk begins."""
 
 
@@ -98,7 +98,7 @@ def check_size(path: Path, size: int) -> None:
 
 def read_chunks(
     path: Path | str,
-    start: Place = Place(),
+    start: FileOffset = FileOffset(),
     chunk_bytes: int = CHUNK_BYTES,
     columns: Sequence[str] | None = None,
     on_bytes: Callable[[int], None] | None = None,
@@ -151,12 +151,12 @@ class _Teller:
 
 
 def _chunks(
-    path: Path, raw: BinaryIO, start: Place, chunk_bytes: int, columns: Sequence[str] | None, tell: _Teller
+    path: Path, raw: BinaryIO, start: FileOffset, chunk_bytes: int, columns: Sequence[str] | None, tell: _Teller
 ) -> Iterator[RawChunk]:
     if path.name.endswith(WHOLE_FILE_SUFFIXES):
         if start.row == 0:
             check_size(path, os.fstat(raw.fileno()).st_size)
-            yield RawChunk(str(path), "file", raw.read(), 1, 1, 0, Place(1))
+            yield RawChunk(str(path), "file", raw.read(), 1, 1, 0, FileOffset(1))
     elif path.name.endswith(PARQUET_SUFFIX):
         yield from _parquet_chunks(path, raw, start, chunk_bytes, columns, tell)
     elif path.name.endswith(JSON_SUFFIXES) and _is_array(path, raw):
@@ -173,7 +173,7 @@ def _is_array(path: Path, raw: BinaryIO) -> bool:
     return head.lstrip()[:1] == b"["
 
 
-def _line_chunks(path: Path, raw: BinaryIO, start: Place, chunk_bytes: int) -> Iterator[RawChunk]:
+def _line_chunks(path: Path, raw: BinaryIO, start: FileOffset, chunk_bytes: int) -> Iterator[RawChunk]:
     """Whole lines: up to the last line end within ``chunk_bytes``, or the first one after it."""
     stream = opened_at(path, raw, start.offset)
     buffer = bytearray()
@@ -181,7 +181,7 @@ def _line_chunks(path: Path, raw: BinaryIO, start: Place, chunk_bytes: int) -> I
     def chunk(payload: bytes) -> RawChunk:
         nonlocal start
         rows = _count_line_ends(payload) + (payload[-1:] != b"\n")
-        begin, start = start, Place(start.row + rows, start.offset + len(payload))
+        begin, start = start, FileOffset(start.row + rows, start.offset + len(payload))
         return RawChunk(str(path), "lines", payload, rows, begin.row + 1, begin.offset, start)
 
     while True:
@@ -226,12 +226,12 @@ def _whole_lines(raw: BinaryIO, offset: int, chunk_bytes: int) -> int:
     return chunk_bytes - tail + found.rfind(b"\n") + 1 if len(found) == tail and b"\n" in found else 0
 
 
-def _array_chunks(path: Path, raw: BinaryIO, start: Place, chunk_bytes: int) -> Iterator[RawChunk]:
+def _array_chunks(path: Path, raw: BinaryIO, start: FileOffset, chunk_bytes: int) -> Iterator[RawChunk]:
     """The elements of one JSON array as JSON lines, with blanks between them so that offsets are the file's."""
     payload, rows, first_offset = bytearray(), 0, start.offset
 
     def chunk(end_offset: int) -> RawChunk:
-        end = Place(start.row + rows, end_offset)
+        end = FileOffset(start.row + rows, end_offset)
         return RawChunk(str(path), "lines", bytes(payload), rows, start.row + 1, first_offset, end)
 
     for offset, element in elements(path, opened_at(path, raw, start.offset), start.row, start.offset, chunk_bytes):
@@ -250,7 +250,7 @@ def _array_chunks(path: Path, raw: BinaryIO, start: Place, chunk_bytes: int) -> 
 
 
 def _parquet_chunks(
-    path: Path, raw: BinaryIO, start: Place, chunk_bytes: int, columns: Sequence[str] | None, tell: _Teller
+    path: Path, raw: BinaryIO, start: FileOffset, chunk_bytes: int, columns: Sequence[str] | None, tell: _Teller
 ) -> Iterator[RawChunk]:
     """Batches of rows, row group by row group, as Arrow streams."""
     try:
@@ -281,7 +281,7 @@ def _parquet_chunks(
                     sink = pyarrow.BufferOutputStream()
                     with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
                         writer.write_batch(batch.slice(0, taken))
-                    end, payload = Place(start.row + taken), sink.getvalue().to_pybytes()
+                    end, payload = FileOffset(start.row + taken), sink.getvalue().to_pybytes()
                     yield RawChunk(str(path), "arrow", payload, taken, start.row + 1, 0, end)
                     tell()
                     start, batch = end, batch.slice(taken)

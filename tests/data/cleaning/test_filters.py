@@ -15,16 +15,16 @@ from steel_megatron.data.cleaning.filters import (
     CharacterRepetition,
     Filter,
     MaximumLineLength,
+    MeasuredText,
     Resources,
-    Sample,
     SpecialCharacters,
     TextLength,
     WordRepetition,
     WordsNum,
 )
 from steel_megatron.data.cleaning.mappers import CleanEmail
-from steel_megatron.data.cleaning.stages import Dropped, operate
-from steel_megatron.data.cleaning.texts import Lost, Text
+from steel_megatron.data.cleaning.stages import Rejection, operate
+from steel_megatron.data.cleaning.texts import DocumentText, Lost
 from steel_megatron.data.reading.sources import Dialogue
 from steel_megatron.errors import ConfigError
 from tests.data.conftest import Qwen
@@ -49,32 +49,32 @@ NONE = Resources()
     ],
 )  # fmt: skip
 def test_numbers(kind: Filter, text: str, expected: float) -> None:
-    assert kind.measure(Sample(text, NONE)) == pytest.approx(expected)
+    assert kind.measure(MeasuredText(text, NONE)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", [Alphanumeric(), AverageLineLength(), MaximumLineLength(), SpecialCharacters(),
                                   TextLength(), CharacterRepetition(), WordRepetition(tokenization="space"),
                                   WordsNum(tokenization="space")])  # fmt: skip
 def test_an_empty_text_measures_nothing(kind: Filter) -> None:
-    assert kind.measure(Sample("", NONE)) == 0
+    assert kind.measure(MeasuredText("", NONE)) == 0
 
 
 def test_bounds_are_kept_and_named() -> None:
     kind = TextLength(min_len=3, max_len=5)
-    assert [bool(operate(Text("x" * length), kind, NONE)) for length in range(2, 7)] == [
+    assert [bool(operate(DocumentText("x" * length), kind, NONE)) for length in range(2, 7)] == [
         True,
         False,
         False,
         False,
         True,
     ]
-    assert operate(Text("xx"), kind, NONE) == Dropped(2, "characters: 2, below 3")
-    assert operate(Text("x" * 6), kind, NONE) == Dropped(6, "characters: 6, above 5")
+    assert operate(DocumentText("xx"), kind, NONE) == Rejection(2, "characters: 2, below 3")
+    assert operate(DocumentText("x" * 6), kind, NONE) == Rejection(6, "characters: 6, above 5")
 
 
 def test_words_by_jieba() -> None:
-    assert Sample("我来到北京清华大学。 ABC", NONE).words("jieba") == ["我", "来到", "北京", "清华大学", "abc"]
-    assert WordsNum().measure(Sample("我来到北京清华大学。。", NONE)) == 4
+    assert MeasuredText("我来到北京清华大学。 ABC", NONE).words("jieba") == ["我", "来到", "北京", "清华大学", "abc"]
+    assert WordsNum().measure(MeasuredText("我来到北京清华大学。。", NONE)) == 4
 
 
 def test_words_by_tokens(hf_folder: Path) -> None:
@@ -86,7 +86,7 @@ def test_words_by_tokens(hf_folder: Path) -> None:
     decoded = [resources.tokenizer.decode([token]) for token in ids if token not in kept]
     assert decoded and not any(letter.isalpha() for piece in decoded for letter in piece)
     letters = sum(map(str.isalpha, text))
-    assert Alphanumeric(tokenization=True).measure(Sample(text, resources)) == letters / len(ids)
+    assert Alphanumeric(tokenization=True).measure(MeasuredText(text, resources)) == letters / len(ids)
 
 
 @pytest.mark.slow
@@ -100,8 +100,10 @@ def test_parts_of_a_character_are_words(qwen: Qwen) -> None:
 
 def test_a_mapper_cannot_make_a_text_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "LONGEST", 20)
-    assert operate(Text("a@b.cn " * 2), CleanEmail(repl="某人的地址"), NONE) is True
-    assert operate(Text("a@b.cn " * 4), CleanEmail(repl="某人的地址"), NONE) == Dropped(24, "more than 20 characters")
+    assert operate(DocumentText("a@b.cn " * 2), CleanEmail(repl="某人的地址"), NONE) is True
+    assert operate(DocumentText("a@b.cn " * 4), CleanEmail(repl="某人的地址"), NONE) == Rejection(
+        24, "more than 20 characters"
+    )
 
 
 @pytest.mark.parametrize("build", [lambda: Alphanumeric(min_ratio=0.9, max_ratio=0.2),
@@ -116,7 +118,7 @@ DIALOGUE = Dialogue.of([("问题<b>一</b>", "答案"), ("再问", "再答\n两�
 
 
 def test_a_dialogue_keeps_its_marks() -> None:
-    text = Text(DIALOGUE, dialogue=True)
+    text = DocumentText(DIALOGUE, dialogue=True)
     assert text.sample(NONE).text == "问题<b>一</b>\n答案\n再问\n再答\n两行"
     assert text.apply(lambda said: said.replace("<b>", "").replace("</b>", "").replace("|", "").replace("system", ""))
     assert str(text) == DIALOGUE.replace("<b>", "").replace("</b>", "")
@@ -129,16 +131,16 @@ def test_a_mapper_cannot_fake_a_turn() -> None:
 
     faked = DIALOGUE.replace("答案", "&lt;|im_end|&gt;\n&lt;|im_start|&gt;user\n")
     with pytest.raises(Lost, match="a mark of the dialogue template"):
-        Text(faked, dialogue=True).apply(html.unescape)
-    plain = Text("&lt;|im_end|&gt;")  # in a plain text the mark is text
+        DocumentText(faked, dialogue=True).apply(html.unescape)
+    plain = DocumentText("&lt;|im_end|&gt;")  # in a plain text the mark is text
     assert plain.apply(html.unescape) and str(plain) == "<|im_end|>"
 
 
 def test_nothing_left() -> None:
     with pytest.raises(Lost, match="nothing is left of a turn"):
-        Text(DIALOGUE, dialogue=True).apply(lambda said: "" if said == "再问" else said)
+        DocumentText(DIALOGUE, dialogue=True).apply(lambda said: "" if said == "再问" else said)
     with pytest.raises(Lost, match="nothing is left"):
-        Text("x").apply(lambda _: " \n")
+        DocumentText("x").apply(lambda _: " \n")
 
 
 @pytest.mark.parametrize("broken", ["plain", DIALOGUE[:-3], DIALOGUE[20:], DIALOGUE + "more", "x" + DIALOGUE,
@@ -146,7 +148,7 @@ def test_nothing_left() -> None:
                                     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>"])  # fmt: skip
 def test_what_is_no_dialogue_is_lost(broken: str) -> None:
     with pytest.raises(Lost):
-        Text(broken, dialogue=True)
+        DocumentText(broken, dialogue=True)
 
 
 @given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)), min_size=1, max_size=4))
@@ -158,6 +160,6 @@ def test_every_dialogue_comes_back(turns: list[tuple[str, str]]) -> None:
         return
     if not rendered:  # an answer is missing
         return
-    text = Text(rendered, dialogue=True)
+    text = DocumentText(rendered, dialogue=True)
     assert str(text) == rendered
     assert text.sample(NONE).text == "\n".join(said for turn in turns for said in turn)

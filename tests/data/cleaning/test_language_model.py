@@ -11,8 +11,8 @@ import pytest
 
 from steel_megatron.data.cleaning.filters import Perplexity, Resources
 from steel_megatron.data.cleaning.language_model import HalfModel, LanguageModel, half_of
-from steel_megatron.data.cleaning.stages import Dropped, operate
-from steel_megatron.data.cleaning.texts import Text
+from steel_megatron.data.cleaning.stages import Rejection, operate
+from steel_megatron.data.cleaning.texts import DocumentText
 from steel_megatron.errors import DataError
 from tests.data.conftest import make_texts
 
@@ -92,7 +92,7 @@ def test_each_source_has_its_own_quantiles(tmp_path: Path) -> None:
 
     def lost(texts: list[str], source: str | None) -> int:
         limits = Perplexity(max_quantile=0.95), Resources(language_model=str(tmp_path / "model"), source=source)
-        return sum(isinstance(operate(Text(text), *limits), Dropped) for text in texts)
+        return sum(isinstance(operate(DocumentText(text), *limits), Rejection) for text in texts)
 
     assert lost(old, "classics") == 3 and 15 <= lost(TEXTS, "web") <= 25
     assert lost(old, None) > 20

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from steel_megatron.data.reading.documents import SkippedRow, read_documents
-from steel_megatron.data.reading.formats import BadRow, Place, RawChunk, parse_chunk, read_chunks
+from steel_megatron.data.reading.formats import BadRow, FileOffset, RawChunk, parse_chunk, read_chunks
 from steel_megatron.errors import DataError
 
 TEXTS = ["一" * 30, "two\nlines", 'a "quote", [bracket], {brace}', "", "\\u2028 \\", "😀" * 5, "x" * 3000, "last"]
@@ -85,7 +85,7 @@ def test_lines_are_cut_like_a_file_is_read(
     for chunk in chunks:
         assert (chunk.first_row, chunk.first_offset) == (row + 1, offset)
         row, offset = row + len(chunk.payload.split(b"\n")) - chunk.payload.endswith(b"\n"), offset + len(chunk.payload)
-        assert chunk.end == Place(row, offset)
+        assert chunk.end == FileOffset(row, offset)
         assert chunk is chunks[-1] or chunk.payload.endswith(b"\n")
         assert len(chunk.payload) <= chunk_bytes or chunk.rows == 1
 
@@ -197,7 +197,7 @@ def test_a_place_within_a_batch_of_parquet(tmp_path: Path) -> None:
     """An interrupted job may go on with chunks of another size."""
     path = write_rows(tmp_path / "a.parquet", TEXTS)
     for row in range(len(TEXTS)):
-        assert texts_of(list(read_chunks(path, Place(row)))) == list(enumerate(TEXTS, start=1))[row:]
+        assert texts_of(list(read_chunks(path, FileOffset(row)))) == list(enumerate(TEXTS, start=1))[row:]
 
 
 def test_a_row_group_is_not_read_whole(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_zstd_that_repeats_itself_takes_little_memory(tmp_path: Path) -> None:
 def test_a_compressed_file_that_became_shorter(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl.gz", TEXTS)
     with pytest.raises(DataError, match=r"truncated or damaged after row 90: the file is shorter than it was"):
-        list(read_chunks(path, Place(90, 100_000)))
+        list(read_chunks(path, FileOffset(90, 100_000)))
 
 
 @pytest.mark.usefixtures("file_modes_hold")
@@ -294,7 +294,7 @@ def test_progress_is_told_in_stored_bytes(tmp_path: Path) -> None:
 
 def test_values_that_only_the_second_parser_takes() -> None:
     def values(line: bytes) -> list[object]:
-        return [value for *_, value in parse_chunk(RawChunk("a", "lines", line, 1, 1, 0, Place(1)))]
+        return [value for *_, value in parse_chunk(RawChunk("a", "lines", line, 1, 1, 0, FileOffset(1)))]
 
     assert values(b'{"a": NaN}')[0].keys() == {"a"}  # type: ignore[attr-defined]
     assert values(b'{"text": "\\ud800"}') == [{"text": "\ud800"}]

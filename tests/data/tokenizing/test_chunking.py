@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from steel_megatron.data.indexed.dataset import token_dtype
 from steel_megatron.data.preprocessing.encoder import Encoder, Position, Task
-from steel_megatron.data.reading.formats import Place, RawChunk
+from steel_megatron.data.reading.formats import FileOffset, RawChunk
 from steel_megatron.data.reading.sources import get_source
 from steel_megatron.data.tokenizing.chunking import DIALOGUE_MARKS, pieces
 from steel_megatron.data.tokenizing.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
@@ -211,7 +211,7 @@ def test_pieces_of_long_mixtures(tokenizer_of: GetTokenizer, data: st.DataObject
 
 def encoded(tokenizer: Tokenizer, rows: list[dict[str, object]], long: int) -> tuple[list[int], list[int]]:
     payload = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    chunk = RawChunk("x.jsonl", "lines", payload, len(rows), 1, 0, Place(len(rows)))
+    chunk = RawChunk("x.jsonl", "lines", payload, len(rows), 1, 0, FileOffset(len(rows)))
     encoder = Encoder(tokenizer, token_dtype(tokenizer.vocab_size), {"text": {"text": get_source("text")}}, long=long)
     documents = encoder.encode(Task(((0, "text", chunk),), Position())).documents["train", "text"]
     return documents.ids.tolist(), documents.lengths.tolist()
