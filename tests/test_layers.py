@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "steel_megatron"
 LAYERS = (
     ("errors", "log", "config", "files", "signals"),
     ("platform",),
+    ("jobs",),
     ("data",),
     ("ops", "parallel"),
     ("model",),

@@ -6,13 +6,14 @@ import os
 from dataclasses import dataclass, field
 from typing import get_args
 
-from steel_megatron.config.checks import at_least, one_of, typed
+from steel_megatron.config.checks import at_least, one_of
 from steel_megatron.config.data import BadRowPolicy, TokenizerEngine, TokenizerKind
+from steel_megatron.config.execution import ExecutionConfig
 from steel_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessConfig:
+class PreprocessConfig(ExecutionConfig):
     """A preprocessing job."""
 
     inputs: list[str]
@@ -26,7 +27,9 @@ class PreprocessConfig:
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     """JSON keys whose values are documents; one corpus per key."""
     workers: int = 1
-    """Threads or processes, whichever is faster; the output does not depend on the number."""
+    """Threads or processes that encode, whichever is faster; on Slurm and Ray, tasks that run at the same time."""
+    tasks: int | None = None
+    """Single-process tasks that the inputs are dealt to; default: one per unit of input on Slurm and Ray, else none."""
     append_eod: bool = True
     """End each document with the end-of-document token."""
     valid_fraction: float = 0.0
@@ -40,18 +43,18 @@ class PreprocessConfig:
     engine: TokenizerEngine = "auto"
     """Encoder; auto selects gigatoken if it is installed and gives the same ids."""
     overwrite: bool = False
-    """Replace an existing corpus, or restart an interrupted job."""
+    """Replace an existing corpus, or discard an interrupted job that had other settings."""
     report: str | None = None
     """File for the counts, as JSON."""
     eod_token: str | None = None
     """End-of-document token; default: the tokenizer's own."""
 
     def __post_init__(self) -> None:
-        typed(self)
+        super().__post_init__()
         one_of(get_args(TokenizerKind), self, "tokenizer_kind")
         one_of(get_args(BadRowPolicy), self, "on_bad_row")
         one_of(get_args(TokenizerEngine), self, "engine")
-        at_least(1, self, "workers", "shard_size")
+        at_least(1, self, "shard_size")
         if not 0 <= self.valid_fraction < 1:
             raise ConfigError(f"PreprocessConfig.valid_fraction is {self.valid_fraction}; it must be in [0, 1)")
         if not self.json_keys or len(set(self.json_keys)) < len(self.json_keys):

@@ -11,8 +11,8 @@ from steel_megatron.config import CleanConfig, PreprocessConfig, TokenizerKind
 from steel_megatron.data.cleaning import pipeline as cleaning
 from steel_megatron.data.cleaning.pipeline import CleaningResult
 from steel_megatron.data.preprocessing import pipeline as preprocessing
-from steel_megatron.data.preprocessing.job import ChunkSizes
 from steel_megatron.data.preprocessing.report import PreprocessReport
+from steel_megatron.data.preprocessing.step import ChunkSizes
 
 
 def preprocess(

@@ -20,23 +20,23 @@ from pathlib import Path
 from steel_megatron.data.preprocessing import workers as encoding_workers
 from steel_megatron.config import PreprocessConfig
 from steel_megatron.data.preprocessing.pipeline import preprocess
-from steel_megatron.data.preprocessing.job import ChunkSizes, Run
+from steel_megatron.data.preprocessing.segments import SegmentWriter
+from steel_megatron.data.preprocessing.step import ChunkSizes
 from steel_megatron.log import exit_code
 
 def stop_after(writes, reached, released):
-    write, left = Run.write, writes
+    write, left = SegmentWriter.add, writes
 
     def counted(*task):
         nonlocal left
         left -= 1
-        full = write(*task)
+        write(*task)
         if left == 0:
             reached.write_text("reached")
             while not released.exists():
                 time.sleep(0.002)
-        return full
 
-    Run.write = counted
+    SegmentWriter.add = counted
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
@@ -51,17 +51,26 @@ if __name__ == "__main__":
 THREADS = find_spec("gigatoken") is not None and helpers is not None
 """Whether preprocess can encode by threads here."""
 
-PACE = {"chunk_bytes": 4096, "journal_bytes": 1 << 14, "journal_seconds": 0.2}
+PACE = {"chunk_bytes": 4096, "segment_bytes": 1 << 14, "segment_seconds": 0.2}
 """Small steps, so that little data has many of them."""
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """Names and contents, without reports: those tell the time and the place.
+    """Names below a folder and contents, without reports: those tell the time and the place.
 
     None when the folder is not there: work that wrote nothing leaves none.
     """
-    found = sorted(folder.iterdir()) if folder.exists() else []
-    return {path.name: path.read_bytes() for path in found if path.is_file() and not path.match("*.report.json")}
+    found = sorted(folder.rglob("*")) if folder.exists() else []
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in found
+        if path.is_file() and not path.match("*.report.json")
+    }
+
+
+def segments_in(folder: Path) -> list[str]:
+    """Markers of the segments of an unfinished job ``c`` in a folder."""
+    return [name for name in files_in(folder) if name.startswith("c.partial/segments/") and name.endswith(".json")]
 
 
 def mixed_inputs(folder: Path, count: int) -> list[str]:

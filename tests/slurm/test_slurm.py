@@ -17,11 +17,13 @@ from steel_megatron.cli import main
 from steel_megatron.config import DataConfig, dump_yaml
 from steel_megatron.data.cleaning import pipeline as clean
 from steel_megatron.data.ledger.ledger import Ledger
+from steel_megatron.data.preprocessing import step as preprocess_step
 from steel_megatron.errors import DataError
 from tests import needs
 from tests.data.cleaning.test_pipeline import content
-from tests.data.configured import clean_corpus
+from tests.data.configured import clean_corpus, preprocess
 from tests.data.conftest import make_texts, write_jsonl
+from tests.data.jobs import files_in, mixed_inputs
 from tests.slurm.cluster import Cluster, cluster
 from tests.train.small_run import LAYOUTS
 from tests.train.test_loop import make_run, write_corpus
@@ -68,6 +70,18 @@ def test_cleaning_gives_the_same_bytes(inside: Cluster, recipe: Path, tmp_path: 
         clean_corpus(
             recipe, sources, tmp_path / "refused", executor="slurm", **{**options, "slurm_partition": "nowhere"}
         )
+
+
+def test_preprocess_gives_the_same_bytes(
+    inside: Cluster, sp_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess_step, "UNIT_BYTES", 1)
+    inputs = mixed_inputs(tmp_path, 60)
+    options = {"slurm_partition": "cpu", "slurm_memory_gb": 1, "slurm_poll_seconds": 0.5, "workers": 2, "tasks": 2}
+    for name, where in {"local": {}, "over": {"executor": "slurm", **options}}.items():
+        settings = {"on_bad_row": "skip", "valid_fraction": 0.2, "shard_size": 3000, **where}
+        preprocess(inputs, tmp_path / name / "c", "sentencepiece", sp_model, **settings)
+    assert files_in(tmp_path / "over") == files_in(tmp_path / "local")
 
 
 def test_a_killed_driver_of_cleaning_is_started_again(

@@ -1,34 +1,18 @@
-"""A cleaning job: its units of input, and what all its stages have in common.
-
-The input is cut into units: some small files, or part of the chunks of a large one. A task does the units task,
-task + tasks, ...; what a unit gives does not depend on the tasks. A unit's marker is written last and says that it is
-done.
-"""
+"""A cleaning job: its units of input, which are some small files, or part of the chunks of a large one."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from steel_megatron.config import BadRowPolicy
 from steel_megatron.data.cleaning.recipe import Recipe
 from steel_megatron.data.reading.documents import Document, SkippedRow, documents_of
 from steel_megatron.data.reading.formats import read_chunks
 from steel_megatron.data.reading.sources import get_source
-from steel_megatron.errors import DataError, SteelError
-from steel_megatron.files import disk_errors, write_atomically
-
-
-def nobody(size: float) -> None:
-    """Is told, and does nothing."""
-
-
-on_bytes: Callable[[float], None] = nobody
-"""Told how many more bytes of the input, as stored, this process has read; whoever shows progress sets it."""
+from steel_megatron.jobs import step
+from steel_megatron.jobs.step import JobStep
 
 
 @dataclass(frozen=True)
@@ -47,7 +31,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a stage needs to know; sent to every worker."""
+    """All that a step needs to know; sent to every worker."""
 
     recipe: Recipe
     units: tuple[Unit, ...]
@@ -74,16 +58,12 @@ class Job:
         """Whether documents are compared with each other."""
         return any(self.recipe.deduplicators())
 
-    def marker(self, stage: str, unit: int) -> Path:
-        """The file that says that a unit is done; it may hold the unit's counts."""
-        return self.folder / "done" / stage / f"{unit:06d}.json"
-
     def documents(self, unit: Unit, skipped: list[SkippedRow]) -> Iterator[Document]:
         """The documents of a unit; rows that gave none since the document before are in ``skipped``."""
         reader = get_source(unit.source, self.text_key)
 
         def tell(size: int) -> None:  # every part of a file reads all of it
-            on_bytes(size / unit.parts)
+            step.on_bytes(size / unit.parts)
 
         for path in unit.files:
             for number, chunk in enumerate(read_chunks(path, columns=reader.columns, on_bytes=tell)):
@@ -92,42 +72,16 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage of a job. Tasks do its units; what goes wrong is left in the job's folder for whoever started it."""
+class CleaningStep(JobStep):
+    """A step of a cleaning job; its units are those of the input, unless it says otherwise."""
 
     job: Job
-    name: ClassVar[str]
+    job_name = "clean"
+
+    @property
+    def folder(self) -> Path:
+        return self.job.folder
 
     @property
     def count(self) -> int:
-        """How many units it has."""
         return len(self.job.units)
-
-    def bytes_to_read(self) -> int | None:
-        """Bytes of the input that the units left to do will read; None if that is not what a stage is measured by."""
-        return None
-
-    def memory(self) -> int:
-        """Bytes of memory that a unit needs, where that depends on the input; otherwise 0."""
-        return 0
-
-    def work(self, number: int) -> None:
-        """Do a unit, its marker last."""
-        raise NotImplementedError
-
-    def __call__(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:
-        """Do the units of a task; what datatrove calls."""
-        try:
-            for number in range(rank, self.count, world_size):
-                if not self.job.marker(self.name, number).exists():
-                    with disk_errors("write", self.job.folder, DataError):
-                        self.work(number)
-        except SteelError as error:
-            with suppress(SteelError):  # a full disk: the log has it
-                report = json.dumps({"kind": type(error).__name__, "message": str(error)}).encode()
-                write_atomically(self.job.folder / "failures" / f"{self.name}-{rank:06d}.json", report, DataError)
-            raise
-
-    def mark(self, number: int, content: bytes = b"{}") -> None:
-        """Say that a unit is done."""
-        write_atomically(self.job.marker(self.name, number), content, DataError)

@@ -1,9 +1,9 @@
 """Cleaning: raw corpora -> documents that a recipe's operators keep, without duplicates, and a report of what went.
 
 A recipe (:mod:`~steel_megatron.data.cleaning.recipe`) is a list of operators. A job cleans its input unit by unit,
-compares the signatures of what is left, and writes what is no duplicate. datatrove runs the stages on this machine,
-over Slurm or over Ray. The result is the same bytes for any number of tasks and workers; after a kill at any moment the
-same command goes on. The output folder appears under its name only when all of it is there.
+compares the signatures of what is left, and writes what is no duplicate. :mod:`steel_megatron.jobs` runs the steps on
+this machine, over Slurm or over Ray. The result is the same bytes for any number of tasks and workers; after a kill at
+any moment the same command resumes. The output folder appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steel_megatron.config import CleanConfig
+from steel_megatron.config import CleanConfig, ExecutorName
 from steel_megatron.data.cleaning.filters import WordRepetition, WordsNum, tokenizer_at
-from steel_megatron.data.cleaning.job import Job, Stage, Unit
-from steel_megatron.data.cleaning.job_folder import check_places, finished_report, plan_of, prepare, publish
+from steel_megatron.data.cleaning.job import CleaningStep, Job, Unit
 from steel_megatron.data.cleaning.language_model import LanguageModel
 from steel_megatron.data.cleaning.mappers import ChineseConvert, CleanHtml, FixUnicode
 from steel_megatron.data.cleaning.recipe import Recipe, load_recipe
-from steel_megatron.data.cleaning.stages import CleanUnits, FindDuplicates, SampleTexts, TrainModel, WriteKept
+from steel_megatron.data.cleaning.result import check_places, check_replaceable, finished_report, plan_of, publish
+from steel_megatron.data.cleaning.steps import STEPS, CleanUnits, FindDuplicates, SampleTexts, TrainModel, WriteKept
 from steel_megatron.data.reading.documents import Input, parse_inputs
 from steel_megatron.data.reading.formats import PARQUET_SUFFIX
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import disk_errors, exclusive_lock, with_suffix
+from steel_megatron.jobs.folder import prepare
+from steel_megatron.jobs.run import run_step
 from steel_megatron.log import get_logger
 
 logger = get_logger(__name__)
@@ -66,8 +68,7 @@ def clean_corpus(config: CleanConfig) -> CleaningResult:
     if not loaded.output:
         raise ConfigError(f"{config.recipe} names no output folder; name it with --output, or output: in the recipe")
     inputs = parse_inputs(loaded.sources)
-    packages = check_packages(loaded, inputs)
-    from steel_megatron.data.cleaning.executors import run_stage
+    packages = check_packages(loaded, inputs, config.executor)
 
     final = Path(os.path.realpath(loaded.output))
     job = Job(loaded, _units(inputs), with_suffix(final, ".partial"), config.text_key, config.on_bad_row)
@@ -77,9 +78,11 @@ def clean_corpus(config: CleanConfig) -> CleaningResult:
     with exclusive_lock(final, DataError):
         report = finished_report(job, plan, final)
         if report is None:
-            prepare(job, plan, final, config.overwrite, config.executor == "slurm")
-            for stage in _stages(job):
-                run_stage(stage, config)
+            check_replaceable(final, config.overwrite)
+            names = [step.name for step in STEPS]
+            prepare(job.folder, plan, CleaningStep.job_name, names, config.overwrite, config.executor == "slurm")
+            for step in _steps(job):
+                run_step(step, config)
             report = publish(job, final, config.overwrite)
     totals = report["totals"]
     logger.info(
@@ -89,21 +92,26 @@ def clean_corpus(config: CleanConfig) -> CleaningResult:
     return CleaningResult(final, totals["documents_in"], totals["documents_kept"], totals["documents_dropped"], report)
 
 
-def _stages(job: Job) -> list[Stage]:
-    stages: list[Stage] = []
+def _steps(job: Job) -> list[CleaningStep]:
+    steps: list[CleaningStep] = []
     operator = job.recipe.perplexity
     if operator is not None and operator.model == "train":
-        stages += [SampleTexts(job), TrainModel(job)]
-    stages.append(CleanUnits(job))
+        steps += [SampleTexts(job), TrainModel(job)]
+    steps.append(CleanUnits(job))
     if job.deduplicates:
-        stages += [FindDuplicates(job), WriteKept(job)]
-    return stages
+        steps += [FindDuplicates(job), WriteKept(job)]
+    return steps
 
 
-def check_packages(recipe: Recipe, inputs: Sequence[Input]) -> list[str]:
-    """Refuse a recipe whose operators, or inputs whose format, need a package that is not installed.
+def check_packages(recipe: Recipe, inputs: Sequence[Input], executor: ExecutorName = "local") -> list[str]:
+    """Refuse operators, formats or an executor that need a package that is not installed.
 
     Nothing is ever installed on the way.
+
+    Args:
+        recipe: its operators.
+        inputs: the files, whose names tell their format.
+        executor: where the job runs.
 
     Returns:
         the packages whose versions decide what operators make of a text.
@@ -118,7 +126,9 @@ def check_packages(recipe: Recipe, inputs: Sequence[Input]) -> list[str]:
                 deciding[package] = operator.name
         if isinstance(operator, (WordsNum, WordRepetition)) and operator.tokenization == "jieba":
             deciding["rjieba"] = operator.name
-    needed = {"datatrove": "the engine", **deciding}
+    needed = dict(deciding)
+    if executor != "local":
+        needed["datatrove"] = f"executor {executor}"
     parquet = next((given.path for given in inputs if given.path.name.endswith(PARQUET_SUFFIX)), None)
     if parquet is not None:
         needed["pyarrow"] = parquet.name

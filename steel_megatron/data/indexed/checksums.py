@@ -1,14 +1,13 @@
-"""SHA-256 of files by blocks: a killed job need not read again what it wrote, and damage is found by its place.
+"""SHA-256 of files by blocks of fixed size: damage is located, and several threads can hash at once.
 
-The hash of a whole file depends on its last byte; those of blocks of fixed size can be kept as they are completed,
-and computed by several threads at once (hashlib and numpy let go of the interpreter's lock).
+hashlib and numpy release the interpreter's lock.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +30,11 @@ class BlockHasher:
 
     Args:
         block_bytes: size of a block.
-        done: hex digests of the blocks that are complete already.
     """
 
-    def __init__(self, block_bytes: int = BLOCK_BYTES, done: Sequence[str] = ()) -> None:
+    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
         self.block_bytes = block_bytes
-        self.done = list(done)
-        """Hex digests of the complete blocks."""
+        self._done: list[str] = []
         self._hash = hashlib.sha256()
         self._filled = 0
 
@@ -49,18 +46,13 @@ class BlockHasher:
             self._filled += len(part)
             content = content[len(part) :]
             if self._filled == self.block_bytes:
-                self.done.append(self._hash.hexdigest())
+                self._done.append(self._hash.hexdigest())
                 self._hash, self._filled = hashlib.sha256(), 0
-
-    @property
-    def tail(self) -> str:
-        """Hex digest of the block in progress."""
-        return self._hash.hexdigest()
 
     @property
     def blocks(self) -> list[str]:
         """Hex digests of all blocks of what was appended."""
-        return [*self.done, self.tail] if self._filled else list(self.done)
+        return [*self._done, self._hash.hexdigest()] if self._filled else list(self._done)
 
 
 @dataclass(frozen=True)

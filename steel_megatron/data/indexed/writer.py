@@ -56,23 +56,17 @@ def _close_unwritten(file: IO[bytes]) -> None:
 class IndexedWriter:
     """Writes one corpus; memory does not grow with it.
 
-    Nothing appears under the final names before :meth:`commit`. The writer is a context manager: left without a
-    commit, it removes what it wrote, unless it was suspended.
-
-    A job that may be killed notes :meth:`state` from time to time; a writer made with the last noted state goes on
-    from there, whatever was written after it: also when the job was killed within :meth:`prepare` or
-    :meth:`commit`, or after them. The result is the same, byte for byte.
+    Nothing appears under the final names before :meth:`finalize`. The writer is a context manager: left without that,
+    it removes what it wrote.
 
     Args:
         prefix: path of the corpus without a suffix.
         dtype: how ids are stored, see :func:`~steel_megatron.data.indexed.dataset.token_dtype`.
         overwrite: whether a corpus that is there may be replaced.
-        state: what :meth:`state` gave, to go on with the files of an interrupted write; None to begin.
         block_bytes: size of the blocks that checksums are kept of; a multiple of 8.
 
     Raises:
-        DataError: a corpus is there and may not be replaced, another job is writing it, the disk refuses, or the
-            interrupted files are not what the state describes (they are left as they are).
+        DataError: a corpus is there and may not be replaced, another job is writing it, or the disk refuses.
     """
 
     def __init__(
@@ -80,7 +74,6 @@ class IndexedWriter:
         prefix: str | Path,
         dtype: np.dtype[Any] | type[np.integer[Any]],
         overwrite: bool = False,
-        state: Mapping[str, Any] | None = None,
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
         self.prefix = os.fspath(prefix)
@@ -93,31 +86,24 @@ class IndexedWriter:
         self.max_id = -1
         self._final = {suffix: with_suffix(prefix, suffix) for suffix in SUFFIXES}
         self._files: dict[str, IO[bytes]] = {}
-        self._manifest: dict[str, Any] = {}
-        self._prepared = self._committed = self._suspended = False
+        self._finished = False
         self._whole = True  # tokens and lengths are in step; not within or after a write that was cut short
         self._hasher = BlockHasher(block_bytes)
-        self._keep_partial = state is not None  # a failure to go on destroys nothing
         with ExitStack() as opened:  # closes again what was opened when a later step fails
             self._open = opened
             opened.enter_context(exclusive_lock(prefix, DataError))
             opened.callback(self._remove_partial)
-            if state is None:
-                refuse_existing(self.prefix, overwrite)
-                self._remove_partial()  # of a job that was killed
-                self._begin(BIN, b"")
-                self._begin(IDX, bytes(HEADER.size))
-            else:
-                self._resume(state, overwrite)
-            self._keep_partial = False
+            refuse_existing(self.prefix, overwrite)
+            self._remove_partial()  # of a job that was killed
+            self._begin(BIN, b"")
+            self._begin(IDX, bytes(HEADER.size))
             self._open = opened.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
-        if not self._suspended and (exception_type is not None or not self._committed):
-            self.discard()
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append one document.
@@ -136,7 +122,7 @@ class IndexedWriter:
             ids: all their ids [tokens].
             lengths: tokens of each document [documents].
             rows: the row of each document in its input file, from 1 [documents]; for all documents of a corpus or
-                for none. :meth:`prepare` then needs ``inputs`` that count the documents of each file.
+                for none. :meth:`finalize` then needs ``inputs`` that count the documents of each file.
 
         Raises:
             DataError: an id does not fit the dtype, a document is too long, or the disk is full.
@@ -188,101 +174,22 @@ class IndexedWriter:
         self._open.callback(_close_unwritten, self._files[suffix])
         self._write(suffix, head)
 
-    def state(self) -> dict[str, Any]:
-        """What is written so far, as JSON; it is on the disk when this returns.
+    def finalize(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Complete the corpus and give it its final names, the manifest last.
 
-        Raises:
-            DataError: the disk is full, or a write before was cut short: an earlier state is what there is.
-        """
-        assert not self._prepared, "state() after prepare()"
-        if not self._whole:
-            raise DataError(f"a write to {self.prefix} was cut short; what it has cannot be told")
-        for suffix, file in self._files.items():
-            with disk_errors("write", self._final[suffix], DataError):
-                file.flush()
-                os.fsync(file.fileno())
-        with disk_errors("write", self._final[BIN], DataError):
-            sync_folder(self._final[BIN].parent)
-        return {
-            "dtype": self.dtype.name,
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "max_id": self.max_id,
-            "rows": ROWS in self._files,
-            "block_bytes": self._hasher.block_bytes,
-            "blocks": list(self._hasher.done),
-            "tail": self._hasher.tail,
-        }
-
-    def _resume(self, state: Mapping[str, Any], overwrite: bool) -> None:
-        """Open the partial files and cut them to what the state describes."""
-        try:
-            dtype, with_rows = str(state["dtype"]), bool(state["rows"])
-            self.documents, self.tokens, self.max_id = (int(state[name]) for name in ("documents", "tokens", "max_id"))
-            self._hasher = BlockHasher(int(state["block_bytes"]), [str(digest) for digest in state["blocks"]])
-            tail = str(state["tail"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"the noted state of {self.prefix} is damaged ({error!r}); start again") from error
-        if dtype != self.dtype.name:
-            raise DataError(f"{self.prefix} was begun with ids as {dtype}, not {self.dtype}; start again")
-        sizes = {BIN: self.tokens * self.dtype.itemsize, IDX: HEADER.size + 4 * self.documents}
-        if with_rows:
-            sizes[ROWS] = ROWS_HEADER_BYTES + 8 * self.documents
-        committed = self._final[BIN].exists() and not partial(self._final[BIN]).exists()
-        if not committed:
-            refuse_existing(self.prefix, overwrite)
-        self._hash_again(self._final[BIN] if committed else partial(self._final[BIN]), sizes[BIN], tail)
-        if committed:
-            self._take_back()
-        for suffix, size in sizes.items():
-            path = partial(self._final[suffix])
-            with disk_errors("go on with", path, DataError):
-                file = self._files[suffix] = path.open("r+b")
-                self._open.callback(_close_unwritten, file)
-                if os.fstat(file.fileno()).st_size < size:
-                    raise DataError(f"{path} is shorter than the {size:,} bytes that were noted; start again")
-        for suffix, size in sizes.items():
-            with disk_errors("write", self._final[suffix], DataError):
-                self._files[suffix].truncate(size)
-                self._files[suffix].seek(size)
-
-    def _hash_again(self, path: Path, size: int, tail: str) -> None:
-        """Hash the block in progress, which must be what it was."""
-        with disk_errors("go on with", path, DataError), path.open("rb") as file:
-            file.seek(at := len(self._hasher.done) * self._hasher.block_bytes)
-            while at < size and (piece := file.read(min(_CHUNK, size - at))):
-                self._hasher.update(memoryview(piece))
-                at += len(piece)
-        if at != size or self._hasher.tail != tail:
-            raise DataError(
-                f"{path} is not what was noted of it ({size:,} bytes, the last block with SHA-256 {tail}): the files "
-                "of the interrupted job were damaged; start again"
-            )
-
-    def _take_back(self) -> None:
-        """Undo a commit, or what a kill left of one."""
-        with disk_errors("rename", self._final[BIN], DataError):
-            for path in reversed(self._final.values()):  # first the manifest: without it nothing opens
-                if path.exists() and not partial(path).exists():
-                    path.replace(partial(path))
-            sync_folder(self._final[BIN].parent)
-
-    def suspend(self) -> None:
-        """Close the files and leave them for a writer that goes on from a state; others may write here again."""
-        assert not self._committed, "suspend() after commit()"
-        self._suspended = self._keep_partial = True
-        self._open.close()
-
-    def prepare(self, manifest: Mapping[str, Any]) -> None:
-        """Complete all files on disk, still under their temporary names.
+        A corpus that is replaced loses its manifest and index first. A crash on the way leaves a manifest under
+        its temporary name only, which :func:`~steel_megatron.data.indexed.dataset.open_indexed` refuses as unfinished.
 
         Args:
-            manifest: what to record beside the counts and checksums, such as the tokenizer and the inputs.
+            manifest: what to record in addition to the counts and checksums, such as the tokenizer and the inputs.
+
+        Returns:
+            the manifest as written.
 
         Raises:
             DataError: the disk is full.
         """
-        assert self._whole and not self._prepared, "prepare() of a write that was cut short, or twice"
+        assert self._whole and not self._finished, "finalize() of a write that was cut short, or twice"
         assert not set(manifest) & set(OWN_FIELDS), set(manifest) & set(OWN_FIELDS)
         if ROWS in self._files:
             counted = sum(entry["documents"] for entry in manifest["inputs"])
@@ -295,7 +202,7 @@ class IndexedWriter:
         content = content_of(self.dtype.name, blocks)
         if ROWS in self._files:
             blocks["rows"] = self._digests(ROWS)
-        self._manifest = {
+        written = {
             "format": FORMAT,
             "documents": self.documents,
             "tokens": self.tokens,
@@ -306,9 +213,10 @@ class IndexedWriter:
             "block_bytes": self._hasher.block_bytes,
             "blocks": blocks,
         }
-        self._begin(MANIFEST, json.dumps(self._manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+        self._begin(MANIFEST, json.dumps(written, indent=2, ensure_ascii=False).encode() + b"\n")
         self._complete(MANIFEST, b"")
-        self._prepared = True
+        self._commit()
+        return written
 
     def _complete(self, suffix: str, head: bytes) -> None:
         """Put the head of a file where its place was kept, and everything on the disk."""
@@ -339,48 +247,26 @@ class IndexedWriter:
                 position = int(ends[-1])
             for start in range(0, self.documents + 1, _CHUNK):
                 file.write(np.arange(start, min(start + _CHUNK, self.documents + 1), dtype=np.int64).tobytes())
-        if position != self.tokens * self.dtype.itemsize:
-            raise DataError(
-                f"{partial(self._final[IDX])} was damaged since it was written: its documents have {position:,} bytes "
-                f"together, {self.tokens * self.dtype.itemsize:,} were written; start again"
-            )
+        assert position == self.tokens * self.dtype.itemsize, (position, self.tokens)
 
-    def commit(self) -> None:
-        """Give the prepared files their final names, the manifest last.
-
-        A corpus that is replaced loses its manifest and index first. A crash on the way leaves a manifest under
-        its temporary name only, which :func:`~steel_megatron.data.indexed.dataset.open_indexed` refuses as unfinished.
-        """
-        assert self._prepared, "commit() before prepare()"
+    def _commit(self) -> None:
         folder = self._final[BIN].parent
-        with disk_errors("rename", self._final[BIN], DataError):
+        with disk_errors("rename", self._final[BIN], DataError), ExitStack() as failing:
             for suffix in (MANIFEST, IDX, ROWS):
                 self._final[suffix].unlink(missing_ok=True)
             sync_folder(folder)
-            self._committed = True  # the old corpus is gone; discard() may remove the final names
+            for path in self._final.values():  # the manifest goes first: callbacks run in reverse
+                failing.callback(remove, path)
             for suffix in SUFFIXES:
                 if suffix == MANIFEST:
                     sync_folder(folder)  # it vouches for the others, so it must not be there without them
                 if suffix in self._files:
                     partial(self._final[suffix]).replace(self._final[suffix])
             sync_folder(folder)
-        self._open.close()
-
-    def discard(self) -> None:
-        """Remove everything this writer wrote, also after :meth:`commit` (when a corpus beside it failed)."""
-        assert not self._suspended, "discard() after suspend(): the files may be another writer's by now"
-        if self._committed:
-            for path in reversed(self._final.values()):
-                remove(path)
+            failing.pop_all()
+        self._finished = True
         self._open.close()
 
     def _remove_partial(self) -> None:
-        if not self._keep_partial:
-            for path in self._final.values():
-                remove(partial(path))
-
-    def finalize(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        """Complete the corpus and give it its final names; returns the manifest as written."""
-        self.prepare(manifest)
-        self.commit()
-        return self._manifest
+        for path in self._final.values():
+            remove(partial(path))

@@ -1,12 +1,14 @@
 """Documents -> indexed corpora of token ids: parallel, resumable, deterministic, in bounded memory.
 
-One process cuts the inputs into chunks and hands them out in order; workers parse and encode them; the results are
-written in the order of the inputs. So the files are the same, byte for byte, for any number of workers. A journal
-beside the outputs says how far they are on disk; the same job, started again, goes on from there to the same bytes.
+The inputs are units of work, done on this machine or as tasks over Slurm or Ray. One process cuts the files of a unit
+into chunks and hands them out in order; workers parse and encode them. The results are put together in the order of
+the inputs, so the corpora are the same, byte for byte, for any number of tasks and workers. What is done lies as
+segments in ``<output_prefix>.partial``; the same job, started again, resumes behind them and comes to the same bytes.
 """
 
 from __future__ import annotations
 
+import glob
 import itertools
 import os
 import re
@@ -19,26 +21,35 @@ from typing import Any
 
 from steel_megatron.config import PreprocessConfig
 from steel_megatron.data.indexed.dataset import token_dtype
+from steel_megatron.data.preprocessing.corpora import Corpora, EmptyCorpus, refuse_existing
 from steel_megatron.data.preprocessing.encoder import SPLIT_BY, TRAIN, VALID, Encoder
-from steel_megatron.data.preprocessing.job import ChunkSizes, Run, write_all
-from steel_megatron.data.preprocessing.journal import InputFile, Journal, SkippedRows, differences, examine
+from steel_megatron.data.preprocessing.inputs import InputFile, examine
 from steel_megatron.data.preprocessing.report import (
     PreprocessReport,
     SourceReport,
     finished_report,
+    give_names,
     is_report,
+    read_record,
+    refuse_other_report,
     report_of,
     report_path,
-    write_report,
+    skipped_path,
+    write_record,
 )
-from steel_megatron.data.preprocessing.shards import corpora_at, refuse_existing, remove_corpus, remove_partial
+from steel_megatron.data.preprocessing.segments import Corpus, Segment, segments_of
+from steel_megatron.data.preprocessing.step import ChunkSizes, EncodeUnits, units_of
 from steel_megatron.data.reading.documents import documents_of, parse_inputs, plain_texts
 from steel_megatron.data.reading.formats import RawChunk, has_keys, read_chunks
 from steel_megatron.data.reading.sources import Source, get_source
 from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import ConfigError, DataError
-from steel_megatron.files import exclusive_lock, write_atomically
-from steel_megatron.log import get_logger
+from steel_megatron.files import disk_errors, exclusive_lock, with_suffix, write_atomically
+from steel_megatron.jobs import step as in_process
+from steel_megatron.jobs.folder import matches, prepare, remove_folder
+from steel_megatron.jobs.run import run_step
+from steel_megatron.jobs.slurm import was_submitted
+from steel_megatron.log import get_logger, progress
 from steel_megatron.signals import StopSignals, stop_signals
 
 __all__ = ["PreprocessReport", "SourceReport", "preprocess"]
@@ -52,9 +63,11 @@ _LONGEST_NAME = 255
 _APPENDED = 64
 """Bytes of what is appended to the names of outputs, such as ``_00000.rows.npy.partial``, at most."""
 _KEPT = (
-    "What is written so far is kept: the same command goes on from there, with any number of workers and with either "
-    "on_bad_row. Where an input has to change, begin anew with overwrite"
+    "What is written so far is kept: the same command resumes there, with any number of workers or tasks and with "
+    "either --on_bad_row. Where an input has to change, start anew with --overwrite true"
 )
+PLAN_FORMAT = "steel_megatron preprocessing job 1"
+"""Name and version of the plan in a job's folder."""
 
 _PACE = ChunkSizes()
 _log = get_logger(__name__)
@@ -69,9 +82,9 @@ def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> Preprocess
     these names before it is complete. Rows that gave no document are listed in ``<output_prefix>_skipped.jsonl``, and
     ``<output_prefix>.report.json`` says what was done. Once finished, the same job says so and returns that report.
 
-    A job that was stopped, by a signal, a bad row or a full disk, leaves ``<output_prefix>.progress.json``; called
-    again with the same config (``workers``, ``on_bad_row``, ``engine`` and ``pace`` may differ), it goes on, and
-    what it writes is what it would have written.
+    A job that was stopped, by a signal, a bad row or a full disk, leaves the folder ``<output_prefix>.partial``; called
+    again with the same config (``workers``, ``executor``, ``tasks``, ``on_bad_row``, ``engine`` and ``pace`` may
+    differ), it resumes, and what it writes is what it would have written.
 
     Args:
         config: the job. Its inputs are read by :func:`~steel_megatron.data.reading.documents.parse_inputs`; what the
@@ -90,7 +103,6 @@ def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> Preprocess
     sources = _sources(files, keys)
     if config.report is not None:
         _check_report(config.report, _own_files(prefix, keys, None))
-    journal = Journal(prefix)
     with exclusive_lock(prefix, DataError), stop_signals() as signals:
         tokenizer = load_tokenizer(
             config.tokenizer_kind, config.tokenizer_path, engine=config.engine, eod_token=config.eod_token
@@ -108,13 +120,11 @@ def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> Preprocess
             "keys": list(keys),
             "inputs": [*map(asdict, files)],
         }
-        if not journal.path.exists() and not config.overwrite:
-            if (finished := finished_report(prefix, job, outputs.values())) is not None:
-                _log.info(f"this very job is finished already; its report is in {report_path(prefix)}")
-                _write_report_to(config.report, finished)
-                return finished
-            for path in outputs.values():
-                refuse_existing(path, config.overwrite)
+        folder, units = with_suffix(prefix, ".partial"), units_of(files)
+        plan = {"format": PLAN_FORMAT, **job, "units": units}
+        finished = _finished(config, job, plan, folder, outputs)
+        if finished is not None:
+            return finished
         plain = _verify_engine(tokenizer, files, sources)
         encoder = Encoder(
             tokenizer,
@@ -126,32 +136,80 @@ def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> Preprocess
             config.seed,
             by_threads=plain and tokenizer.engine == "gigatoken",
         )
-        noted = _go_on(journal, job, outputs.values(), config.overwrite)
-        run = Run(job, outputs, encoder.dtype, journal, config.overwrite, noted)
-        return _work(run, encoder, files, config, pace, signals)
+        on_slurm = config.executor == "slurm"
+        prepare(folder, plan, EncodeUnits.job_name, [EncodeUnits.name], config.overwrite, on_slurm)
+        step = EncodeUnits(folder, tuple(files), units, encoder, tuple(outputs), pace)
+        return _work(step, job, outputs, config, signals)
+
+
+def _finished(
+    config: PreprocessConfig,
+    job: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    folder: Path,
+    outputs: Mapping[Corpus, str],
+) -> PreprocessReport | None:
+    """The report of this very job, if it is finished, or was killed while its corpora got their names.
+
+    Raises:
+        DataError: corpora or reports of other jobs are in the way.
+    """
+    prefix = config.output_prefix
+    earlier = with_suffix(prefix, ".progress.json")
+    if earlier.exists():
+        if not config.overwrite:
+            raise DataError(
+                f"{earlier} belongs to an unfinished job of an earlier version of the library; finish it with that "
+                "version, choose another prefix, or discard it with --overwrite true"
+            )
+        _discard_earlier_format(earlier, outputs.values())
+    if matches(folder, plan) and (recorded := read_record(folder)) is not None:
+        return _complete(config, folder, recorded, outputs)
+    if config.overwrite or (finished := finished_report(prefix, job, outputs.values())) is None:
+        for path in outputs.values():
+            refuse_existing(path, config.overwrite)
+        if not config.overwrite:
+            refuse_other_report(prefix, job)
+        return None
+    _log.info(f"this very job is finished already; its report is in {report_path(prefix)}")
+    _write_report_to(config.report, finished)
+    return finished
+
+
+def _complete(
+    config: PreprocessConfig, folder: Path, recorded: Mapping[str, Any], outputs: Mapping[Corpus, str]
+) -> PreprocessReport:
+    """Give everything its name; the job's folder goes last, as until then the same command comes to the same end."""
+    report = give_names(config.output_prefix, folder, recorded, outputs.values(), config.overwrite)
+    _write_report_to(config.report, report)
+    with disk_errors("remove", folder, DataError):
+        remove_folder(folder)
+    return report
 
 
 def _work(
-    run: Run,
-    encoder: Encoder,
-    files: Sequence[InputFile],
+    step: EncodeUnits,
+    job: Mapping[str, Any],
+    outputs: Mapping[Corpus, str],
     config: PreprocessConfig,
-    pace: ChunkSizes,
     signals: StopSignals,
 ) -> PreprocessReport:
     """Do a job, or what is left of it."""
-    started = time.monotonic()
+    started, folder = time.monotonic(), step.folder
     try:
-        write_all(run, encoder, files, config.workers, pace, signals)
+        with Corpora(job, outputs, step.encoder.dtype, folder) as corpora:
+            _encode(step, corpora, config, signals)
+            with signals.held():
+                segments = [segment for unit in range(step.count) for segment in segments_of(folder, unit)]
+                corpora.finish(segments, corpora.folder / skipped_path(config.output_prefix).name)
         with signals.held():
-            run.complete()
-            done = report_of(run, time.monotonic() - started)
-            write_report(run, done)
-            _write_report_to(config.report, done)
-            run.forget()  # the very last: until here, the same command comes to the same end
+            write_record(folder, corpora, report_of(corpora, time.monotonic() - started))
+            recorded = read_record(folder)
+            assert recorded is not None
+            done = _complete(config, folder, recorded, outputs)
     except BaseException as error:
         with signals.held():
-            kept = run.leave()
+            kept = _leave(step, resumable=not isinstance(error, EmptyCorpus))
         if kept and isinstance(error, DataError):
             raise DataError(f"{error}. {_KEPT}") from error
         if kept:
@@ -160,7 +218,47 @@ def _work(
     return done
 
 
-def _outputs(prefix: str, json_keys: Sequence[str], valid_fraction: float) -> dict[tuple[str, str], str]:
+def _encode(step: EncodeUnits, corpora: Corpora, config: PreprocessConfig, signals: StopSignals) -> None:
+    """Encode what is left of the inputs, and give the corpora everything in the order of the inputs."""
+    before, missing = [segments_of(step.folder, unit) for unit in range(step.count)], step.missing()
+    here = config.executor == "local" and config.tasks is None
+    # One process encodes in the order of the inputs: the corpora take its results as they come, unless there is
+    # something of units behind the first missing one.
+    at_once = here and not any(before[missing[0] + 1 :] if missing else [])
+    if at_once:
+        _put_together(itertools.chain.from_iterable(before), step, corpora)
+    if here:
+        with progress(step.name, step.bytes_to_read(), "bytes") as shown, in_process.counted_by(shown.advance):
+            step.encode(missing, config.workers, signals, corpora.add if at_once else lambda documents: None)
+    else:
+        run_step(step, config)
+    if not at_once:
+        _put_together(
+            (segment for unit in range(step.count) for segment in segments_of(step.folder, unit)), step, corpora
+        )
+
+
+def _put_together(segments: Iterable[Segment], step: EncodeUnits, corpora: Corpora) -> None:
+    for segment in segments:
+        for documents in segment.documents(step.corpora, step.encoder.dtype):
+            corpora.add(documents)
+
+
+def _leave(step: EncodeUnits, resumable: bool) -> bool:
+    """Leave an unfinished job: to be resumed, or, if there is nothing to resume, without a trace.
+
+    Returns:
+        whether something was kept.
+    """
+    begun = was_submitted(step.folder) or any(segments_of(step.folder, unit) for unit in range(step.count))
+    kept = resumable and begun
+    if not kept and step.folder.exists():
+        with suppress(DataError), disk_errors("remove", step.folder, DataError):
+            remove_folder(step.folder)
+    return kept
+
+
+def _outputs(prefix: str, json_keys: Sequence[str], valid_fraction: float) -> dict[Corpus, str]:
     """Paths of a job's corpora, without shard number and suffix, by split and key."""
     splits = {TRAIN: f"_{TRAIN}", VALID: f"_{VALID}"} if valid_fraction else {TRAIN: ""}
     return {(split, key): f"{prefix}{infix}_{key}_document" for key in json_keys for split, infix in splits.items()}
@@ -202,8 +300,11 @@ def _own_files(prefix: str, json_keys: Sequence[str], report: str | None) -> Cal
     )
     folder = os.path.realpath(os.path.dirname(prefix))
     reported = None if report is None else os.path.realpath(report)
+    works_in = Path(os.path.realpath(f"{prefix}.partial"))
 
     def own(path: Path) -> bool:
+        if Path(os.path.realpath(path)).is_relative_to(works_in):
+            return True
         if name.fullmatch(path.name) and os.path.realpath(path.parent) == folder:
             return True
         return reported is not None and os.path.realpath(path) == reported
@@ -263,44 +364,11 @@ def _begin_of(texts: Iterable[str], characters: int) -> Iterator[str]:
         characters -= len(text)
 
 
-def _go_on(journal: Journal, job: Mapping[str, Any], outputs: Iterable[str], overwrite: bool) -> dict[str, Any] | None:
-    """What is noted of this very job; None to begin."""
-    noted = None
-    try:
-        noted = journal.read()
-        if noted is None:
-            return None
-        changed = differences(noted["job"], job)
-    except DataError:
-        if not overwrite:
-            raise
-    else:
-        # A job that was begun with overwrite goes on with the same command.
-        if not changed and (noted["overwrite"] or not overwrite):
-            _log.info(f"going on with the job that {journal.path} describes")
-            return noted
-        if not overwrite:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise DataError(
-                f"{journal.path} describes an unfinished job that is not this one: {'; '.join(changed[:3])}{more}. "
-                "Finish that one, choose another prefix, or discard it with overwrite"
-            )
-    _log.warning(f"discarding the unfinished job that {journal.path} describes")
-    _discard(journal, noted, outputs)
-    return None
-
-
-def _discard(journal: Journal, noted: Mapping[str, Any] | None, outputs: Iterable[str]) -> None:
-    """Remove everything an unfinished job wrote; of one whose journal is damaged, what has the names of this one."""
+def _discard_earlier_format(journal: Path, outputs: Iterable[str]) -> None:
+    """Remove what an unfinished job left that was begun before jobs had folders."""
+    _log.warning(f"discarding the unfinished job that {journal} describes")
+    journal.unlink()
     for prefix in outputs:
-        remove_partial(prefix)
-    if noted is not None:
-        job = noted["job"]
-        for (split, key), prefix in _outputs(journal.prefix, job["keys"], job["settings"]["valid_fraction"]).items():
-            remove_partial(prefix)
-            # Until its first shard is complete, a job that may overwrite leaves the corpora of an earlier one.
-            if noted["outputs"][f"{split}.{key}"]["shards"] or not noted["overwrite"]:
-                for corpus in corpora_at(prefix):
-                    remove_corpus(corpus)
-    SkippedRows(journal.prefix).close(keep=False)
-    journal.remove()
+        for left in Path(prefix).parent.glob(f"{glob.escape(Path(prefix).name)}*.partial"):
+            if left.is_file():
+                left.unlink()

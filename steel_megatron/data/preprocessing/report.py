@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -10,15 +11,20 @@ from typing import Any
 
 import numpy as np
 
+from steel_megatron.data.indexed.format import BIN
+from steel_megatron.data.preprocessing.corpora import Corpora, CorpusCounts, content_of, corpora_at, publish
 from steel_megatron.data.preprocessing.encoder import TRAIN
-from steel_megatron.data.preprocessing.job import Run
-from steel_megatron.data.preprocessing.journal import differences
-from steel_megatron.data.preprocessing.shards import CorpusCounts, content_of, corpora_at
 from steel_megatron.errors import DataError
-from steel_megatron.files import disk_errors, with_suffix, write_atomically
+from steel_megatron.files import disk_errors, remove, sync_folder, with_suffix, write_atomically
+from steel_megatron.jobs.folder import differences, read_json
+from steel_megatron.log import get_logger
 
 FORMAT = "steel-megatron-preprocess-report-1"
 """Name and version of ``<prefix>.report.json``."""
+_RECORD = "finished.json"
+"""In a job's folder: what becomes that report."""
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,25 +93,25 @@ class PreprocessReport:
         return "\n".join(lines)
 
 
-def report_of(run: Run, seconds: float) -> PreprocessReport:
+def report_of(corpora: Corpora, seconds: float) -> PreprocessReport:
     """The report of a job whose outputs are complete."""
-    several = len({key for _, key in run.outputs}) > 1
-    named = {f"{split}.{key}" if several else split: writer for (split, key), writer in run.outputs.items()}
-    names = dict.fromkeys(entry["source"] for entry in run.job["inputs"])
+    several = len({key for _, key in corpora.outputs}) > 1
+    named = {f"{split}.{key}" if several else split: writer for (split, key), writer in corpora.outputs.items()}
+    names = dict.fromkeys(entry["source"] for entry in corpora.job["inputs"])
     sources = {
         source: SourceReport(
             {name: writer.per_source.get(source, CorpusCounts()) for name, writer in named.items()},
-            run.skipped_rows.get(source, 0),
+            corpora.skipped_rows.get(source, 0),
         )
         for source in names
     }
     for name, writer in named.items():
         assert writer.documents == sum(of.splits[name].documents for of in sources.values()), name
-    training = sum(writer.tokens for (split, _), writer in run.outputs.items() if split == TRAIN)
-    assert run.token_counts.sum() == training, (run.token_counts.sum(), training)
+    training = sum(writer.tokens for (split, _), writer in corpora.outputs.items() if split == TRAIN)
+    assert corpora.token_counts.sum() == training, (corpora.token_counts.sum(), training)
     return PreprocessReport(
         documents=sum(writer.documents for writer in named.values()),
-        skipped=run.skipped,
+        skipped=corpora.skipped,
         tokens=sum(writer.tokens for writer in named.values()),
         bytes=sum(counts.text_bytes for of in sources.values() for counts in of.splits.values()),
         seconds=seconds,
@@ -114,7 +120,7 @@ def report_of(run: Run, seconds: float) -> PreprocessReport:
         split_documents={name: writer.documents for name, writer in named.items()},
         split_tokens={name: writer.tokens for name, writer in named.items()},
         sources=sources,
-        unigram_entropy=_entropy(run.token_counts),
+        unigram_entropy=_entropy(corpora.token_counts),
     )
 
 
@@ -139,15 +145,90 @@ def is_report(path: Path) -> bool:
         return False
 
 
-def write_report(run: Run, report: PreprocessReport) -> None:
-    """Write ``<prefix>.report.json``: the report, which job it was, and what the corpora are.
+def skipped_path(prefix: str) -> Path:
+    """Where the list of skipped rows of a finished job lies."""
+    return with_suffix(prefix, "_skipped.jsonl")
+
+
+def write_record(folder: Path, corpora: Corpora, report: PreprocessReport) -> None:
+    """Record in the job's folder that its corpora are complete; :func:`give_names` gives them their names.
+
+    Args:
+        folder: the job's folder.
+        corpora: the corpora.
+        report: the report of the job.
 
     Raises:
         DataError: the disk is full.
     """
-    contents = {shard.prefix: shard.content for writer in run.outputs.values() for shard in writer.shards}
-    recorded = {"format": FORMAT, "report": asdict(report), "job": run.job, "contents": contents}
-    write_atomically(report_path(run.journal.prefix), json.dumps(recorded, ensure_ascii=False).encode(), DataError)
+    contents = {shard.prefix: shard.content for writer in corpora.outputs.values() for shard in writer.shards}
+    recorded = {"format": FORMAT, "report": asdict(report), "job": corpora.job, "contents": contents}
+    write_atomically(folder / _RECORD, json.dumps(recorded, ensure_ascii=False).encode(), DataError)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What :func:`write_record` left; None if the corpora of the job are not complete, or were to lie elsewhere."""
+    recorded = read_json(folder / _RECORD)
+    if recorded is None or any(Path(shard).parent != folder.parent for shard in recorded["contents"]):
+        return None
+    return recorded
+
+
+def give_names(
+    prefix: str, folder: Path, recorded: Mapping[str, Any], outputs: Iterable[str], overwrite: bool
+) -> PreprocessReport:
+    """Give complete corpora, the list of skipped rows and the report their names.
+
+    Run again after a kill, it completes what is left to do.
+
+    Args:
+        prefix: of the job.
+        folder: the job's folder.
+        recorded: what :func:`read_record` gave.
+        outputs: paths of the corpora without shard number and suffix.
+        overwrite: whether corpora of an earlier job may be replaced.
+
+    Raises:
+        DataError: a corpus may not be replaced, or the disk refuses.
+    """
+    publish(folder / "corpora", recorded["contents"], outputs, overwrite)
+    skipped = skipped_path(prefix)
+    listed = folder / "corpora" / skipped.name
+    report = _report_from(recorded["report"])
+    with disk_errors("write", skipped, DataError):
+        if listed.exists():
+            listed.replace(skipped)
+        elif not report.skipped:
+            skipped.unlink(missing_ok=True)  # of an earlier job
+        sync_folder(skipped.parent)
+    if report.skipped:
+        _log.warning(f"rows were skipped; they are listed in {skipped}")
+    final = report_path(prefix)
+    write_atomically(final, json.dumps(recorded, ensure_ascii=False).encode(), DataError)
+    for unfinished in final.parent.glob(f"{glob.escape(final.name)}.*.partial"):  # of a call that was killed
+        remove(unfinished)
+    return report
+
+
+def refuse_other_report(prefix: str, job: Mapping[str, Any]) -> None:
+    """Refuse to replace the report and the skipped rows of another job whose corpora are still there.
+
+    Args:
+        prefix: of the job.
+        job: what decides the bytes of its outputs.
+
+    Raises:
+        DataError: the message names what differs.
+    """
+    recorded = read_json(report_path(prefix))
+    if recorded is None or recorded.get("format") != FORMAT:
+        return
+    contents, changed = recorded.get("contents", {}), differences(recorded.get("job", {}), job)
+    if changed and any(with_suffix(shard, BIN).exists() for shard in contents):
+        raise DataError(
+            f"{report_path(prefix)} is the report of another job under this prefix ({changed[0]}), whose corpora are "
+            "still there; choose another prefix, or replace its report with --overwrite true"
+        )
 
 
 def finished_report(prefix: str, job: Mapping[str, Any], outputs: Iterable[str]) -> PreprocessReport | None:
@@ -155,7 +236,7 @@ def finished_report(prefix: str, job: Mapping[str, Any], outputs: Iterable[str])
 
     Args:
         prefix: of the job.
-        job: what decides the bytes of the outputs, see :class:`~steel_megatron.data.preprocessing.job.Run`.
+        job: what decides the bytes of the outputs, see :class:`~steel_megatron.data.preprocessing.corpora.Corpora`.
         outputs: paths of its corpora without shard number and suffix.
     """
     path = report_path(prefix)

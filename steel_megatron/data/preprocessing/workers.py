@@ -26,6 +26,7 @@ from typing import Any
 from steel_megatron.data.preprocessing.encoder import Encoded, Encoder, Position, Task
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors
+from steel_megatron.jobs.run import end_with_parent
 
 _BYTES_PER_WORKER = 8 << 20
 """Raw bytes that are on the way for each worker: what it is at and what comes next."""
@@ -211,15 +212,7 @@ def _start_worker(encoder: Encoder) -> None:
     # others when one has died.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent is killed; it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _encode_in_worker(task: Task) -> Encoded:

@@ -12,7 +12,7 @@ import itertools
 import json
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,7 @@ from steel_megatron.data.reading.formats import (
 from steel_megatron.data.reading.sources import SOURCES, Dialogue, Source, get_source
 from steel_megatron.data.reading.text_batch import TextBatch
 from steel_megatron.errors import DataError
+from steel_megatron.jobs.folder import is_job
 from steel_megatron.log import get_logger
 
 __all__ = [
@@ -101,8 +102,8 @@ def parse_inputs(inputs: Sequence[str], own: Callable[[Path], bool] | None = Non
 
     The order is that of ``inputs``, and within a folder or a pattern sorted by path, so it does not depend on the
     file system. A file that is named twice, in whichever way, is read once, under its first name. Folders are
-    searched through all levels for files of a known format; hidden files and ``__pycache__`` are left out, and links
-    to folders are not followed.
+    searched through all levels for files of a known format; hidden files, ``__pycache__`` and the folders of unfinished
+    jobs are left out, and links to folders are not followed.
 
     Args:
         inputs: paths or patterns (``*``, ``?``, ``[...]``, and ``**`` for any depth); without a source's name, rows
@@ -154,13 +155,26 @@ def _not_own(paths: Sequence[Path], pattern: str, own: Callable[[Path], bool] | 
             _log.info(f"{path} is left out of the inputs: this very job writes it")
 
 
+def _without_unfinished(paths: Iterable[Path]) -> Iterator[Path]:
+    """Files without those in the folder of an unfinished job: what is there is the input of that job once more."""
+    left_out: set[Path] = set()
+    for path in paths:
+        found = next((folder for folder in path.parents if folder.name.endswith(".partial") and is_job(folder)), None)
+        if found is None:
+            yield path
+        elif found not in left_out:
+            left_out.add(found)
+            _log.info(f"{found} is left out of the inputs: an unfinished job works there")
+
+
 def expand_inputs(inputs: Sequence[str]) -> list[Path]:
     """The files of :func:`parse_inputs`, where their sources do not matter."""
     return [found.path for found in parse_inputs(inputs)]
 
 
 def _matching(pattern: str, given: str) -> list[Path]:
-    matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    searched = not os.path.exists(pattern)
+    matches = sorted(glob.glob(pattern, recursive=True)) if searched else [pattern]
     found: list[Path] = []
     for match in map(Path, matches):
         if match.is_dir():
@@ -169,6 +183,8 @@ def _matching(pattern: str, given: str) -> list[Path]:
             raise DataError(f"{match} is of no known format; a file name must end in {', '.join(KNOWN_SUFFIXES)}")
         else:
             found.append(match)
+    if searched or os.path.isdir(pattern):
+        found = list(_without_unfinished(found))
     if not found:
         what = f"holds no file that ends in {', '.join(KNOWN_SUFFIXES)}" if matches else "matches no file"
         raise DataError(f"input {given!r} {what}")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steel_megatron.data.cleaning import stages
+from steel_megatron.data.cleaning import steps
 from steel_megatron.data.cleaning.filters import (
     Alphanumeric,
     AverageLineLength,
@@ -23,7 +23,7 @@ from steel_megatron.data.cleaning.filters import (
     WordsNum,
 )
 from steel_megatron.data.cleaning.mappers import CleanEmail
-from steel_megatron.data.cleaning.stages import Rejection, operate
+from steel_megatron.data.cleaning.steps import Rejection, operate
 from steel_megatron.data.cleaning.texts import DocumentText, Lost
 from steel_megatron.data.reading.sources import Dialogue
 from steel_megatron.errors import ConfigError
@@ -99,7 +99,7 @@ def test_parts_of_a_character_are_words(qwen: Qwen) -> None:
 
 
 def test_a_mapper_cannot_make_a_text_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "LONGEST", 20)
+    monkeypatch.setattr(steps, "LONGEST", 20)
     assert operate(DocumentText("a@b.cn " * 2), CleanEmail(repl="某人的地址"), NONE) is True
     assert operate(DocumentText("a@b.cn " * 4), CleanEmail(repl="某人的地址"), NONE) == Rejection(
         24, "more than 20 characters"

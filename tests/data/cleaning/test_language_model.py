@@ -11,7 +11,7 @@ import pytest
 
 from steel_megatron.data.cleaning.filters import Perplexity, Resources
 from steel_megatron.data.cleaning.language_model import HalfModel, LanguageModel, half_of
-from steel_megatron.data.cleaning.stages import Rejection, operate
+from steel_megatron.data.cleaning.steps import Rejection, operate
 from steel_megatron.data.cleaning.texts import DocumentText
 from steel_megatron.errors import DataError
 from tests.data.conftest import make_texts

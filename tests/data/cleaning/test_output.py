@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
-from steel_megatron.data.cleaning import funnel, job_folder, slurm
+from steel_megatron.data.cleaning import funnel
 from steel_megatron.data.cleaning import pipeline as clean
-from steel_megatron.data.cleaning.job_folder import PLAN_FORMAT
+from steel_megatron.data.cleaning import result as results
+from steel_megatron.data.cleaning.result import PLAN_FORMAT
 from steel_megatron.data.cleaning.unit_files import UnitFiles, rows_of
 from steel_megatron.errors import ConfigError, DataError
+from steel_megatron.jobs import slurm
 from tests.data.cleaning.test_pipeline import content
 from tests.data.configured import clean_corpus
 from tests.data.conftest import make_texts, write_jsonl
@@ -209,7 +211,7 @@ def test_a_finished_job_is_no_other_job(
     def killed(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job_folder, "remove_folder", killed)
+    monkeypatch.setattr(results, "remove_folder", killed)
     with pytest.raises(KeyboardInterrupt):
         clean_corpus(recipe, [f"{raw}/0.jsonl"], tmp_path / "out")
     monkeypatch.undo()
@@ -225,7 +227,7 @@ def test_a_finished_job_is_no_other_job(
 
 
 @pytest.mark.parametrize("change", ["age", "model", "package"])
-def test_an_interrupted_job_goes_on_only_with_what_decides_the_result(
+def test_an_interrupted_job_resumes_only_with_what_decides_the_result(
     recipe: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     recipe.write_text("kind: text\noperators: [perplexity_filter: {train_characters: 100000}]\n")
@@ -233,10 +235,11 @@ def test_an_interrupted_job_goes_on_only_with_what_decides_the_result(
     model = tmp_path / "first" / "language_model"
     recipe.write_text(f"kind: text\noperators: [fix_unicode_mapper, perplexity_filter: {{model: {model}}}]\n")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(job_folder, "replace_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(results, "replace_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         clean_corpus(recipe, [str(raw)], tmp_path / "out")
     refused = pytest.raises(
-        DataError, match="holds an interrupted job with another recipe, other options or inputs or packages"
+        DataError,
+        match=r"unfinished job that is not this one: .*(on_bad_row|text_key|mtime_ns|language_model|packages)",
     )
     options: list[dict[str, Any]] = [{"on_bad_row": "skip"}, {"text_key": "content"}]
     for option in options:
@@ -249,9 +252,9 @@ def test_an_interrupted_job_goes_on_only_with_what_decides_the_result(
         content_before = weights.read_bytes()
         weights.write_bytes(content_before[:-1] + bytes([content_before[-1] ^ 1]))
     else:
-        version = job_folder.importlib.metadata.version
+        version = results.importlib.metadata.version
         monkeypatch.setattr(
-            job_folder.importlib.metadata, "version", lambda name: "0" if name == "ftfy" else version(name)
+            results.importlib.metadata, "version", lambda name: "0" if name == "ftfy" else version(name)
         )
     with refused:
         clean_corpus(recipe, [str(raw)], tmp_path / "out")
@@ -282,11 +285,11 @@ def test_slurm_tasks_that_live_are_not_disturbed(
     recipe: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(job_folder, "replace_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(results, "replace_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         clean_corpus(recipe, [str(raw)], tmp_path / "out")
     partial = tmp_path / "out.partial"
-    name = slurm.job_name(partial, "clean")
-    assert slurm.job_name(partial, "clean") == name
+    name = slurm.slurm_name(partial, "clean", "clean")
+    assert slurm.slurm_name(partial, "clean", "clean") == name
     (partial / "tmp" / "node-1-000000").mkdir(parents=True)
     squeue = tmp_path / "squeue"
     squeue.write_text(f'#!/bin/bash\n[[ "$*" == *--name=*{name}* ]] && echo 17\n')
@@ -298,7 +301,7 @@ def test_slurm_tasks_that_live_are_not_disturbed(
     clean_corpus(recipe, [str(raw)], tmp_path / "other")
     over_slurm = {"executor": "slurm", "slurm_partition": "cpu"}
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(job_folder, "replace_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(results, "replace_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         clean_corpus(recipe, [str(raw)], tmp_path / "out", **over_slurm)
     assert (partial / "tmp" / "node-1-000000").exists()
     squeue.write_text("#!/bin/bash\necho down >&2; exit 1\n")
@@ -313,6 +316,6 @@ def test_the_format_of_a_plan_is_told(tmp_path: Path, recipe: Path, raw: Path) -
     """An older version's job is one of ours."""
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "plan.json").write_text(json.dumps({"format": PLAN_FORMAT[:-1] + "1"}))
-    with pytest.raises(DataError, match="holds an interrupted job"):
+    with pytest.raises(DataError, match="holds an unfinished job that is not this one: format was"):
         clean_corpus(recipe, [str(raw)], tmp_path / "out")
     clean_corpus(recipe, [str(raw)], tmp_path / "out", overwrite=True)

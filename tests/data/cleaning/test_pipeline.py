@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import zstandard
 
-from steel_megatron.data.cleaning import executors, job_folder
 from steel_megatron.data.cleaning import pipeline as clean
+from steel_megatron.data.cleaning import result as results
 from steel_megatron.data.cleaning.funnel import table
-from steel_megatron.data.cleaning.stages import CleanUnits, SampleTexts, WriteKept
+from steel_megatron.data.cleaning.steps import CleanUnits, SampleTexts, WriteKept
 from steel_megatron.data.reading.sources import Dialogue
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import exclusive_lock
+from steel_megatron.jobs import run
 from tests.data.configured import clean_corpus
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.jobs import wait_for, wait_gone
@@ -321,7 +322,7 @@ def test_progress_is_told_in_bytes(
         told.append((description, total, unit))
         yield Shown()
 
-    monkeypatch.setattr(executors, "progress", progress)
+    monkeypatch.setattr(run, "progress", progress)
     recipe.write_text("kind: text\noperators: [text_length_filter]")
     size = sum(path.stat().st_size for path in corpus.iterdir())
     monkeypatch.setattr(clean, "UNIT_BYTES", size // 6)  # so that each file is read in parts
@@ -343,12 +344,12 @@ def test_an_output_is_not_overwritten_by_accident(recipe: Path, corpus: Path, tm
     assert not (tmp_path / "out" / "skypile").exists() and (tmp_path / "out" / "text").exists()
 
 
-# A stage of the job stands still before or after its third unit, in whatever process works on that.
+# A step of the job stands still before or after its third unit, in whatever process works on that.
 STILL = """
 from pathlib import Path
-from steel_megatron.data.cleaning import stages
+from steel_megatron.data.cleaning import steps
 import os, signal
-whole = stages.{stage}.work
+whole = steps.{step}.work
 
 def work(self, number):
     done = {after} and whole(self, number)
@@ -357,7 +358,7 @@ def work(self, number):
         signal.pause()
     return done if {after} else whole(self, number)
 
-stages.{stage}.work = work
+steps.{step}.work = work
 """
 
 
@@ -397,9 +398,9 @@ def test_kills_leave_nothing_and_the_same_command_goes_on(
     recipe: Path, corpus: Path, whole: Path, tmp_path: Path
 ) -> None:
     moments = [("SampleTexts", True), ("CleanUnits", False), ("CleanUnits", True), ("WriteKept", True)]
-    for stage, after in moments:
+    for step, after in moments:
         reached = tmp_path / "reached"
-        still = STILL.format(stage=stage, after=after, reached=str(reached))
+        still = STILL.format(step=step, after=after, reached=str(reached))
         command = tool(recipe, corpus, tmp_path / "out", "--workers", "2", begin=still)
         with standing_still(command, reached) as (job, _):
             job.send_signal(signal.SIGKILL)
@@ -412,21 +413,18 @@ def test_kills_leave_nothing_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "tasks"), [("sample", None), ("clean", 2), ("deduplicate", None)])
-def test_completed_tasks_are_not_done_again(
+@pytest.mark.parametrize(("step", "tasks"), [("sample", None), ("clean", 2), ("deduplicate", None)])
+def test_completed_units_are_not_done_again(
     recipe: Path,
     corpus: Path,
     whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    stage: str,
+    step: str,
     tasks: int | None,
 ) -> None:
-    """Interrupted after the second task of a stage, datatrove's markers stand for it and the rest is done.
-
-    datatrove knows nothing of these where the units are shared out among another number of tasks; their own markers do.
-    """
-    kind = {"sample": SampleTexts, "clean": CleanUnits, "deduplicate": WriteKept}[stage]
+    """Interrupted after two units of a step, for any number of tasks then and now."""
+    kind = {"sample": SampleTexts, "clean": CleanUnits, "deduplicate": WriteKept}[step]
     work = kind.work
     done: list[int] = []
 
@@ -440,8 +438,8 @@ def test_completed_tasks_are_not_done_again(
     with pytest.raises(KeyboardInterrupt):
         clean_corpus(recipe, inputs(corpus), tmp_path / "out")
     assert done == [0, 1]
-    completed = sorted((tmp_path / "out.partial" / "logs" / f"{stage}-4" / "completions").iterdir())
-    assert [path.name for path in completed] == ["00000", "00001"]
+    markers = sorted((tmp_path / "out.partial" / "done" / step).iterdir())
+    assert [path.name for path in markers] == ["000000.json", "000001.json"]
     done.clear()
     monkeypatch.setattr(kind, "work", lambda self, number: (work(self, number), done.append(number))[0])
     clean_corpus(recipe, inputs(corpus), tmp_path / "out", tasks=tasks)
@@ -449,12 +447,12 @@ def test_completed_tasks_are_not_done_again(
     assert content(tmp_path / "out") == content(whole)
 
 
-def test_an_interrupted_job_goes_on_only_as_it_was(recipe: Path, corpus: Path, tmp_path: Path) -> None:
+def test_an_interrupted_job_resumes_only_as_it_was(recipe: Path, corpus: Path, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     partial.mkdir()
-    (partial / "plan.json").write_text(json.dumps({"format": job_folder.PLAN_FORMAT}))
+    (partial / "plan.json").write_text(json.dumps({"format": results.PLAN_FORMAT}))
     recipe.write_text("kind: text\noperators: [text_length_filter]")
-    with pytest.raises(DataError, match=r"out.partial holds an interrupted job with another recipe"):
+    with pytest.raises(DataError, match=r"out.partial holds an unfinished job.* this one: kind was None, is text"):
         clean_corpus(recipe, inputs(corpus), tmp_path / "out")
     clean_corpus(recipe, inputs(corpus), tmp_path / "out", overwrite=True)
     assert not partial.exists()
@@ -464,7 +462,7 @@ def test_an_interrupted_job_goes_on_only_as_it_was(recipe: Path, corpus: Path, t
 def test_a_kill_around_the_last_rename(
     recipe: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: bool
 ) -> None:
-    replace = job_folder.replace_folder
+    replace = results.replace_folder
     recipe.write_text("kind: text\noperators: [text_length_filter]")
 
     def killed(partial: Path, final: Path) -> None:
@@ -472,11 +470,11 @@ def test_a_kill_around_the_last_rename(
             replace(partial, final)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job_folder, "replace_folder", killed)
+    monkeypatch.setattr(results, "replace_folder", killed)
     with pytest.raises(KeyboardInterrupt):
         clean_corpus(recipe, inputs(corpus), tmp_path / "out")
     assert (tmp_path / "out").exists() == published
-    monkeypatch.setattr(job_folder, "replace_folder", replace)
+    monkeypatch.setattr(results, "replace_folder", replace)
     result = clean_corpus(recipe, inputs(corpus), tmp_path / "out")
     assert result.report == json.loads((tmp_path / "out" / "funnel.json").read_text())
     assert not (tmp_path / "out.partial").exists()
@@ -502,10 +500,10 @@ def test_a_full_disk_is_an_error_and_the_job_goes_on_later(
 @pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_killed_worker_fails_the_job(recipe: Path, corpus: Path, tmp_path: Path) -> None:
-    still = STILL.format(stage="CleanUnits", after=False, reached=str(tmp_path / "reached"))
+    still = STILL.format(step="CleanUnits", after=False, reached=str(tmp_path / "reached"))
     command = tool(recipe, corpus, tmp_path / "out", "--workers", "2", begin=still)
     with standing_still(command, tmp_path / "reached") as (job, worker):
         os.kill(worker, signal.SIGKILL)
         _, said = job.communicate(timeout=60)
-    assert job.returncode == 2 and "a process that cleaned was killed" in said and "Traceback" not in said
+    assert job.returncode == 2 and "a worker process was killed" in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()

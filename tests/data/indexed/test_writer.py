@@ -19,18 +19,12 @@ from tests.data.corpora import content, inputs, limited, write
 from tests.file_system import full_disk_at, killed_before, watched
 
 
-def test_nothing_is_left_without_a_commit(tmp_path: Path) -> None:
+def test_nothing_is_left_without_finalize(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), IndexedWriter(tmp_path / "x", np.uint16) as writer:
         writer.add_document([1])
         raise KeyboardInterrupt
     with IndexedWriter(tmp_path / "x", np.uint16) as writer:
         writer.add_document([1])
-        writer.prepare({})
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "x", np.uint16) as writer:
-        writer.add_document([1])
-        writer.finalize({})
-        raise RuntimeError  # a corpus beside it failed
     assert not list(tmp_path.iterdir())
 
 
@@ -70,25 +64,14 @@ def test_what_vouches_for_a_corpus_goes_first_and_comes_last(tmp_path: Path) -> 
     write(tmp_path / "x", [[3, 4]], rows=[5], inputs=inputs(1))
     with IndexedWriter(tmp_path / "x", np.uint16, overwrite=True) as writer, watched(tmp_path) as watch:
         writer.add_documents(np.array([1, 2]), [2], [1])
-        writer.prepare({"inputs": inputs(1)})
-        assert not watch.unsynced()
-        prepared = len(watch.calls)
-        writer.commit()
+        writer.finalize({"inputs": inputs(1)})
     assert not watch.faults
-    assert watch.order()[prepared:] == [
+    assert watch.order()[watch.order().index("unlink x.json") :] == [
         *("unlink x.json", "unlink x.idx", "unlink x.rows.npy", "fsync ."),
         *("replace x.bin", "replace x.idx", "replace x.rows.npy", "fsync .", "replace x.json", "fsync ."),
         *("unlink x.bin.partial", "unlink x.idx.partial", "unlink x.rows.npy.partial", "unlink x.json.partial"),
         "unlink x.lock",
     ]
-
-
-def test_a_state_is_on_the_disk_when_it_is_told(tmp_path: Path) -> None:
-    with IndexedWriter(tmp_path / "x", np.uint16) as writer, watched(tmp_path) as watch:
-        for row in (1, 2):
-            writer.add_documents(np.array([1, 2]), [2], [row])
-            writer.state()
-            assert watch.unsynced() == [] and watch.order()[-1] == "fsync ."
 
 
 def test_a_full_disk_at_any_sync_or_rename_leaves_nothing_of_a_corpus(tmp_path: Path) -> None:
@@ -193,7 +176,7 @@ def test_rows_are_given_for_all_documents_or_for_none(tmp_path: Path) -> None:
         writer.add_documents(ids, [1, 1], [1, 2])
         writer.add_documents(ids[:0], [])
         with pytest.raises(AssertionError, match="inputs have 3 documents, 2 were written"):
-            writer.prepare({"inputs": inputs(3)})
+            writer.finalize({"inputs": inputs(3)})
 
 
 def test_rows_of_an_older_corpus_do_not_stay(tmp_path: Path) -> None:

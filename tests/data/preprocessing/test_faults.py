@@ -20,13 +20,24 @@ import zstandard
 from pyarrow import parquet as writer
 
 from steel_megatron.data.indexed.dataset import open_indexed
-from steel_megatron.data.preprocessing.job import ChunkSizes
+from steel_megatron.data.preprocessing.step import ChunkSizes
 from steel_megatron.data.tokenizing.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import DataError
 from tests import needs
 from tests.data.configured import preprocess
 from tests.data.conftest import make_texts, write_jsonl
-from tests.data.jobs import PACE, THREADS, files_in, let_go, mixed_inputs, start_job, wait_for, wait_gone, workers_of
+from tests.data.jobs import (
+    PACE,
+    THREADS,
+    files_in,
+    let_go,
+    mixed_inputs,
+    segments_in,
+    start_job,
+    wait_for,
+    wait_gone,
+    workers_of,
+)
 
 # ---------------------------------------------------------------- rows
 
@@ -126,9 +137,8 @@ def test_truncated_files_stop_the_job_and_keep_what_was_before(
                 workers=workers,
                 pace=ChunkSizes(chunk_bytes=4096),
             )
-    left = files_in(tmp_path / "out")
-    assert "c.progress.json" in left and not any(name.endswith(".json.partial") for name in left)
-    assert all(name.endswith((".partial", ".progress.json")) for name in left)
+    assert segments_in(tmp_path / "out")
+    assert all(name.startswith("c.partial/") for name in files_in(tmp_path / "out"))
     broken.write_bytes(whole)
     report = preprocess(inputs, tmp_path / "out" / "c", "sentencepiece", sp_model, overwrite=True)
     assert report.documents == 300 and report.skipped == 0
@@ -176,19 +186,19 @@ def test_an_output_folder_that_cannot_be_written(tmp_path: Path, sp_model: Path,
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_what_was_noted(tmp_path: Path, sp_model: Path) -> None:
+def test_a_full_disk_keeps_closed_segments(tmp_path: Path, sp_model: Path) -> None:
     # A limit on the size of files stands for the disk: writing beyond it fails as on a full one, but for the number.
     inputs = mixed_inputs(tmp_path, 600)
     options: dict[str, Any] = {"on_bad_row": "skip", "valid_fraction": 0.2}
     reference = preprocess(inputs, tmp_path / "whole" / "c", "sentencepiece", sp_model, **options)
     size = Path(f"{reference.outputs['train']}.bin").stat().st_size
     for limit in (size // 3, size * 2 // 3, size - 1):
-        job = start_job(inputs, tmp_path / "out" / "c", sp_model, **options, pace={**PACE, "journal_bytes": 10_000})
+        job = start_job(inputs, tmp_path / "out" / "c", sp_model, **options, pace={**PACE, "segment_bytes": 10_000})
         resource.prlimit(job.pid, resource.RLIMIT_FSIZE, (limit, limit))
         _, errors = job.communicate(timeout=60)
         assert job.returncode == 2 and os.strerror(errno.EFBIG) in errors and "Traceback" not in errors, errors
-        assert "c_train_text_document.bin: File too large. What is written so far is kept" in errors
-        assert "c.progress.json" in files_in(tmp_path / "out")
+        assert "File too large. What is written so far is kept" in errors
+        assert segments_in(tmp_path / "out")
     report = preprocess(inputs, tmp_path / "out" / "c", "sentencepiece", sp_model, **options)
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
     assert report.sources == reference.sources
@@ -213,7 +223,7 @@ def test_a_disk_without_room(tmp_path: Path, sp_model: Path, small_disk: Path) -
     (small_disk / "other").write_bytes(bytes(600_000))
     with pytest.raises(DataError, match=r"No space left on device.*is kept"):
         preprocess(inputs, small_disk / "c", "sentencepiece", sp_model, **options)
-    assert "c.progress.json" in files_in(small_disk)
+    assert segments_in(small_disk)
     (small_disk / "other").unlink()
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     preprocess(inputs, small_disk / "c", "sentencepiece", sp_model, **options)
@@ -224,15 +234,15 @@ def test_a_disk_without_room(tmp_path: Path, sp_model: Path, small_disk: Path) -
 # ---------------------------------------------------------------- processes
 
 _KILLED = """
-import json, os, random, signal, sys
+import json, os, random, shutil, signal, sys
 from pathlib import Path
 from steel_megatron.config import PreprocessConfig
-from steel_megatron.data.preprocessing.job import ChunkSizes
+from steel_megatron.data.preprocessing.step import ChunkSizes
 from steel_megatron.data.preprocessing.pipeline import preprocess
 
 arguments, pace, whole, kills = json.loads(sys.argv[1])
 prefix = Path(arguments["output_prefix"])
-journal = prefix.parent / f"{prefix.name}.progress.json"
+folder = prefix.with_name(f"{prefix.name}.partial")
 draw = random.Random(0)
 
 def run(prefix, last=0):
@@ -261,12 +271,11 @@ run(whole)  # everything is imported now
 calls = run(f"{whole}_again")
 resumed = complete = 0
 while kills:
-    resumed += journal.exists() and json.loads(journal.read_bytes())["position"] != [0, 0, 0]
+    resumed += any(folder.glob("segments/*/*.json"))
     kills -= forked(draw.randint(1, calls * 4 // 5)) != 0
-    if not journal.exists() and any(prefix.parent.glob("*.json")):
+    if not folder.exists() and any(prefix.parent.glob("*.json")):
         complete += 1  # everything has its final name, whether or not the process came to its own end
-        for path in prefix.parent.iterdir():
-            path.unlink()
+        shutil.rmtree(prefix.parent)
 forked()
 print(resumed, complete)
 """
@@ -287,7 +296,7 @@ def test_killed_at_random_moments(tmp_path: Path, sp_model: Path, shard_size: in
         "shard_size": shard_size,
         "engine": "tokenizers",
     }
-    pace = {"chunk_bytes": 4096, "journal_bytes": 1 << 13, "journal_seconds": 1e9}
+    pace = {"chunk_bytes": 4096, "segment_bytes": 1 << 13, "segment_seconds": 1e9}
     code = [sys.executable, "-c", _KILLED, json.dumps([arguments, pace, str(tmp_path / "whole" / "c"), kills])]
     done = subprocess.run(code, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -318,7 +327,7 @@ def test_a_killed_process(
     tmp_path: Path, sp_model: Path, large_corpus: list[str], large_result: dict[str, bytes], victim: str, engine: str
 ) -> None:
     out = tmp_path / "out"
-    pace = {**PACE, "journal_bytes": 1}  # every task is noted
+    pace = {**PACE, "segment_bytes": 1}  # every task is noted
     job = start_job(large_corpus, out / "c", sp_model, workers=2, engine=engine, pace=pace, hold=str(tmp_path / "hold"))
     wait_for(job, tmp_path / "hold")
     workers = workers_of(job)
@@ -328,10 +337,9 @@ def test_a_killed_process(
     _, errors = job.communicate(timeout=60)
     if victim == "worker":
         assert job.returncode == 2 and "error: one of 2 worker processes died" in errors and "Traceback" not in errors
-        assert "the same command goes on from there" in errors
+        assert "the same command resumes there" in errors
     wait_gone(workers)
-    left = files_in(out)
-    assert "c.progress.json" in left and all(name.endswith((".partial", ".lock", ".progress.json")) for name in left)
+    assert segments_in(out) and all(name.startswith(("c.partial/", "c.lock")) for name in files_in(out))
     with pytest.raises(DataError):
         open_indexed(out / "c_text_document")
     preprocess(large_corpus, out / "c", "sentencepiece", sp_model)
@@ -341,7 +349,7 @@ def test_a_killed_process(
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(("workers", "engine"), [(1, "auto"), (2, "auto"), (2, "tokenizers")])
-def test_a_stopped_job_goes_on(
+def test_a_stopped_job_resumes(
     tmp_path: Path,
     sp_model: Path,
     large_corpus: list[str],
@@ -352,7 +360,7 @@ def test_a_stopped_job_goes_on(
     engine: str,
 ) -> None:
     out = tmp_path / "out"
-    pace = {**PACE, "journal_bytes": 1 << 40, "journal_seconds": 1e9}  # nothing is noted but at the signal
+    pace = {**PACE, "segment_bytes": 1 << 40, "segment_seconds": 1e9}  # nothing is noted but at the signal
     hold = tmp_path / "hold"
     job = start_job(large_corpus, out / "c", sp_model, workers=workers, pace=pace, engine=engine, hold=str(hold))
     wait_for(job, hold)
@@ -364,7 +372,7 @@ def test_a_stopped_job_goes_on(
     assert job.returncode == code and "Traceback" not in errors, errors
     assert "What is written so far is kept" in errors
     wait_gone(children)
-    assert json.loads(files_in(out)["c.progress.json"])["outputs"]["train.text"]["writer"]["tokens"] > 0
+    assert segments_in(out) == ["c.partial/segments/000000/000000.json"]
     preprocess(large_corpus, out / "c", "sentencepiece", sp_model, workers=3 - workers)
     assert files_in(out) == large_result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from steel_megatron.data.indexed.dataset import open_indexed
-from steel_megatron.data.preprocessing.job import ChunkSizes
+from steel_megatron.data.preprocessing.step import ChunkSizes
 from steel_megatron.data.reading import formats
 from steel_megatron.errors import ConfigError, DataError
 from tests.data.configured import preprocess
@@ -40,10 +41,12 @@ def test_a_job_does_not_read_what_it_writes_itself(
     options["on_bad_row"] = "skip"
     with caplog.at_level("INFO"):
         first = preprocess([form.format(folder)], folder / "zh", "sentencepiece", sp_model, **options)
-    assert (first.documents, first.skipped) == (41, 1) and "zh.progress.json is left out" in caplog.text
+    assert (first.documents, first.skipped) == (41, 1)
     before = files_in(folder)
     assert {"zh_skipped.jsonl", "counts.json", "x.jsonl"} < set(before)
-    assert preprocess([form.format(folder)], folder / "zh", "sentencepiece", sp_model, **options) == first
+    with caplog.at_level("INFO"):
+        assert preprocess([form.format(folder)], folder / "zh", "sentencepiece", sp_model, **options) == first
+    assert "zh.report.json is left out" in caplog.text
     preprocess([form.format(folder)], folder / "zh", "sentencepiece", sp_model, overwrite=True, **options)
     assert {name: content for name, content in files_in(folder).items() if name != "counts.json"} == {
         name: content for name, content in before.items() if name != "counts.json"
@@ -105,3 +108,23 @@ def test_another_end_of_document(tmp_path: Path, hf_folder: Path) -> None:
     assert ends[None] == 2 and ends["<s>"] == 1
     with pytest.raises(DataError, match="nothing"):
         preprocess([str(source)], tmp_path / "c", "huggingface", hf_folder, eod_token="nothing")
+
+
+@pytest.mark.parametrize("form", ["{0}", "{0}/**/*.jsonl"])
+def test_the_folder_of_an_unfinished_job_is_no_input(
+    tmp_path: Path, sp_model: Path, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it cleaned so far would come in a second time; a folder of that name that is no job's is read."""
+    for folder, plan in (
+        ("raw", None),
+        ("clean.partial", {"format": "steel_megatron cleaning job 2"}),
+        ("my.partial", {}),
+    ):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        write_jsonl(tmp_path / "data" / folder / "x.jsonl", make_texts(10))
+        if plan is not None:
+            (tmp_path / "data" / folder / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "data" / "my.partial" / "plan.json").unlink()
+    with caplog.at_level("INFO"):
+        report = preprocess([form.format(tmp_path / "data")], tmp_path / "out" / "c", "sentencepiece", sp_model)
+    assert report.documents == 20 and "clean.partial is left out of the inputs: an unfinished job" in caplog.text

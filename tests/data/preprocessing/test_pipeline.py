@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from steel_megatron.config import TokenizerEngine
 from steel_megatron.data.indexed.dataset import open_indexed, verify
 from steel_megatron.data.indexed.merge import merge
-from steel_megatron.data.preprocessing.job import ChunkSizes
+from steel_megatron.data.preprocessing.step import ChunkSizes
 from steel_megatron.data.tokenizing.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import DataError
 from steel_megatron.files import exclusive_lock

@@ -13,7 +13,6 @@ import tokenizers
 from steel_megatron.cli import main
 from steel_megatron.data.indexed.dataset import open_indexed
 from steel_megatron.data.preprocessing import pipeline as module
-from steel_megatron.data.preprocessing.job import Run
 from steel_megatron.data.preprocessing.report import PreprocessReport
 from steel_megatron.errors import DataError
 from tests.data.configured import preprocess
@@ -57,6 +56,18 @@ def test_a_finished_job_says_so(
         run_with(inputs, out / "c", sp_model, shard_size=shard_size)
 
 
+def test_a_job_under_the_prefix_of_another_is_refused(tmp_path: Path, sp_model: Path) -> None:
+    """It would replace the report and the list of skipped rows of corpora that stay."""
+    inputs, out = mixed_inputs(tmp_path, 30), tmp_path / "out"
+    run_with(inputs, out / "c", sp_model)
+    before, report = files_in(out), (out / "c.report.json").read_bytes()
+    with pytest.raises(DataError, match=r"c\.report\.json is the report of another job .*settings\.valid_fraction was"):
+        run_with(inputs, out / "c", sp_model, valid_fraction=0.0)
+    assert files_in(out) == before and (out / "c.report.json").read_bytes() == report
+    run_with(inputs, out / "c", sp_model, valid_fraction=0.0, overwrite=True)
+    assert before.items() < files_in(out).items() and (out / "c.report.json").read_bytes() != report
+
+
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b'{"format": "steel-megatron-preprocess-report-1", "job": 3}'])
 def test_a_damaged_report_is_as_good_as_none(tmp_path: Path, sp_model: Path, damage: bytes) -> None:
     source = write_jsonl(tmp_path / "corpus.jsonl", make_texts(5))
@@ -67,9 +78,9 @@ def test_a_damaged_report_is_as_good_as_none(tmp_path: Path, sp_model: Path, dam
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["report_of", "write_report", "_write_report_to", "forget"])
+@pytest.mark.parametrize("moment", ["report_of", "write_record", "give_names", "_write_report_to", "remove_folder"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_job_that_is_killed_after_the_commit_comes_to_its_end(
+def test_a_job_that_is_killed_when_its_corpora_are_complete_comes_to_its_end(
     tmp_path: Path, sp_model: Path, moment: str, overwrite: bool
 ) -> None:
     inputs = mixed_inputs(tmp_path, 30)
@@ -80,16 +91,17 @@ def test_a_job_that_is_killed_after_the_commit_comes_to_its_end(
         raise SystemExit(143)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Run if moment == "forget" else module, moment, killed)
+        patch.setattr(module, moment, killed)
         run_with(inputs, tmp_path / "out" / "c", sp_model, **options)
-    assert "c_train_text_document.json" in files_in(tmp_path / "out"), "the moment is after the commit"
+    named = moment in ("_write_report_to", "remove_folder")
+    assert ("c_train_text_document.json" in files_in(tmp_path / "out")) == named
     report = run_with(inputs, tmp_path / "out" / "c", sp_model, **options)
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
     assert (report.sources, report.unigram_entropy) == (whole.sources, whole.unigram_entropy)
     assert json.loads((tmp_path / "report.json").read_text()) == asdict(report)
 
 
-@pytest.mark.parametrize("name", ["in/b.jsonl", "in/notes.json", "out/c.report.json", "out/c.progress.json"])
+@pytest.mark.parametrize("name", ["in/b.jsonl", "in/notes.json", "out/c.report.json", "out/c.partial/plan.json"])
 def test_a_report_replaces_only_a_report(tmp_path: Path, sp_model: Path, name: str) -> None:
     (tmp_path / "in").mkdir()
     for letter in "ab":

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from steel_megatron.config import TokenizerEngine
-from steel_megatron.data.preprocessing import job as preprocess_run
 from steel_megatron.data.preprocessing import pipeline
+from steel_megatron.data.preprocessing import step as preprocess_step
 from steel_megatron.data.preprocessing import workers as encoding_workers
 from steel_megatron.data.preprocessing.encoder import Encoded, Encoder, Position, Task, Unwanted
-from steel_megatron.data.preprocessing.job import _tasks
-from steel_megatron.data.preprocessing.journal import InputFile, examine
+from steel_megatron.data.preprocessing.inputs import InputFile, examine
+from steel_megatron.data.preprocessing.step import ChunkSizes, EncodeUnits, units_of
 from steel_megatron.data.preprocessing.workers import encoded
 from steel_megatron.data.reading.documents import Input, get_source
 from steel_megatron.data.reading.formats import read_chunks
@@ -124,7 +124,7 @@ def test_who_encodes_by_threads(tmp_path: Path, sp_model: Path, monkeypatch: pyt
         asked.append(encoder.by_threads)
         return encoded(tasks, encoder, 1)
 
-    monkeypatch.setattr(preprocess_run, "encoded", watched)
+    monkeypatch.setattr(preprocess_step, "encoded", watched)
     plain = write_jsonl(tmp_path / "plain.jsonl", [f"text {number}" for number in range(100)])
     (tmp_path / "notes.txt").write_text("text of a file")
     turns = [{"text": f"<|im_start|>user\n{number}<|im_end|>", "dialogue": True} for number in range(100)]
@@ -192,8 +192,10 @@ def test_many_short_texts_are_grouped_in_linear_time() -> None:
 def test_no_task_has_more_than_a_chunk(tmp_path: Path) -> None:
     # The small rest of one file does not go with the large beginning of the next.
     files = [examined(write_jsonl(tmp_path / f"{n}.jsonl", ["x" * size])) for n, size in enumerate((300, 900, 30, 40))]
-    sources = {"text": {"text": get_source("text")}}
-    tasks = list(_tasks(files, sources, Position(), 1000, lambda _: None))
+    encoder = Encoder(None, np.dtype(np.int32), {"text": {"text": get_source("text")}})  # type: ignore[arg-type]
+    step = EncodeUnits(tmp_path / "job", tuple(files), units_of(files), encoder, (("train", "text"),), ChunkSizes(1000))
+    assert step.units == ((0, 4),)
+    tasks = list(step._tasks(0, []))
     assert [[number for number, *_ in task.pieces] for task in tasks] == [[0], [1], [2, 3]]
     assert all(task.bytes <= 1000 for task in tasks)
     assert [task.end.input for task in tasks] == [0, 1, 3]

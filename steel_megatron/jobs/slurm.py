@@ -1,8 +1,8 @@
-"""Which Slurm jobs work on a cleaning job, asked in a way that outlives the process that submitted them.
+"""Which Slurm jobs work on a job's folder, asked in a way that outlives the process that submitted them.
 
-The Slurm jobs of a job have names that nothing else has; the part that makes them so is in the job's folder before the
-first of them is submitted. So one that is started again finds those that live, also when it was killed while it
-submitted, and all of them when Slurm's limits cut a stage into several.
+Their names end in a random token that is in the job's folder before the first of them is submitted. So a job that is
+started again finds those that still run: also when it was killed while it submitted them, and all of them when Slurm's
+limits split a step into several.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ from steel_megatron.files import write_atomically
 _FILE = "slurm"
 
 
-def job_name(folder: Path, stage: str) -> str:
-    """The name of the Slurm jobs of a stage.
+def slurm_name(folder: Path, job: str, step: str) -> str:
+    """The name of the Slurm jobs of a step.
+
+    Args:
+        folder: the job's folder.
+        job: name of the kind of job, such as ``clean``.
+        step: name of the step.
 
     Raises:
         DataError: the job's folder cannot be written.
@@ -27,18 +32,28 @@ def job_name(folder: Path, stage: str) -> str:
     path = folder / _FILE
     if not path.exists():
         write_atomically(path, secrets.token_hex(6).encode(), DataError)
-    return f"clean-{stage}-{path.read_text()}"
+    return f"{job}-{step}-{path.read_text()}"
 
 
-def live_jobs(folder: Path, stages: Iterable[str]) -> list[str]:
-    """The ids of the Slurm jobs that run stages of a job, or wait to.
+def was_submitted(folder: Path) -> bool:
+    """Whether Slurm may have jobs that work on a folder, now or later."""
+    return (folder / _FILE).exists()
+
+
+def live_jobs(folder: Path, job: str, steps: Iterable[str]) -> list[str]:
+    """The ids of the Slurm jobs that run steps of a job, or wait to.
+
+    Args:
+        folder: the job's folder.
+        job: name of the kind of job.
+        steps: names of the steps.
 
     Raises:
         DataError: the job was run over Slurm, and Slurm does not say.
     """
-    if not (folder / _FILE).exists():
+    if not was_submitted(folder):
         return []
-    names = ",".join(job_name(folder, stage) for stage in stages)
+    names = ",".join(slurm_name(folder, job, step) for step in steps)
     words = ["squeue", "--noheader", "--format=%A", f"--name={names}"]
     try:
         listed = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -1,8 +1,6 @@
-"""The folder of a cleaning job, from its plan to the result under its own name; and what must never be removed.
+"""What a cleaning job makes: its plan, its report, the result under its own name; and what must never be replaced.
 
-A job works in ``OUTPUT.partial``. It removes only what it can tell to be its own: a result by its ``funnel.json``, an
-interrupted job by its ``plan.json``. A folder is renamed before it is removed, so that a kill leaves none that has only
-some of its files.
+A job works in ``OUTPUT.partial``. An earlier result is replaced only if its ``funnel.json`` shows that it is one.
 """
 
 from __future__ import annotations
@@ -23,11 +21,12 @@ from typing import Any
 from steel_megatron.data.cleaning import funnel
 from steel_megatron.data.cleaning.filters import Perplexity, tokenizer_at
 from steel_megatron.data.cleaning.job import Job
-from steel_megatron.data.cleaning.slurm import live_jobs
-from steel_megatron.data.cleaning.stages import STAGES, CleanUnits, WriteKept
+from steel_megatron.data.cleaning.steps import CleanUnits, WriteKept
 from steel_megatron.data.reading.documents import Input
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, replace_folder, sha256_of, write_atomically
+from steel_megatron.jobs.folder import PLAN, is_plan, matches, read_json, remove_folder
+from steel_megatron.jobs.step import marker
 from steel_megatron.log import get_logger
 
 logger = get_logger(__name__)
@@ -68,8 +67,8 @@ def check_places(job: Job, sources: Sequence[str], inputs: Sequence[Input], fina
                 )
 
 
-def plan_of(job: Job, inputs: Sequence[Input], packages: Iterable[str]) -> bytes:
-    """What decides the result, as JSON: a job that was interrupted goes on only under the same.
+def plan_of(job: Job, inputs: Sequence[Input], packages: Iterable[str]) -> dict[str, Any]:
+    """What decides the result: an interrupted job resumes only under the same plan.
 
     Args:
         job: the job.
@@ -80,85 +79,26 @@ def plan_of(job: Job, inputs: Sequence[Input], packages: Iterable[str]) -> bytes
         stats = [given.path.stat() for given in inputs]
     recipe = job.recipe
     given_model = job.language_model if recipe.perplexity and recipe.perplexity.model != "train" else None
-    return json.dumps(
-        {
-            "format": PLAN_FORMAT,
-            "kind": recipe.kind,
-            "operators": [{operator.name: dataclasses.asdict(operator)} for operator in recipe.operators],
-            "packages": {package: importlib.metadata.version(package) for package in sorted(packages)},
-            "tokenizer": tokenizer_at(recipe.tokenizer).fingerprint if recipe.tokenizer else None,
-            "language_model": _fingerprints(given_model) if given_model else None,
-            "text_key": job.text_key,
-            "on_bad_row": job.on_bad_row,
-            "inputs": [
-                [str(given.path), given.source, stat.st_size, stat.st_mtime_ns]
-                for given, stat in zip(inputs, stats, strict=True)
-            ],
-            "units": [[*unit.files.values(), unit.part, unit.parts] for unit in job.units],
-        },
-        indent=1,
-    ).encode()
+    return {
+        "format": PLAN_FORMAT,
+        "kind": recipe.kind,
+        "operators": [{operator.name: dataclasses.asdict(operator)} for operator in recipe.operators],
+        "packages": {package: importlib.metadata.version(package) for package in sorted(packages)},
+        "tokenizer": tokenizer_at(recipe.tokenizer).fingerprint if recipe.tokenizer else None,
+        "language_model": _fingerprints(given_model) if given_model else None,
+        "text_key": job.text_key,
+        "on_bad_row": job.on_bad_row,
+        "inputs": [
+            [str(given.path), given.source, stat.st_size, stat.st_mtime_ns]
+            for given, stat in zip(inputs, stats, strict=True)
+        ],
+        "units": [[*unit.files.values(), unit.part, unit.parts] for unit in job.units],
+    }
 
 
 def _fingerprints(model: Path) -> dict[str, str]:
     with disk_errors("read", model, DataError):
         return {path.name: sha256_of(path) for path in sorted(model.iterdir()) if path.suffix in (".json", ".npy")}
-
-
-def prepare(job: Job, wanted: bytes, final: Path, overwrite: bool, over_slurm: bool) -> None:
-    """Make the job's folder, or find it as an interrupted call with the same plan left it.
-
-    Args:
-        job: the job.
-        wanted: its plan, from :func:`plan_of`.
-        final: the output folder.
-        overwrite: whether an earlier result, or an interrupted job with another plan, may be removed.
-        over_slurm: whether this call runs the job over Slurm, so that it may take up tasks that are still running.
-
-    Raises:
-        DataError: something stands in the way that may not be removed, or Slurm tasks of an earlier call still run.
-    """
-    check_replaceable(final, overwrite)
-    folder, plan = job.folder, job.folder / "plan.json"
-    with disk_errors("write", folder, DataError):
-        if folder.exists():
-            found = _read_json(plan)
-            live = live_jobs(folder, (stage.name for stage in STAGES))
-            same = found is not None and plan.read_bytes() == wanted
-            if live and not (same and over_slurm):
-                raise DataError(
-                    f"Slurm still runs {', '.join(live)} for {folder}; end it (scancel {' '.join(live)}), or give the "
-                    "command that submitted it again, which waits for it"
-                )
-            if same:
-                logger.info(f"going on with the interrupted job in {folder}")
-                if not live:
-                    shutil.rmtree(folder / "tmp", ignore_errors=True)
-                return
-            _check_removable(folder, found, overwrite)
-            remove_folder(folder)
-        folder.mkdir(parents=True)
-    write_atomically(plan, wanted, DataError)
-
-
-def _check_removable(folder: Path, plan: Mapping[str, Any] | None, overwrite: bool) -> None:
-    """Refuse to remove a job's folder that is none, or one that nobody gave up."""
-    if plan is None:
-        # A kill while the plan was written leaves what it had of it.
-        if not folder.is_dir() or any(not path.match("plan.json.*.partial") for path in folder.iterdir()):
-            raise DataError(f"{folder}, where this job would work, exists and is none of ours; move it away")
-    elif not _is_plan(plan):
-        raise DataError(f"{folder}, where this job would work, holds a plan.json that is none of ours; move it away")
-    elif not overwrite:
-        raise DataError(
-            f"{folder} holds an interrupted job with another recipe, other options or inputs or packages that have "
-            "changed since; finish it, remove the folder, or begin anew with --overwrite true"
-        )
-
-
-def _is_plan(found: Mapping[str, Any] | None) -> bool:
-    """Whether a plan.json is one of this library, of whichever version."""
-    return found is not None and str(found.get("format")).startswith(PLAN_FORMAT.rstrip("0123456789"))
 
 
 def check_replaceable(final: Path, overwrite: bool) -> None:
@@ -173,7 +113,7 @@ def check_replaceable(final: Path, overwrite: bool) -> None:
         raise DataError(f"{final} exists; choose another output, or replace it with --overwrite true")
     with disk_errors("read", final, DataError):
         empty = final.is_dir() and not any(final.iterdir())
-    report = _read_json(final / "funnel.json")
+    report = read_json(final / "funnel.json")
     if not empty and (report is None or report.get("format") != REPORT_FORMAT):
         raise DataError(
             f"{final} is no result of cleaning (it has no funnel.json of ours), so --overwrite does not replace it; "
@@ -199,23 +139,6 @@ def _is_of_result(path: Path, report: Mapping[str, Any]) -> bool:
     return is_unit and (of_source or (len(folders) == 2 and folders[0] == "quarantine"))
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None if there is none."""
-    try:
-        read = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return read if isinstance(read, dict) else None
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder of ours, which is gone from its name at once."""
-    doomed = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
-
-
 def publish(job: Job, final: Path, overwrite: bool) -> dict[str, Any]:
     """Write the report, give the result its name, and remove the job's folder.
 
@@ -236,10 +159,10 @@ def publish(job: Job, final: Path, overwrite: bool) -> dict[str, Any]:
         settings = {key: None if value == math.inf else value for key, value in dataclasses.asdict(operator).items()}
         operators.append({"operator": label, "settings": settings, "left_out": left_out})
     units = [
-        (unit.source, funnel.load_counts(job.marker(stage, number).read_bytes()))
+        (unit.source, funnel.load_counts(done.read_bytes()))
         for number, unit in enumerate(job.units)
-        for stage in (CleanUnits.name, WriteKept.name)
-        if job.marker(stage, number).exists()
+        for step in (CleanUnits.name, WriteKept.name)
+        if (done := marker(job.folder, step, number)).exists()
     ]
     report = {"format": REPORT_FORMAT, "kind": job.recipe.kind, **funnel.merge(units, operators)}
     content = json.dumps(report, indent=1, ensure_ascii=False).encode()
@@ -260,7 +183,7 @@ def _finished(job: Job) -> Path:
     return job.folder / "finished"
 
 
-def finished_report(job: Job, wanted: bytes, final: Path) -> dict[str, Any] | None:
+def finished_report(job: Job, wanted: Mapping[str, Any], final: Path) -> dict[str, Any] | None:
     """The report of a job with this plan that was killed when its result already had its name.
 
     The folder of a job whose result was published is of no more use and is removed, whatever its plan.
@@ -276,17 +199,15 @@ def finished_report(job: Job, wanted: bytes, final: Path) -> dict[str, Any] | No
     Raises:
         DataError: the job's folder cannot be read or removed.
     """
-    doomed = job.folder.with_name(f".{job.folder.name}.removed")
     with disk_errors("remove", job.folder, DataError):
-        shutil.rmtree(doomed, ignore_errors=True)
-        plan = job.folder / "plan.json"
-        if not _finished(job).exists() or job.output.exists() or not _is_plan(_read_json(plan)):
+        plan = read_json(job.folder / PLAN)
+        if not _finished(job).exists() or job.output.exists() or not is_plan(plan, PLAN_FORMAT):
             return None
-        digest, same = _finished(job).read_text(), plan.read_bytes() == wanted
+        digest, same = _finished(job).read_text(), matches(job.folder, wanted)
         report = final / "funnel.json"
         published = report.exists() and sha256_of(report) == digest
         remove_folder(job.folder)
         shutil.rmtree(
             final.with_name(f".{final.name}.old"), ignore_errors=True
         )  # of replace_folder, if that was killed
-    return _read_json(report) if same and published else None
+    return read_json(report) if same and published else None

@@ -1,4 +1,4 @@
-"""The stages of a cleaning job, each a function of (task, number of tasks) that an executor runs in any process."""
+"""The steps of a cleaning job."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from steel_megatron.data.cleaning.deduplication import (
 )
 from steel_megatron.data.cleaning.filters import Filter, Perplexity, Resources
 from steel_megatron.data.cleaning.funnel import READ, FunnelCounts, UnitCounts, difference, dump_counts
-from steel_megatron.data.cleaning.job import Job, Stage, Unit
+from steel_megatron.data.cleaning.job import CleaningStep, Job, Unit
 from steel_megatron.data.cleaning.language_model import LanguageModel
 from steel_megatron.data.cleaning.mappers import Mapper
 from steel_megatron.data.cleaning.texts import DocumentText, Lost
@@ -160,14 +160,13 @@ def sample_of(entry: dict[str, Any], file: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class CleanUnits(Stage):
+class CleanUnits(CleaningStep):
     """Runs mappers and filters; writes what they keep, what they drop, and the signatures of what they keep."""
 
     name = "clean"
 
     def bytes_to_read(self) -> int:
-        units = enumerate(self.job.units)
-        return sum(unit.size for number, unit in units if not self.job.marker(self.name, number).exists())
+        return sum(self.job.units[number].size for number in self.missing())
 
     def work(self, number: int) -> None:
         job, unit = self.job, self.job.units[number]
@@ -190,7 +189,7 @@ class CleanUnits(Stage):
 
 
 @dataclass(frozen=True)
-class FindDuplicates(Stage):
+class FindDuplicates(CleaningStep):
     """Compares the signatures of all units; one unit of work."""
 
     name = "duplicates"
@@ -225,7 +224,7 @@ class FindDuplicates(Stage):
 
 
 @dataclass(frozen=True)
-class WriteKept(Stage):
+class WriteKept(CleaningStep):
     """Writes the documents that are no duplicates."""
 
     name = "deduplicate"
@@ -275,7 +274,7 @@ def _trains_on(job: Job) -> list[int]:
 
 
 @dataclass(frozen=True)
-class SampleTexts(Stage):
+class SampleTexts(CleaningStep):
     """Takes, from the begin of each unit, its share of the texts that the language model learns from."""
 
     name = "sample"
@@ -317,7 +316,7 @@ def _passed(document: Document, steps: list[Mapper | Filter], resources: Resourc
 
 
 @dataclass(frozen=True)
-class TrainModel(Stage):
+class TrainModel(CleaningStep):
     """Trains the language model; one unit of work."""
 
     name = "train"
@@ -335,5 +334,5 @@ class TrainModel(Stage):
         self.mark(number)
 
 
-STAGES: tuple[type[Stage], ...] = (SampleTexts, TrainModel, CleanUnits, FindDuplicates, WriteKept)
-"""All stages that a job may have."""
+STEPS: tuple[type[CleaningStep], ...] = (SampleTexts, TrainModel, CleanUnits, FindDuplicates, WriteKept)
+"""All steps that a job may have."""
