@@ -24,7 +24,7 @@ ROOT_LOGGER = "steel_megatron"
 def launched_rank() -> int:
     """The rank this process was launched with (torchrun's or Slurm's variable), 0 when launched alone."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    return int(rank) if rank.isdecimal() else 0  # what is wrong with it is said when the launch is read
+    return int(rank) if rank.isdecimal() else 0  # errors in it are reported when the launch is read
 
 
 def setup_logging(level: int = logging.INFO) -> None:
@@ -48,7 +48,7 @@ class _StderrHandler(logging.Handler):
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Run a command with logging set up; what a user can mend becomes one line on stderr, without a traceback.
+    """Run a command with logging set up; what a user can fix becomes one line on stderr, without a traceback.
 
     Returns:
         0, or 2 after a SteelError, 130 after an interrupt, or 141 when nobody reads the output any further.

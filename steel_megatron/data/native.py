@@ -1,6 +1,6 @@
 """The compiled helpers of the data layer (``steel_megatron._index``, made of csrc/), or None in a package without them.
 
-Whoever uses them has a reference in numpy or Python beside the call, which gives the same.
+Each caller has a reference in numpy or Python next to the call, which gives the same result.
 """
 
 from __future__ import annotations

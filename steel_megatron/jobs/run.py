@@ -60,14 +60,17 @@ def _run_here(step: JobStep, tasks: int, workers: int) -> None:
             min(workers, len(ranks)), mp_context=context, initializer=_begin, initargs=(read,)
         ) as pool:
             try:
-                left, told = {pool.submit(_run_task, step, slot, rank, tasks) for slot, rank in enumerate(ranks)}, 0.0
+                left, reported = (
+                    {pool.submit(_run_task, step, slot, rank, tasks) for slot, rank in enumerate(ranks)},
+                    0.0,
+                )
                 while left:
                     done, left = wait(left, _SECONDS_BETWEEN_COUNTS, FIRST_COMPLETED)
                     for task in done:
                         task.result()
                     counted = len(ranks) - len(left) if size is None else sum(read)
-                    shown.advance(counted - told)
-                    told = counted
+                    shown.advance(counted - reported)
+                    reported = counted
             except BrokenProcessPool:
                 raise DataError(
                     "a worker process was killed, perhaps for want of memory; run the same command again to resume, "

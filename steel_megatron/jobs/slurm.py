@@ -49,7 +49,7 @@ def live_jobs(folder: Path, job: str, steps: Iterable[str]) -> list[str]:
         steps: names of the steps.
 
     Raises:
-        DataError: the job was run over Slurm, and Slurm does not say.
+        DataError: the job was run over Slurm, and Slurm does not answer.
     """
     if not was_submitted(folder):
         return []

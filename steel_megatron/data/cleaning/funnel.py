@@ -28,7 +28,7 @@ class FunnelCounts:
     bytes_in: int = 0
     documents_dropped: int = 0
     bytes_dropped: int = 0
-    """Of the dropped documents; what a mapper cuts from a document that goes on is not among them."""
+    """Bytes of the dropped documents; what mappers cut from documents that are kept is not included."""
     documents_changed: int = 0
     documents_halved: int = 0
     """Of the changed documents those that lost more than half of their bytes."""
@@ -49,7 +49,7 @@ class FunnelCounts:
         self.bytes_in += size
 
     def keep(self, size: int, changed_from: int | None = None) -> None:
-        """Count a document that goes on, and the size it had before if it was changed."""
+        """Count a document that is kept, and the size it had before if it was changed."""
         self.bytes_kept += size
         if changed_from is not None:
             self.documents_changed += 1

@@ -62,11 +62,11 @@ class Job:
         """The documents of a unit; rows that gave none since the document before are in ``skipped``."""
         reader = get_source(unit.source, self.text_key)
 
-        def tell(size: int) -> None:  # every part of a file reads all of it
+        def on_bytes(size: int) -> None:  # every part of a file reads all of it
             step.on_bytes(size / unit.parts)
 
         for path in unit.files:
-            for number, chunk in enumerate(read_chunks(path, columns=reader.columns, on_bytes=tell)):
+            for number, chunk in enumerate(read_chunks(path, columns=reader.columns, on_bytes=on_bytes)):
                 if number % unit.parts == unit.part:
                     yield from documents_of(chunk, reader, self.on_bad_row, skipped.append)
 

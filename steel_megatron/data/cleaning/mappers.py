@@ -83,7 +83,7 @@ class CleanIp(_Remove):
     )
 
 
-# The characters of a URL (RFC 3986) are ASCII: a link in Chinese text ends where the Chinese goes on.
+# The characters of a URL (RFC 3986) are ASCII: a link in Chinese text ends at the next Chinese character.
 # A closing parenthesis is part of one only if its opening is.
 _IN_URL = r"[a-z0-9\-._~:/?#\[\]@!$&'*+,;=%]"
 _BRACKETED = rf"\({_IN_URL}*+\)"

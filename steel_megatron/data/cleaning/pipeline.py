@@ -54,7 +54,7 @@ class CleaningResult:
 
 
 def clean_corpus(config: CleanConfig) -> CleaningResult:
-    """Clean corpora by a recipe; the same call goes on after a kill.
+    """Clean corpora by a recipe; the same call resumes after a kill.
 
     Raises:
         ConfigError: the recipe is wrong, or neither it nor the config names sources and an output.
@@ -106,11 +106,11 @@ def _steps(job: Job) -> list[CleaningStep]:
 def check_packages(recipe: Recipe, inputs: Sequence[Input], executor: ExecutorName = "local") -> list[str]:
     """Refuse operators, formats or an executor that need a package that is not installed.
 
-    Nothing is ever installed on the way.
+    Nothing is installed.
 
     Args:
         recipe: its operators.
-        inputs: the files, whose names tell their format.
+        inputs: the files; their names show their format.
         executor: where the job runs.
 
     Returns:
@@ -165,7 +165,7 @@ def _units(inputs: Sequence[Input]) -> tuple[Unit, ...]:
 
 
 def _check_resources(job: Job) -> None:
-    """Load what the operators will need, so that what is wrong with it is said before anything is read."""
+    """Load what the operators need, so that errors in it are raised before anything is read."""
     if job.recipe.tokenizer is not None:
         tokenizer_at(job.recipe.tokenizer)
     operator = job.recipe.perplexity

@@ -34,7 +34,7 @@ n-grams would fill the memory."""
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why a document does not go on."""
+    """Why a document is dropped."""
 
     value: float | None
     """The number that decided."""

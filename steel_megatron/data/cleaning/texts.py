@@ -14,7 +14,7 @@ _BETWEEN, _BEGIN, _SAID, _END = range(4)
 
 
 class Lost(Exception):
-    """A document of which an operator left nothing that could go on; the message is the reason."""
+    """An operator left nothing of a document; the message is the reason."""
 
 
 class DocumentText:

@@ -268,7 +268,7 @@ def _samples(corpora: Sequence[IndexedCorpus], tokenizer: Tokenizer | None, samp
 
 
 def _bytes(prefixes: Sequence[str], suffixes: Sequence[str]) -> int:
-    """How much there is to read; what is missing is said by who reads it."""
+    """Bytes to read; a missing file is reported by the function that reads it."""
     paths = (with_suffix(prefix, suffix) for prefix in prefixes for suffix in suffixes)
     return sum(path.stat().st_size for path in paths if path.is_file())
 

@@ -35,7 +35,7 @@ def merge(
     """Write several corpora as one, in the given order, in bounded memory.
 
     The ``.bin`` and ``.idx`` are those that writing all documents at once would have given. What has checksums is
-    compared with them on the way: new ones must not vouch for damaged tokens.
+    compared with them while copying: new ones must not vouch for damaged tokens.
 
     Args:
         prefixes: corpora of one dtype and, as far as their manifests say, one tokenizer.

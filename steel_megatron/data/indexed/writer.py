@@ -1,4 +1,4 @@
-"""Writing Megatron's indexed format: document by document, in bounded memory, whole or not at all."""
+"""Writing Megatron's indexed format: document by document, in bounded memory, atomically."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class IndexedWriter:
     def finalize(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Complete the corpus and give it its final names, the manifest last.
 
-        A corpus that is replaced loses its manifest and index first. A crash on the way leaves a manifest under
+        A corpus that is replaced loses its manifest and index first. A crash in between leaves a manifest under
         its temporary name only, which :func:`~steel_megatron.data.indexed.dataset.open_indexed` refuses as unfinished.
 
         Args:

@@ -187,7 +187,7 @@ class Corpora:
         """Rows that gave no document, by source."""
         self.token_counts = np.zeros(job["settings"]["tokenizer"]["vocab_size"], dtype=np.int64)
         """How often each token was written to the training split [vocabulary]."""
-        # Manifests are the same wherever and whenever a file was copied; its age only tells this job of a change.
+        # Manifests are the same wherever and whenever a file was copied; its age only shows this job that it changed.
         inputs = [{name: value for name, value in entry.items() if name != "mtime_ns"} for entry in job["inputs"]]
         with disk_errors("remove", self.folder, DataError):
             if self.folder.exists():

@@ -122,7 +122,7 @@ class Encoder:
     long: int = 1 << 20
     """Characters above which a text is encoded in pieces: a tokenizer's library takes 100 times a text in memory."""
     unwanted: threading.Event | None = None
-    """Set when nobody waits for results any more; looked at while a long text is encoded."""
+    """Set when nobody waits for results any more; checked while a long text is encoded."""
 
     def for_thread(self, unwanted: threading.Event) -> Encoder:
         """A twin for another thread, which gives up when nobody waits any more; where gigatoken encodes."""

@@ -1,4 +1,4 @@
-"""The input files of a preprocessing job, and what tells that one changed."""
+"""The input files of a preprocessing job, and how a change is detected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SAMPLE = 1 << 16
 
 @dataclass(frozen=True)
 class InputFile:
-    """An input and what tells whether it is still the same."""
+    """An input and what shows whether it is still the same."""
 
     path: str
     source: str

@@ -341,7 +341,7 @@ def _verify_engine(
 
 
 def _first_texts(files: Iterable[InputFile], sources: Mapping[str, Source]) -> tuple[list[str], bool]:
-    """Texts of the first chunk that has any, and whether most are plain; damage is told when its turn comes."""
+    """Texts of the first chunk that has any, and whether most are plain; damage is reported when its turn comes."""
 
     def chunks() -> Iterator[tuple[RawChunk, Source]]:
         for file in files:

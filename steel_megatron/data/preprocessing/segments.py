@@ -122,11 +122,11 @@ def segments_of(folder: Path, unit: int) -> list[Segment]:
         with disk_errors("read", path, DataError):
             content = path.read_bytes()
         try:
-            noted = json.loads(content)
-            number, row, offset = noted["end"]
+            recorded = json.loads(content)
+            number, row, offset = recorded["end"]
             end = Position(number, FileOffset(row, offset))
-            files = {name: (int(size), str(digest)) for name, (size, digest) in noted["files"].items()}
-            found.append(Segment(folder, unit, len(found), end, dict(noted["skipped_rows"]), files))
+            files = {name: (int(size), str(digest)) for name, (size, digest) in recorded["files"].items()}
+            found.append(Segment(folder, unit, len(found), end, dict(recorded["skipped_rows"]), files))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error!r}); remove it and run the same command again") from error
     return found

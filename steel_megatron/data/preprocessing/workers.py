@@ -1,8 +1,8 @@
-"""Workers that encode: bounded work on the way, results in order, and an end when one dies or nobody waits.
+"""Workers that encode: bounded work in flight, ordered results, and a clean end when one dies or nobody waits.
 
 They are threads where all but a little is compiled code (gigatoken, and rows that the compiled reader takes): these
 start at once, and texts and ids are handed over as they are. They are processes where Python or the tokenizer's own
-library has more to do, as these let one thread go on at a time.
+library has more to do, as these run one thread at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from steel_megatron.files import disk_errors
 from steel_megatron.jobs.run import end_with_parent
 
 _BYTES_PER_WORKER = 8 << 20
-"""Raw bytes that are on the way for each worker: what it is at and what comes next."""
+"""Raw bytes in flight for each worker: the task at hand and the next one."""
 _MOST_THREADS = 16
 """More would mostly wait for the one that writes; and each has a tokenizer of its own, made one after the other."""
 _SIGNAL_SECONDS = 0.3
@@ -161,22 +161,22 @@ def _in_order(
     submit: Callable[[Task], Future[Encoded]],
     result_of: Callable[[Future[Encoded]], Encoded],
     tasks: Iterator[Task],
-    bytes_on_the_way: int,
+    bytes_in_flight: int,
 ) -> Generator[tuple[Position, Encoded]]:
-    """Keep workers busy with no more bytes on the way than allowed, or a single task that has more."""
+    """Keep workers busy with no more bytes in flight than allowed, or a single task that has more."""
     waiting: deque[tuple[int, Position, Future[Encoded]]] = deque()
     ahead: Task | None = None
     failure: DataError | None = None
-    on_the_way = 0
+    in_flight = 0
     while True:
         while failure is None:
             try:
                 ahead = ahead or next(tasks, None)
             except DataError as error:
                 failure = error  # it has its turn after what was read before it
-            if ahead is None or (waiting and on_the_way + ahead.bytes > bytes_on_the_way):
+            if ahead is None or (waiting and in_flight + ahead.bytes > bytes_in_flight):
                 break
-            on_the_way += ahead.bytes
+            in_flight += ahead.bytes
             waiting.append((ahead.bytes, ahead.end, submit(ahead)))
             ahead = None
         if not waiting:
@@ -184,7 +184,7 @@ def _in_order(
         size, end, future = waiting.popleft()
         result = result_of(future)
         del future
-        on_the_way -= size
+        in_flight -= size
         yield end, result
         del result
     if failure is not None:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, cast
 import zstandard
 
 _SKIPPED_BYTES = 1 << 20
-"""Decompressed at once on the way to a place."""
+"""Decompressed at once when seeking."""
 _STORED_BYTES = 1 << 12
 """Of a zstd file, decompressed at once; text that repeats itself may become ten thousand times as long."""
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)

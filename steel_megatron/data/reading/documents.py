@@ -108,7 +108,7 @@ def parse_inputs(inputs: Sequence[str], own: Callable[[Path], bool] | None = Non
     Args:
         inputs: paths or patterns (``*``, ``?``, ``[...]``, and ``**`` for any depth); without a source's name, rows
             are read by their text key.
-        own: tells the files that the caller itself writes; they are left out of folders and patterns.
+        own: whether the caller itself writes a file; such files are left out of folders and patterns.
 
     Raises:
         DataError: an input matches nothing, a file is of no known format or named with two sources, or one that the
@@ -138,7 +138,7 @@ def _identity(path: Path) -> tuple[int, ...] | str:
     """The same for all names of a file."""
     try:
         found = path.stat()
-    except OSError:  # which is said when it is read
+    except OSError:  # reported when it is read
         return os.path.realpath(path)
     # Some network file systems number their files carelessly: not by the number alone.
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
@@ -214,7 +214,7 @@ def documents_of(
         chunk: the chunk.
         source: what its rows mean.
         on_bad_row: what to do with a bad row, as for :func:`read_documents`.
-        on_skip: told of each row that is left out.
+        on_skip: called with each row that is left out.
 
     Raises:
         DataError: a bad row under ``stop``; the message names file, row and byte offset.
@@ -284,7 +284,7 @@ def text_batches(
         chunk: the chunk.
         source: what its rows mean.
         on_bad_row: what to do with a bad row, as for :func:`read_documents`.
-        on_skip: told of each row that is left out.
+        on_skip: called with each row that is left out.
 
     Yields:
         texts, their rows in the file, from 1, int64 [texts], and whether they are dialogues.
@@ -354,9 +354,9 @@ def read_documents(
         path: a file of a known format.
         text_key: which value of a row is the text, for the source ``text``.
         on_bad_row: what to do with a row that is no text: broken JSON, no object, the key missing, its value null
-            or no string, invalid UTF-8, lone surrogates. ``stop`` raises; ``skip`` reports and goes on.
-        on_skip: told of each row that is left out.
-        on_bytes: told how many more bytes of the file (as stored, so compressed ones) were read.
+            or no string, invalid UTF-8, lone surrogates. ``stop`` raises; ``skip`` reports and continues.
+        on_skip: called with each row that is left out.
+        on_bytes: called with the number of further bytes of the file (as stored, so compressed ones) that were read.
         source: name of the source.
 
     Raises:

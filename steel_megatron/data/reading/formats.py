@@ -1,4 +1,4 @@
-"""Files -> chunks of raw rows: streaming, in bounded memory, with a place to go on from.
+"""Files -> chunks of raw rows: streaming, in bounded memory, resumable from any chunk.
 
 A row is one line of JSON lines, one element of a JSON array, one row of a parquet file, or the whole of a text or
 source-code file. :func:`read_chunks` only cuts a file into pieces of about a megabyte, which is cheap;
@@ -48,7 +48,7 @@ _TAIL = 1 << 16
 
 @dataclass(frozen=True)
 class FileOffset:
-    """Where reading a file goes on."""
+    """A position in a file from which reading can resume."""
 
     row: int = 0
     """Rows before it."""
@@ -105,7 +105,7 @@ def read_chunks(
 ) -> Iterator[RawChunk]:
     """Cut a file into chunks of at least one row and about ``chunk_bytes``.
 
-    Where a chunk ends depends on where it begins and on the file alone: reading that goes on from the ``end`` of a
+    Where a chunk ends depends on where it begins and on the file alone: reading that resumes at the ``end`` of a
     chunk gives the same chunks as reading on would have.
 
     Args:
@@ -113,7 +113,7 @@ def read_chunks(
         start: where to begin; the ``end`` of an earlier chunk.
         chunk_bytes: how much is read at a time; a longer row is a chunk of its own.
         columns: the columns that are needed of a parquet file; None for all.
-        on_bytes: told how many more bytes of the file (as stored, so compressed ones) were read.
+        on_bytes: called with the number of further bytes of the file (as stored, so compressed ones) that were read.
 
     Raises:
         DataError: the file cannot be read, is truncated or damaged, or has none of the columns.
@@ -122,43 +122,48 @@ def read_chunks(
     done = start.row
     try:
         with path.open("rb") as raw:
-            tell = _Teller(raw, on_bytes)
-            for chunk in _chunks(path, raw, start, chunk_bytes, columns, tell):
-                tell()
+            progress = _ReadProgress(raw, on_bytes)
+            for chunk in _chunks(path, raw, start, chunk_bytes, columns, progress):
+                progress()
                 done = chunk.end.row
                 yield chunk
-            tell.rest()
+            progress.rest()
     except DAMAGE as error:
         raise DataError(f"{path} is truncated or damaged after row {done}: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-class _Teller:
+class _ReadProgress:
     """Reports how far a file has been read."""
 
     def __init__(self, raw: BinaryIO, on_bytes: Callable[[int], None] | None) -> None:
-        self._raw, self._on_bytes, self._told = raw, on_bytes, 0
+        self._raw, self._on_bytes, self._reported = raw, on_bytes, 0
 
     def __call__(self, position: int | None = None) -> None:
         position = self._raw.tell() if position is None else position
-        if self._on_bytes is not None and position > self._told:
-            self._on_bytes(position - self._told)
-            self._told = position
+        if self._on_bytes is not None and position > self._reported:
+            self._on_bytes(position - self._reported)
+            self._reported = position
 
     def rest(self) -> None:
         self(self._raw.seek(0, 2))
 
 
 def _chunks(
-    path: Path, raw: BinaryIO, start: FileOffset, chunk_bytes: int, columns: Sequence[str] | None, tell: _Teller
+    path: Path,
+    raw: BinaryIO,
+    start: FileOffset,
+    chunk_bytes: int,
+    columns: Sequence[str] | None,
+    progress: _ReadProgress,
 ) -> Iterator[RawChunk]:
     if path.name.endswith(WHOLE_FILE_SUFFIXES):
         if start.row == 0:
             check_size(path, os.fstat(raw.fileno()).st_size)
             yield RawChunk(str(path), "file", raw.read(), 1, 1, 0, FileOffset(1))
     elif path.name.endswith(PARQUET_SUFFIX):
-        yield from _parquet_chunks(path, raw, start, chunk_bytes, columns, tell)
+        yield from _parquet_chunks(path, raw, start, chunk_bytes, columns, progress)
     elif path.name.endswith(JSON_SUFFIXES) and _is_array(path, raw):
         yield from _array_chunks(path, raw, start, chunk_bytes)
     else:
@@ -250,7 +255,12 @@ def _array_chunks(path: Path, raw: BinaryIO, start: FileOffset, chunk_bytes: int
 
 
 def _parquet_chunks(
-    path: Path, raw: BinaryIO, start: FileOffset, chunk_bytes: int, columns: Sequence[str] | None, tell: _Teller
+    path: Path,
+    raw: BinaryIO,
+    start: FileOffset,
+    chunk_bytes: int,
+    columns: Sequence[str] | None,
+    progress: _ReadProgress,
 ) -> Iterator[RawChunk]:
     """Batches of rows, row group by row group, as Arrow streams."""
     try:
@@ -283,7 +293,7 @@ def _parquet_chunks(
                         writer.write_batch(batch.slice(0, taken))
                     end, payload = FileOffset(start.row + taken), sink.getvalue().to_pybytes()
                     yield RawChunk(str(path), "arrow", payload, taken, start.row + 1, 0, end)
-                    tell()
+                    progress()
                     start, batch = end, batch.slice(taken)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the file system, not of the format

@@ -107,6 +107,6 @@ def _pair(merge: str | list[str]) -> list[str]:
 
 
 def _merged(merge: str | list[str], prefix: str) -> str:
-    """What a merge makes; ``prefix`` begins pieces that go on with a word."""
+    """What a merge makes; ``prefix`` marks pieces that continue a word."""
     left, right = _pair(merge)
     return left + right.removeprefix(prefix)

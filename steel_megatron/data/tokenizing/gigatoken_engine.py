@@ -240,7 +240,7 @@ def _unsure_characters() -> np.ndarray:
     """Whether a code point is one to be unsure about, bool [0x110000].
 
     ``tokenizers`` orders marks by tables of Unicode 9 and knows letters up to Unicode 16; gigatoken follows
-    Unicode 17. Unicode 3.2, which Python carries beside its own version, is older than both: what it knows has kept
+    Unicode 17. Unicode 3.2, which Python has in addition to its own version, is older than both: what it knows has kept
     its properties ever since, and so has what is settled. Punctuation and symbols of later versions decide nothing.
     """
     old = unicodedata.ucd_3_2_0

@@ -37,7 +37,7 @@ class HuggingFaceTokenizer(TokenizerBase):
     Args:
         path: a folder that holds ``tokenizer.json``, or ``vocab.json`` with ``merges.txt``; and
             ``tokenizer_config.json`` or ``special_tokens_map.json``. Or the path of a ``tokenizer.json``, of
-            whatever name, with the other two beside it.
+            whatever name, with the other two next to it.
         eod_token: the token that ends a document; by default the configuration's ``eos_token``.
         engine: what encodes many texts.
 

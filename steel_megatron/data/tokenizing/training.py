@@ -94,8 +94,8 @@ def train_tokenizer(
         vocab_size: ids of the tokenizer.
         valid: what to measure on, in the same form; the text that was trained on if there is none.
         text_key: which value of a JSON row is the text.
-        control_tokens: names of control tokens beside the three of every model; nothing is learned from them where
-            they stand in the text, as the marks of dialogues do.
+        control_tokens: names of control tokens in addition to the three of every model; nothing is learned from them
+            where they occur in the text, as the marks of dialogues do.
         character_coverage: share of the characters that get a token of their own.
         max_bytes: lines to train on are drawn at random when there is more text than this.
         on_bad_row: ``stop`` at a row that cannot be read, or ``skip`` it.
