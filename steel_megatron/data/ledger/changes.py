@@ -12,13 +12,11 @@ from steel_megatron.data.ledger.records import (
     EPOCHS,
     MIXTURE,
     MOST_SAMPLES,
-    Added,
+    AddedCorpus,
     Corpus,
     Event,
     StepSize,
-    is_epochs,
-    is_mixture,
-    shown,
+    Unchanged,
 )
 from steel_megatron.errors import DataError
 from steel_megatron.log import get_logger
@@ -53,14 +51,13 @@ def add(
     Raises:
         DataError: a corpus is in already, or does not fit; ``at`` is in the past; the mixture is wrong.
     """
-    if not is_epochs(epochs):
-        raise DataError(f"epochs is {shown(epochs)}; it must be {EPOCHS}")
+    EPOCHS.check(epochs, "epochs")
     new = fresh(history, corpora, on_duplicate)
     if not new and mixture is None:
         return history
     all_corpora, numbers = numbered(history, new)
-    added = tuple(Added(number, epochs) for number in numbers)
-    event = Event(at, add=added, mixture=mixture, sets_mixture=mixture is not None)
+    added = tuple(AddedCorpus(number, epochs) for number in numbers)
+    event = Event(at, add=added, mixture=Unchanged.MIXTURE if mixture is None else mixture)
     return _with(history, event, all_corpora)
 
 
@@ -123,8 +120,7 @@ def reweight(history: History, epochs: Mapping[str, float | None], at: int | Non
         DataError: a corpus is not in, a number is wrong, or ``at`` is in the past.
     """
     for name, value in epochs.items():
-        if not is_epochs(value):
-            raise DataError(f"epochs of {name} is {shown(value)}; it must be {EPOCHS}")
+        EPOCHS.check(value, f"epochs of {name}")
     return _with(history, Event(at, epochs=dict(epochs)))
 
 
@@ -139,7 +135,7 @@ def set_mixture(history: History, mixture: Mapping[str, float] | None, at: int |
     Raises:
         DataError: a domain has no corpus, one is not named, a weight is wrong, or ``at`` is in the past.
     """
-    return _with(history, Event(at, mixture=mixture, sets_mixture=True))
+    return _with(history, Event(at, mixture=mixture))
 
 
 def cancel(history: History, at: int | None = None) -> History:
@@ -233,14 +229,14 @@ def take_event_of(history: History, other: History, event: Event, at: int | None
     adds = [(other.corpora[added.corpus], added.epochs) for added in event.add]
     corpora, numbers = numbered(history, [corpus for corpus, _ in adds if corpus.content not in own])
     own |= {corpora[number].content: number for number in numbers}
-    add = tuple(Added(own[corpus.content], epochs) for corpus, epochs in adds)
+    add = tuple(AddedCorpus(own[corpus.content], epochs) for corpus, epochs in adds)
     event = dataclasses.replace(event, at=at, add=add)
     return dataclasses.replace(history, events=(*history.events, event), corpora=corpora)
 
 
 def _with(history: History, event: Event, corpora: tuple[Corpus, ...] | None = None) -> History:
-    if event.sets_mixture and not is_mixture(event.mixture):
-        raise DataError(f"the mixture is {shown(event.mixture)}; it must be {MIXTURE}")
+    if event.mixture is not Unchanged.MIXTURE:
+        MIXTURE.check(event.mixture, "the mixture")
     if not history.events and event.at is None:
         event = dataclasses.replace(event, at=0)  # a run begins with something
     if event.at is not None and event.at < history.next_sync_sample:

@@ -15,7 +15,7 @@ import numpy as np
 
 from steel_megatron.data.indexed.dataset import IndexedCorpus, content_hash, open_indexed, refuse_ids
 from steel_megatron.data.indexed.exact_duplicates import duplicate_documents
-from steel_megatron.data.ledger.records import Corpus, Dropped, is_name
+from steel_megatron.data.ledger.records import NAME, Corpus, DroppedDocuments
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, sha256_of
 from steel_megatron.log import get_logger
@@ -46,11 +46,10 @@ def describe(prefix: str | Path, name: str | None = None, domain: str = "default
     prefix = os.path.abspath(prefix)
     name = Path(prefix).name if name is None else name
     for value, what in ((name, "name"), (domain, "domain")):
-        if not is_name(value):
-            raise DataError(f"the {what} of {prefix} is {value!r}; it must be a text that is not empty")
+        NAME.check(value, f"the {what} of {prefix}")
     corpus = open_indexed(prefix)
     tokenizer = (corpus.manifest or {}).get("tokenizer", {}).get("fingerprint")
-    fingerprint = tokenizer if is_name(tokenizer) else None
+    fingerprint = tokenizer if NAME.holds(tokenizer) else None
     max_id = None if corpus.manifest is not None else _largest_id(corpus)
     counts = corpus.documents, corpus.tokens
     return Corpus(name, prefix, content_hash(corpus), domain, *counts, fingerprint, max_id=max_id)
@@ -133,7 +132,7 @@ def without_duplicates(new: Sequence[Corpus], others: Sequence[Other]) -> tuple[
             np.save(buffer, found.bits, allow_pickle=False)
             digest = hashlib.sha256(buffer.getvalue()).hexdigest()
             like = [content for number in found.like if (content := compared[number].content) is not None]
-            dropped = Dropped(digest, found.documents, found.tokens, tuple(like))
+            dropped = DroppedDocuments(digest, found.documents, found.tokens, tuple(like))
             files[dropped.file_name] = buffer.getvalue()
             record = dataclasses.replace(record, dropped=dropped)
         compared.append(Other(corpus, found.bits, record.content))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Concatenate, ParamSpec
 
 from steel_megatron.data.ledger.pools import Pool, number_of, pools_of, used_by
-from steel_megatron.data.ledger.records import Corpus, Event, StepSize
+from steel_megatron.data.ledger.records import Corpus, Event, StepSize, Unchanged
 from steel_megatron.data.ledger.schedule import Schedule
+from steel_megatron.data.strict_json import REQUIRED, whole
 from steel_megatron.errors import DataError
 
 Arguments = ParamSpec("Arguments")
@@ -29,28 +31,38 @@ class History:
         DataError: the corpora and events do not fit together; the message says which and why.
     """
 
-    sequence_length: int
+    sequence_length: Annotated[int, whole(1, 2**31)]
     """Tokens that a sample predicts."""
-    seed: int
-    """Of all orders, from 0 to 2**63 - 1."""
-    corpora: tuple[Corpus, ...] = ()
-    """All that ever came in, by numbers that stay. What no event uses any more is no longer there to any method; its
-    number goes to the next corpus."""
-    events: tuple[Event, ...] = ()
-    """In the order in which they were written down."""
-    last_synced_sample: int = 0
+    seed: Annotated[int, whole(0, 2**63 - 1)]
+    """Of all orders."""
+    last_synced_sample: Annotated[int, whole()] = field(default=0, metadata=REQUIRED | {"key": "reached"})
     """Where a run last synced, by starting, resuming or saving a checkpoint."""
-    next_sync_sample: int = 0
-    """Where the run that wrote it syncs next; while it is under way, nothing can be put before."""
+    next_sync_sample: Annotated[int, whole()] = field(default=0, metadata=REQUIRED | {"key": "reserved"})
+    """Where the run that wrote it syncs next; while that run is live, nothing can change before."""
     steps: tuple[StepSize, ...] = ()
-    """How many samples the run's steps took, from the first on; empty in ledgers that no run has begun with."""
+    """How many samples the run's steps took, from the first on; empty if no run has started with this ledger."""
+    corpora: tuple[Corpus, ...] = field(default=(), metadata=REQUIRED)
+    """All corpora ever added, by permanent numbers. One that no event uses any more is ignored, and its number goes to
+    the next new corpus."""
+    events: tuple[Event, ...] = field(default=(), metadata=REQUIRED)
+    """In the order in which they were written."""
 
     def __post_init__(self) -> None:
         assert self.sequence_length >= 1 and 0 <= self.seed < 2**63, (self.sequence_length, self.seed)
-        assert self.last_synced_sample <= self.next_sync_sample, (self.last_synced_sample, self.next_sync_sample)
+        self._check_numbers()
         self._check_corpora()
         # Pending changes are taken as if they held from the next sync; apply_pending() checks their real position.
         pools_of(self.corpora, self.scheduled(self.next_sync_sample), self.sequence_length)
+
+    def _check_numbers(self) -> None:
+        """What holds between the fields, of which each alone is right."""
+        whole(self.last_synced_sample).check(self.next_sync_sample, "reserved")
+        for number, (before, size) in enumerate(itertools.pairwise(self.steps), 1):
+            whole(before.step + 1).check(size.step, f"steps[{number}]: step")
+            whole(before.consumed + 1).check(size.consumed, f"steps[{number}]: consumed")
+        for number, event in enumerate(self.events):
+            for place, added in enumerate(event.add):
+                whole(0, len(self.corpora) - 1).check(added.corpus, f"events[{number}], add[{place}]: corpus")
 
     def _check_corpora(self) -> None:
         corpora = self.known()
@@ -182,7 +194,7 @@ class History:
             "add": added,
             "remove": [self.number_of(name) for name in event.remove],
             "epochs": {str(self.number_of(name)): epochs for name, epochs in event.epochs.items()},
-            "mixture": event.mixture if event.sets_mixture else "as before",
+            "mixture": event.mixture.value if isinstance(event.mixture, Unchanged) else event.mixture,
         }
 
     def differs_from(self, other: History) -> bool:

@@ -25,17 +25,9 @@ from steel_megatron.data.indexed.dataset import IndexedCorpus
 from steel_megatron.data.ledger.changes import OnDuplicate, add, fresh
 from steel_megatron.data.ledger.corpora import Other, describe, dropped_bits, names_of, open_corpus, without_duplicates
 from steel_megatron.data.ledger.history import FORMAT, Arguments, History
-from steel_megatron.data.ledger.records import (
-    MOST_POSITIONS,
-    Corpus,
-    Fields,
-    corpus_from,
-    corpus_to,
-    event_from,
-    event_to,
-    steps_from,
-)
+from steel_megatron.data.ledger.records import Corpus
 from steel_megatron.data.sampling.packing import PackedEpoch
+from steel_megatron.data.strict_json import from_json, to_json
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import disk_errors, exclusive_lock, is_locked, with_suffix, write_atomically
 from steel_megatron.log import get_logger
@@ -320,12 +312,7 @@ class OpenCorpora:
 
 def dumps(history: History) -> str:
     """A history as a ledger's JSON."""
-    values: dict[str, Any] = {"format": FORMAT, "sequence_length": history.sequence_length, "seed": history.seed}
-    values |= {"reached": history.last_synced_sample, "reserved": history.next_sync_sample}
-    values["steps"] = [vars(size) for size in history.steps]
-    values["corpora"] = [corpus_to(corpus) for corpus in history.corpora]
-    values["events"] = [event_to(event) for event in history.events]
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps({"format": FORMAT, **to_json(history)}, indent=2, ensure_ascii=False) + "\n"
 
 
 def loads(content: str | bytes, where: str) -> History:
@@ -341,28 +328,13 @@ def loads(content: str | bytes, where: str) -> History:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"ledger {where} is no JSON: {error}") from error
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        found = value.get("format") if isinstance(value, dict) else value
-        raise DataError(f"{where} is no ledger of format {FORMAT!r} (it says {str(found)[:80]!r})")
-    where = f"ledger {where}"
-    known = ("format", "sequence_length", "seed", "reached", "reserved", "steps", "corpora", "events")
-    read = Fields(value, where, known)
-    corpora = read.get("corpora", "a list", lambda v: isinstance(v, list))
-    events = read.get("events", "a list", lambda v: isinstance(v, list))
-    reached = read.count("reached", 0, MOST_POSITIONS)
-    try:
-        return History(
-            read.count("sequence_length", 1, 2**31),
-            read.count("seed", 0, 2**63 - 1),
-            tuple(corpus_from(corpus, f"{where}, corpora[{number}]") for number, corpus in enumerate(corpora)),
-            tuple(event_from(event, f"{where}, events[{number}]", len(corpora)) for number, event in enumerate(events)),
-            reached,
-            read.count("reserved", reached, MOST_POSITIONS) if "reserved" in value else reached,
-            steps_from(value.get("steps", []), f"{where}, steps"),
-        )
-    except DataError as error:
-        raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from None
+        raise DataError(f"ledger {where} is not valid JSON: {error}") from error
+    found = value.pop("format", None) if isinstance(value, dict) else value
+    if found != FORMAT:
+        raise DataError(f"{where} is no ledger of format {FORMAT!r} (its format is {str(found)[:80]!r})")
+    if "reached" in value:
+        value.setdefault("reserved", value["reached"])  # earlier versions did not write it
+    return from_json(History, value, f"ledger {where}")
 
 
 def run_is_live(path: Path) -> bool:

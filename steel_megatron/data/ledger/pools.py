@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from steel_megatron.data.ledger.records import MOST_SAMPLES, Corpus, Event, samples_in
+from steel_megatron.data.ledger.records import MOST_SAMPLES, Corpus, Event, Unchanged, samples_in
 from steel_megatron.errors import DataError
 
 
@@ -80,7 +80,7 @@ def pools_of(corpora: Sequence[Corpus], events: Sequence[Event], sequence_length
             epochs[in_pool(name, event.at)] = event.epochs[name]
         for name in event.remove:
             del epochs[in_pool(name, event.at)]
-        if event.sets_mixture:
+        if event.mixture is not Unchanged.MIXTURE:
             mixture = event.mixture
         pools[event.at] = Pool(event.at, dict(epochs), mixture)
     for pool in pools.values():

@@ -22,7 +22,7 @@ from steel_megatron.data.ledger.changes import (
 )
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import dumps, loads
-from steel_megatron.data.ledger.records import Dropped, StepSize
+from steel_megatron.data.ledger.records import DroppedDocuments, StepSize
 from steel_megatron.errors import DataError
 from tests.data.ledgers import LENGTH, corpus, ledger_of, located, two
 
@@ -103,7 +103,7 @@ def test_what_was_cancelled_is_forgotten() -> None:
 
 def kept_and_dropped(**options: int | None) -> History:
     """100 samples of a, and of b, of which a document was dropped that a has."""
-    like = Dropped("0" * 64, 1, 5, (corpus("a", 1).content,))
+    like = DroppedDocuments("0" * 64, 1, 5, (corpus("a", 1).content,))
     return (
         ledger_of(corpus("base", 50))
         .then(add, [corpus("a", 100)], **options)

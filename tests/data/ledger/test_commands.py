@@ -17,7 +17,7 @@ from steel_megatron.cli import main
 from steel_megatron.data.ledger import ledger as ledger_module
 from steel_megatron.data.ledger.changes import apply_pending, at_step
 from steel_megatron.data.ledger.ledger import Ledger, OpenCorpora, edit
-from steel_megatron.data.ledger.records import Event
+from steel_megatron.data.ledger.records import Event, Unchanged
 from steel_megatron.files import exclusive_lock
 from tests.data.corpora import inputs, write
 
@@ -85,7 +85,11 @@ def test_append(folder: Folder) -> None:
         ("b", "default"),
         ("c", "default"),
     ]
-    assert last().at is None and [added.epochs for added in last().add] == [1.0, 1.0] and not last().sets_mixture
+    assert (
+        last().at is None
+        and [added.epochs for added in last().add] == [1.0, 1.0]
+        and last().mixture is Unchanged.MIXTURE
+    )
     assert ledger.history.corpora[1].dropped is None
     assert data("cancel", "l.json") == 0
     words = ["--names", "x", "--domain", "en", "--epochs", "2.5", "--at", "30", "--mixture", "zh=3", "en=1"]
@@ -111,8 +115,8 @@ def test_the_others(folder: Folder) -> None:
     assert data("reweight", "l.json", "a", "--epochs", "null", "--at", "50") == 0
     assert last() == Event(50, epochs={"a": None})
     assert data("mixture", "l.json", "zh=2", "default=1") == 0
-    assert last() == Event(None, mixture={"zh": 2, "default": 1}, sets_mixture=True)
-    assert data("mixture", "l.json", "none", "--at", "60") == 0 and last() == Event(60, sets_mixture=True)
+    assert last() == Event(None, mixture={"zh": 2, "default": 1})
+    assert data("mixture", "l.json", "none", "--at", "60") == 0 and last() == Event(60, mixture=None)
     assert data("cancel", "l.json", "--at", "50") == 0
     assert [event.at for event in Ledger.load("l.json").history.events] == [0, 0, 40, None, None, 60]
     assert data("cancel", "l.json") == 0

@@ -39,8 +39,9 @@ def test_ledgers_of_earlier_versions_can_be_read(tmp_path: Path) -> None:
     for added in ("reserved", "steps"):
         del content[added]
     for entry in content["corpora"]:
-        if entry["dropped"]:
-            del entry["dropped"]["like"]
+        entry.get("dropped", {}).pop("like", None)
+        for spelled_out in ("tokenizer", "dropped"):
+            entry.setdefault(spelled_out, None)
     (tmp_path / "ledger.json").write_text(json.dumps(content))
     loaded = Ledger.load(tmp_path / "ledger.json").history
     assert loaded == dataclasses.replace(run, next_sync_sample=40, steps=())
@@ -101,13 +102,21 @@ def damaged(place: tuple[object, ...], value: object) -> str:
         (("corpora", 1, "content"), "xyz", r"corpora\[1\]: content is 'xyz'; it must be 64 hex digits"),
         (("corpora", 1, "content"), corpus("a", 1).content, "has the content .* of a "),
         (("corpora", 1, "tokens"), 5, r"/data/b: 5 tokens make no sample"),
+        (("reached",), KeyError, "has no field 'reached'; it must be a whole number from 0"),
         (("corpora", 1, "documents"), -3, r"corpora\[1\]: documents is -3"),
-        (("corpora", 1, "tokenizer"), 3, "tokenizer is 3; it must be a text or null"),
+        (("corpora", 1, "tokenizer"), 3, "tokenizer is 3; it must be a text that is not empty, or null"),
         (("corpora", 1, "colour"), 3, "unknown field 'colour'"),
         (("corpora", 2, "dropped", "sha256"), "f", r"corpora\[2\], dropped: sha256 is 'f'"),
-        (("corpora", 2, "dropped", "documents"), 99, r"corpora\[2\] drops .*documents=99"),
+        (
+            ("corpora", 2, "dropped", "documents"),
+            99,
+            r"corpora\[2\]: 99 documents .* only 3",
+        ),
         (("events",), None, "events is None; it must be a list"),
         (("events", 0, "at"), -1, r"events\[0\]: at is -1; it must be a sample's number, or null"),
+        (("events", 0, "add", 0, "epochs"), KeyError, r"events\[0\], add\[0\] has no field 'epochs'"),
+        (("events", 0, "add"), {}, r"events\[0\]: add is {}; it must be a list"),
+        (("corpora", 2, "dropped"), 5, r"corpora\[2\]: dropped is 5; it must be an object, or null"),
         (("events", 0, "at"), KeyError, r"events\[0\] has no field 'at'"),
         (("events", 0, "when"), 3, r"events\[0\] has an unknown field 'when'"),
         (("events", 0, "add", 0, "corpus"), 9, r"events\[0\], add\[0\]: corpus is 9; it must be a whole number from 0"),
@@ -123,7 +132,7 @@ def damaged(place: tuple[object, ...], value: object) -> str:
         (("steps",), 5, "steps is 5; it must be a list"),
         (("steps",), [{"step": 0, "consumed": 0, "global_batch_size": 0}], r"steps\[0\]: global_batch_size is 0"),
         (("steps",), 2 * [{"step": 3, "consumed": 9, "global_batch_size": 3}], r"steps\[1\]: step is 3; .* from 4"),
-        (("corpora", 0, "max_id"), -1, "max_id is -1; it must be a token id or null"),
+        (("corpora", 0, "max_id"), -1, "max_id is -1; it must be a token id, or null"),
         (("corpora", 2, "dropped", "like"), "a", r"corpora\[2\], dropped: like is 'a'"),
         (("events", 0, "add", 0, "epochs"), 10**400, r"add\[0\]: epochs is 1000.*at most 5e\+18"),
         (("events", 3, "mixture", "zh"), 10**400, r"mixture is .*at most 5e\+18"),

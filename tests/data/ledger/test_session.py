@@ -17,6 +17,7 @@ from steel_megatron.data.ledger import ledger as ledger_module
 from steel_megatron.data.ledger.changes import add, cancel, freed, remove, reweight, set_mixture, synced
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import Ledger, dumps, edit
+from steel_megatron.data.ledger.records import Unchanged
 from steel_megatron.data.ledger.session import LedgerSession, prune_cache
 from steel_megatron.data.ledger.sync import (
     RunPosition,
@@ -102,7 +103,10 @@ def test_what_cannot_be_taken_in_waits(caplog: pytest.LogCaptureFixture) -> None
     # What comes to wait together does so in the order in which it would have held.
     mixed = own().then(set_mixture, {"zh": 1, "en": 3}, at=50).then(set_mixture, {"zh": 1, "en": 1})
     waiting = defer(mixed, own(), position(40, 80))
-    assert [event.mixture for event in waiting.events if event.sets_mixture] == [{"zh": 1, "en": 1}, {"zh": 1, "en": 3}]
+    assert [event.mixture for event in waiting.events if event.mixture is not Unchanged.MIXTURE] == [
+        {"zh": 1, "en": 1},
+        {"zh": 1, "en": 3},
+    ]
     # Nobody may change what was read, and the file is as the run knows it again.
     forged = dataclasses.replace(own(), seed=9)
     assert defer(forged, own(), position(40, 80)) == own().then(synced, 40, 80)
