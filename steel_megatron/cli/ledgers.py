@@ -207,7 +207,7 @@ def _summary(path: Path, ledger: Ledger) -> str:
             f"  {corpus.name} ({corpus.domain}): {samples:,} samples, {corpus.documents:,} documents{dropped}, "
             f"read {int(seen[number]) / samples:.2f} times"
         )
-    for event in history.events:
+    for event in sorted(history.events, key=lambda event: history.next_sync_sample if event.at is None else event.at):
         at = "the next checkpoint, or from where the run resumes" if event.at is None else f"sample {event.at:,}"
         lines.append(f"  from {at}: {in_words(event, history.corpora)}")
     capacity = history.schedule.capacity()

@@ -253,6 +253,8 @@ def test_a_live_run_refuses_positions_that_it_has_read(tmp_path: Path) -> None:
     assert "a run reads on to sample 16 before it looks at the ledger again" in said and "stop the run" in said
     assert len(Ledger.load(ledger).history.corpora) == 1
     assert not list(ledger.parent.glob("*.lock"))
+    other = make_run(data, tmp_path / "other", train_steps=4)
+    assert "was read to sample 32" in one(other) and not (tmp_path / "other" / "run.yaml").exists()
 
 
 def test_what_a_run_cannot_take_in_does_not_end_it(tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ def fresh(history: History, corpora: Sequence[Corpus], on_duplicate: OnDuplicate
             continue
         same_as = f"{corpus.prefix} is in the ledger already, as {found.name} ({found.prefix}): the same bytes"
         if on_duplicate == "stop":
-            raise DataError(f"{same_as}; leave it out, or skip it with on_duplicate")
-        logger.warning(f"{same_as}; it is skipped")
+            raise DataError(f"{same_as}; leave it out, or let data append skip it (--on_duplicate skip)")
+        logger.warning(f"{same_as}; skipped")
     return new
 
 

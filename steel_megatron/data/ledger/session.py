@@ -11,7 +11,7 @@ from steel_megatron.config import RunConfig
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import SYNC_SECONDS, Ledger, dumps, edit
 from steel_megatron.data.ledger.loader import LedgerSamples
-from steel_megatron.data.ledger.sync import RunPosition, defer_file, resume, run_position, start
+from steel_megatron.data.ledger.sync import RunPosition, check_new_run, defer_file, resume, run_position, start
 from steel_megatron.data.sampling.packing import remove_caches
 from steel_megatron.errors import ConfigError, DataError, SteelError
 from steel_megatron.log import get_logger, launched_rank
@@ -83,6 +83,7 @@ class LedgerSession:
     def __init__(self, run: RunConfig, processes: Processes) -> None:
         self._run, self._processes, self._path = run, processes, run.ledger_path
         self._cache = self._path.with_suffix(".cache")
+        self._restarted = (Path(run.checkpoint.directory) / "run.yaml").exists()  # written once a run has started
         self.samples: LedgerSamples | None = None
         self.end = 0
         self.ledger, self._new = self._shared(processes.on_rank0(self._read)), None
@@ -118,13 +119,15 @@ class LedgerSession:
 
         Raises:
             ConfigError: the run has done more steps than it is to do.
-            DataError: the ledger cannot be written, does not hold as many samples as the run will read, or a corpus
-                cannot be used.
+            DataError: the ledger cannot be written, does not hold as many samples as the run will read, was read by
+                another run although this one is new, or a corpus cannot be used.
         """
         position = run_position(self._run, step, consumed_samples)
 
         def change(history: History) -> History:
             check(history)
+            if step == 0:
+                check_new_run(history, self._path, Path(self._run.checkpoint.directory), restarted=self._restarted)
             return start(history, position)
 
         self.end = position.end

@@ -175,6 +175,33 @@ def first_difference(history: History, other: History, position: int) -> tuple[s
     return None
 
 
+def check_new_run(history: History, path: Path, folder: Path, *, restarted: bool) -> None:
+    """Check the ledger of a run that has no checkpoint, and so starts at sample 0.
+
+    Args:
+        history: of the ledger.
+        path: its file.
+        folder: the run's folder.
+        restarted: whether a run was started in the folder before, and may have been killed before its first checkpoint.
+
+    Raises:
+        DataError: another run has read by the ledger; its progress would be lost. The message says how to share data.
+    """
+    if not history.last_synced_sample:
+        return
+    found = f"{path} was read to sample {history.last_synced_sample:,}, and {folder} has no checkpoint to resume from"
+    if not restarted and path.parent.resolve() != folder.resolve():
+        raise DataError(
+            f"{found}; a run that starts at sample 0 would overwrite the progress of the run that read it. To read the "
+            f"same data, copy the ledger into the run's folder (cp {path} {folder / 'ledger.json'}, and any "
+            "dropped-*.npy next to it) and leave out data.ledger; to resume that run, set checkpoint.directory to its "
+            "folder"
+        )
+    logger.warning(
+        f"{found}: this run starts at sample 0, and the ledger's progress is set back to it; changes keep their samples"
+    )
+
+
 def check_past(history: History | None, path: Path, checkpoint: Path, consumed: int, fingerprint: str) -> None:
     """Hold a ledger against the past of a checkpoint.
 

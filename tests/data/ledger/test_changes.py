@@ -142,7 +142,10 @@ def test_what_is_read_once_or_not_needed_may_go() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: two().then(add, [corpus("a", 100)]), "/data/a is in the ledger already, as a .*skip"),
+        (
+            lambda: two().then(add, [corpus("a", 100)]),
+            r"/data/a is in the ledger already, as a .*data append skip it \(--on_duplicate skip\)",
+        ),
         (lambda: two().then(add, [corpus("c", 9), corpus("c", 9)]), "is in the ledger already, as c "),
         (lambda: two().then(add, [dataclasses.replace(corpus("c", 9), name="a")]), r"corpus a .* has the name a of a "),
         (
@@ -244,6 +247,6 @@ def test_tokenizers_are_not_mixed() -> None:
 def test_duplicates_are_skipped_where_that_is_wished(caplog: pytest.LogCaptureFixture) -> None:
     same = dataclasses.replace(corpus("a", 100, "zh"), name="again", prefix="/data/again")
     assert two().then(add, [same], on_duplicate="skip") == two()
-    assert "/data/again is in the ledger already, as a (/data/a): the same bytes; it is skipped" in caplog.text
+    assert "/data/again is in the ledger already, as a (/data/a): the same bytes; skipped" in caplog.text
     grown = two().then(add, [same, corpus("c", 9)], on_duplicate="skip", at=10)
     assert [entry.name for entry in grown.corpora] == ["a", "b", "c"]

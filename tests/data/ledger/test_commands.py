@@ -180,6 +180,14 @@ def test_show(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     assert part["text"] == " ".join(map(str, part["ids"]))
     assert data("show", "l.json") == 0
     assert "a (zh): 99 samples, 50 documents, read 0.00 times" in capsys.readouterr().out
+    running(9, 30)
+    for epochs, at in (("3", ["--at", "50"]), ("4", []), ("5", ["--at", "20"])):
+        capsys.readouterr()
+        assert data("reweight", "l.json", "a", "--epochs", epochs, *at) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  from ")]
+    assert [line.rpartition(": ")[2] for line in lines] == [
+        *("add a (2 times)", "read a 4 times", "read a 5 times", "read a 3 times"),
+    ]
     for words in (["--sample", "9" * 20], ["--step", "0"], ["--step", "1", "--sample", "1"], ["--sample", "-1"]):
         assert data("show", "l.json", *words) == 2
         assert "error: " in capsys.readouterr().err

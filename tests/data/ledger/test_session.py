@@ -17,7 +17,7 @@ from steel_megatron.data.ledger import ledger as ledger_module
 from steel_megatron.data.ledger.changes import add, cancel, freed, remove, reweight, set_mixture, synced
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import Ledger, dumps, edit
-from steel_megatron.data.ledger.records import Unchanged
+from steel_megatron.data.ledger.records import StepSize, Unchanged
 from steel_megatron.data.ledger.session import LedgerSession, prune_cache
 from steel_megatron.data.ledger.sync import (
     RunPosition,
@@ -172,6 +172,40 @@ def test_a_session_reads_what_fits_and_defers_the_rest(tmp_path: Path, caplog: p
     session.release(7, 56)
     assert marks() == (56, 56) and session.ledger == Ledger.load(path)
     assert [event.at for event in Ledger.load(path).history.events] == [0, 32, None]
+
+
+def test_a_new_run_does_not_overwrite_the_progress_of_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, first = tmp_path / "shared.json", tmp_path / "first"
+    data = DataConfig(train=[write(tmp_path / "a", [[1] * 241])], ledger=str(path))
+
+    def started(folder: Path, data: DataConfig, *position: int) -> History:
+        run = make_run(data, folder, train_steps=8)
+        run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, save_interval=2))
+        caplog.clear()
+        session = LedgerSession(run, Alone())
+        session.start(*position)
+        if not position:
+            session.sync(2, 16)
+        assert session.ledger is not None
+        return session.ledger.history
+
+    assert started(first, data).last_synced_sample == 16 and not caplog.records
+    before = path.read_bytes()
+    second = tmp_path / "second"
+    copy = f"cp {path} {second}/ledger.json"
+    with pytest.raises(DataError, match=f"read to sample 16, and {second} has no checkpoint .*{copy}, .*data.ledger"):
+        started(second, data)
+    assert path.read_bytes() == before
+    second.mkdir()
+    (second / "ledger.json").write_bytes(before)  # as the message says
+    assert started(second, dataclasses.replace(data, ledger=None)).last_synced_sample == 16
+    assert f"{second} has no checkpoint to resume from: this run starts at sample 0" in caplog.text
+    assert path.read_bytes() == before
+    assert started(first, data, 2, 16).last_synced_sample == 16 and not caplog.records
+    first.mkdir()
+    (first / "run.yaml").touch()  # a run that was killed before its first checkpoint
+    assert started(first, data).steps == (StepSize(0, 0, 8),)
+    assert f"{first} has no checkpoint to resume from: this run starts at sample 0" in caplog.text
 
 
 def test_another_past_is_refused(tmp_path: Path) -> None:
