@@ -215,7 +215,7 @@ def test_appended_data_is_taken_in_at_a_checkpoint(tmp_path: Path) -> None:
     assert (loaded.history.last_synced_sample, loaded.history.next_sync_sample) == (
         64,
         64,
-    ) and loaded.history.schedule.cursors(64)[1] == 20
+    ) and loaded.history.schedule.consumed(64)[1] == 20
     assert (summary.checkpoint / "ledger.json").read_bytes() == ledger.read_bytes()
 
 
@@ -250,7 +250,7 @@ def test_a_live_run_refuses_positions_that_it_has_read(tmp_path: Path) -> None:
     words = ["append", str(ledger), second, "--at", "12"]
     summary, codes, said = run_distributed(live, 1, run, {8: [words, ["cancel", str(ledger), "--at", "12"]]})[0]
     assert summary.finished and codes == [2, 2]
-    assert "a run reads on to sample 16 before it looks at the ledger again" in said and "stop the run" in said
+    assert "a live run reads to sample 16 before its next sync" in said and "stop the run" in said
     assert len(Ledger.load(ledger).history.corpora) == 1
     assert not list(ledger.parent.glob("*.lock"))
     other = make_run(data, tmp_path / "other", train_steps=4)
@@ -265,8 +265,8 @@ def test_what_a_run_cannot_take_in_does_not_end_it(tmp_path: Path) -> None:
     commands = {8: [["append", str(ledger), second]], 24: [["append", str(ledger), third, "--at", "40"]]}
     summary, codes, said = run_distributed(live, 2, run, commands)[0]
     assert summary.finished and codes == [0, 0]
-    assert "cannot be taken in at sample 16, and waits for the next checkpoint" in said
-    assert "holds token id 1" in said and "take it back (steel-megatron data cancel)" in said
+    assert "cannot be applied at sample 16; they are deferred to the next checkpoint" in said
+    assert "holds token id 1" in said and "withdraw the changes (steel-megatron data cancel)" in said
     events = [(event.at, [added.corpus for added in event.add]) for event in Ledger.load(ledger).history.events]
     assert events == [(0, [0]), (None, [1]), (None, [2])]  # nothing is lost, and the file says what was read
     assert was_read(folder, 2) == says(ledger, 0, 48)
@@ -294,7 +294,7 @@ def test_a_full_disk_for_a_moment_delays_a_change(tmp_path: Path) -> None:
     run = changed(make_run(DataConfig(train=[first]), tmp_path / "run", train_steps=6), save_interval=2)
     commands = {8: [["append", str(ledger), second]], 24: [["append", str(ledger), third]]}
     summary, codes, said = run_distributed(_without_room_at_16, 2, run, commands)[0]
-    assert summary.finished and codes == [0, 0] and "cannot be taken in at sample 16" in said
+    assert summary.finished and codes == [0, 0] and "cannot be applied at sample 16" in said
     settled = Ledger.load(ledger).history
     assert [(event.at, [settled.corpora[added.corpus].name for added in event.add]) for event in settled.events] == [
         (0, ["a"]), (32, ["b"]), (32, ["c"]),
@@ -333,7 +333,7 @@ def test_a_refused_start_leaves_the_ledger_as_it_was(tmp_path: Path) -> None:
     assert one(run).step == 1
     rest, before = changed(run, stop_after_step=None), ledger.read_bytes()
     for words, message in (
-        (["remove", str(ledger), "b"], "40 were asked for"),
+        (["remove", str(ledger), "b"], "40 are needed"),
         (["append", str(ledger), write(tmp_path / "wrong", 90)], "holds token id 1"),
     ):
         assert main(["data", *words]) == 0

@@ -45,7 +45,7 @@ MIXTURE = Rule(
 
 
 class Unchanged(enum.Enum):
-    """Said by an event in place of a mixture: the one before it stays."""
+    """In place of an event's mixture: the mixture before it stays."""
 
     MIXTURE = "as before"
 
@@ -139,6 +139,10 @@ class Event:
     """New numbers of epochs, by name."""
     mixture: Annotated[Mapping[str, float] | Unchanged | None, MIXTURE] = Unchanged.MIXTURE
     """Weights by domain; None for no mixture."""
+
+    def start(self, if_pending: int) -> int:
+        """The first sample that it concerns, or ``if_pending``."""
+        return if_pending if self.at is None else self.at
 
 
 @dataclass(frozen=True)

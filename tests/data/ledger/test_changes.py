@@ -14,8 +14,8 @@ from steel_megatron.data.ledger.changes import (
     apply_pending,
     at_step,
     cancel,
-    freed,
     lost,
+    released,
     remove,
     reweight,
     set_mixture,
@@ -32,19 +32,19 @@ def test_what_is_reserved_is_freed_by_a_stop() -> None:
     assert running.then(add, [corpus("c", 9)]).events[-1].at is None
     planned = running.then(add, [corpus("c", 9)], at=70)
     assert planned.then(cancel, 70) == running
-    assert running.then(freed).then(remove, ["a"], at=50).then(cancel, 50) == running.then(freed) != running
+    assert running.then(released).then(remove, ["a"], at=50).then(cancel, 50) == running.then(released) != running
     taken = (
-        running.then(freed).then(remove, ["a"]).then(apply_pending, 50)
+        running.then(released).then(remove, ["a"]).then(apply_pending, 50)
     )  # a run took it in, and was killed before its checkpoint
-    assert taken.fingerprint(50) == running.fingerprint(50) and taken.then(cancel, 50) == running.then(freed)
+    assert taken.fingerprint(50) == running.fingerprint(50) and taken.then(cancel, 50) == running.then(released)
 
 
 def test_what_fits_only_at_the_next_sync_can_be_cancelled_after_a_kill() -> None:
     planned = two().then(set_mixture, {"zh": 1, "en": 1}, at=55).then(set_mixture, {"zh": 1, "en": 0}, at=65)
     running = planned.then(apply_pending, 50, 70)
     pending = running.then(remove, ["b"])  # which the mixture of 55 still needs
-    assert pending.then(freed) == pending
-    assert pending.then(freed).then(cancel).then(freed) == running.then(freed)
+    assert pending.then(released) == pending
+    assert pending.then(released).then(cancel).then(released) == running.then(released)
 
 
 def test_a_plan_may_need_what_is_pending() -> None:
@@ -123,7 +123,7 @@ def kept_and_dropped(**options: int | None) -> History:
 )
 def test_documents_that_were_dropped_are_not_lost(change: Callable[[], History]) -> None:
     with pytest.raises(
-        DataError, match=r"documents of b were dropped because a.* so they would be lost; let it be read"
+        DataError, match=r"documents of b were dropped because a.* so they would be lost; keep it for one epoch"
     ):
         change()
 
@@ -162,21 +162,21 @@ def test_what_is_read_once_or_not_needed_may_go() -> None:
         ),
         (
             lambda: two().then(apply_pending, 50).then(add, [corpus("c", 9)], at=49),
-            "49 is no good: the run last looked .* sample 50",
+            "sample 49 is too early for a change: the run.s last sync was at sample 50",
         ),
         (
             lambda: two().then(apply_pending, 50, 60).then(add, [corpus("c", 9)], at=59),
-            "59 is no good: a run reads on to sample 60 .*--at",
+            "59 is too early for a change: a live run reads to sample 60 .*--at",
         ),
-        (lambda: two().then(add, [corpus("c", 9)], at=2**41), "the last that can be planned is 1,099,511,627,776"),
+        (lambda: two().then(add, [corpus("c", 9)], at=2**41), "too late for a change: the latest is 1,099,511,627,776"),
         (lambda: two().then(add, [corpus("c", 9)], 10**400), "epochs is 1000.*at most 5e.18"),
         (lambda: two().then(set_mixture, {"zh": 10**400, "en": 1}), "the mixture is .*at most 5e.18"),
         (
             lambda: two().schedule.locate(10**19),
-            "10,000,000,000,000,000,001 samples were asked for; no run reads more than",
+            "10,000,000,000,000,000,001 samples are needed; no run reads more than",
         ),
         (
-            lambda: ledger_of(corpus("a", 9), epochs=None).schedule.cursors(2**63),
+            lambda: ledger_of(corpus("a", 9), epochs=None).schedule.consumed(2**63),
             "no run reads more than 4,611,686,018",
         ),
         (
@@ -184,15 +184,18 @@ def test_what_is_read_once_or_not_needed_may_go() -> None:
             "no run reads more than",
         ),
         (lambda: two().then(remove, ["c"]), "the ledger has no corpus 'c'; it has a, b"),
-        (lambda: two().then(remove, ["a"], at=10).then(remove, ["a"], at=20), "'a' is not in the pool at sample 20"),
+        (lambda: two().then(remove, ["a"], at=10).then(remove, ["a"], at=20), "'a' is not active at sample 20"),
         (
             lambda: two().then(set_mixture, {"zh": 1, "en": 1}, at=0).then(remove, ["b"]),
-            "domain 'en' the weight 1, but no corpus",
+            "domain 'en' the weight 1, but no active corpus",
         ),
         (lambda: two().then(reweight, {"a": -1}), "epochs of a is -1"),
         (lambda: two().then(reweight, {"c": 1}), "the ledger has no corpus 'c'"),
         (lambda: two().then(set_mixture, {"zh": 1}), "does not name domain 'en' .of b.*0 to pause it"),
-        (lambda: two().then(set_mixture, {"zh": 1, "en": 1, "fr": 1}), "domain 'fr' the weight 1, but no corpus"),
+        (
+            lambda: two().then(set_mixture, {"zh": 1, "en": 1, "fr": 1}),
+            "domain 'fr' the weight 1, but no active",
+        ),
         (lambda: two().then(set_mixture, {"zh": 0, "en": 0}), "the mixture is .* at least one above 0"),
         (lambda: two().then(set_mixture, {"zh": -1, "en": 2}), "the mixture is "),
         (lambda: two().then(set_mixture, {}), "the mixture is {}"),
@@ -201,35 +204,35 @@ def test_what_is_read_once_or_not_needed_may_go() -> None:
         (lambda: two().then(cancel, 70), "nothing is planned for sample 70"),
         (
             lambda: two().then(remove, ["a"], at=20).then(apply_pending, 21).then(cancel, 20),
-            "sample 20 stays: the run last looked .* sample 21",
+            "sample 20 stay: the run.s last sync was at sample 21",
         ),
         (
             lambda: two().then(remove, ["a"], at=20).then(apply_pending, 10, 21).then(cancel, 20),
-            "20 stays: a run reads on to .*21.*stop the run",
+            "20 stay: a live run reads to sample 21.*stop the run",
         ),
         (
             lambda: two().then(apply_pending, 201),
-            "has 200 samples, and 201 were asked for: every corpus is read .*a, b",
+            "has 200 samples, and 201 are needed: every corpus is read .*a, b",
         ),
-        (lambda: two().schedule.locate(200), "has 200 samples, and 201 were asked for"),
-        (lambda: two().schedule.locate_range(0, 201), "has 200 samples, and 201 were asked for"),
+        (lambda: two().schedule.locate(200), "has 200 samples, and 201 are needed"),
+        (lambda: two().schedule.locate_range(0, 201), "has 200 samples, and 201 are needed"),
         (
             lambda: two().schedule.require(999, "train_steps"),
-            "has 200 samples, and 999 were asked for by train_steps: every",
+            "has 200 samples, and 999 are needed by train_steps: every",
         ),
         (
             lambda: two().then(set_mixture, None, at=300).schedule.locate(250),
-            "200 samples, before what is planned for sample 300",
+            "200 samples before the change planned for sample 300",
         ),
         (
             lambda: two().then(set_mixture, None, at=201).schedule.locate(200),
-            "200 samples, before what is planned for sample 201",
+            "200 samples before the change planned for sample 201",
         ),
         (
             lambda: two().then(remove, ["a", "b"], at=20).schedule.locate(20),
-            "has 20 samples, and 21 .*: no corpus is in it",
+            "has 20 samples, and 21 .*: no corpus is active",
         ),
-        (lambda: History(LENGTH, 0).schedule.locate(0), "has 0 samples, and 1 were asked for: no corpus is in it"),
+        (lambda: History(LENGTH, 0).schedule.locate(0), "has 0 samples, and 1 are needed: no corpus is active"),
     ],
 )
 def test_what_does_not_fit_is_refused(wrong: Callable[[], object], message: str) -> None:

@@ -144,11 +144,11 @@ def test_what_a_run_reads_before_it_looks_again_stays(
     with exclusive_lock(lock, ledger_module.DataError):
         assert data(*words) == 2 == data(*words, "--stopped", "true")
         said = capsys.readouterr().err
-        assert "a run reads on to sample 30 before it looks at the ledger again" in said and "stop the run" in said
+        assert "a live run reads to sample 30 before its next sync" in said and "stop the run" in said
         assert Path("l.json").read_bytes() == before
-        assert data("show", "l.json") == 0 and "run at 20, reading on to 30" in capsys.readouterr().out
+        assert data("show", "l.json") == 0 and "run at 20, next sync at 30" in capsys.readouterr().out
     Path(f"{lock}.lock").touch()  # left by a kill
-    assert data("show", "l.json") == 0 and "reading on" not in capsys.readouterr().out
+    assert data("show", "l.json") == 0 and "next sync" not in capsys.readouterr().out
     assert data(*words, "--stopped", "true") == 0 and "--stopped is no longer needed" in capsys.readouterr().err
     ledger = Ledger.load("l.json")
     assert (ledger.history.last_synced_sample, ledger.history.next_sync_sample) == (20, 20) and len(
@@ -212,7 +212,7 @@ def test_texts_are_decoded(folder: Folder, sp_model: Path, capsys: pytest.Captur
         (["create", "n.json", "b", "--sequence_length", "0"], "sequence_length is 0 and seed 1234"),
         (["create", "n.json", "b", "--sequence_length", "8", "--seed", "-1"], "seed -1"),
         (["append", "l.json", "b", "--epochs", "1" + "0" * 400], '"epochs"'),
-        (["append", "l.json", "b", "--at", "9" * 30], "is no good: the last that can be planned"),
+        (["append", "l.json", "b", "--at", "9" * 30], "is too late for a change: the latest is"),
         (["mixture", "l.json", "zh=1" + "0" * 300], "at most 5e+18"),
         (["cancel", "l.json", "--at", "0"], "nothing would be left"),
     ],

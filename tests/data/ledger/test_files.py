@@ -121,7 +121,7 @@ def damaged(place: tuple[object, ...], value: object) -> str:
         (("events", 0, "when"), 3, r"events\[0\] has an unknown field 'when'"),
         (("events", 0, "add", 0, "corpus"), 9, r"events\[0\], add\[0\]: corpus is 9; it must be a whole number from 0"),
         (("events", 0, "add", 0, "epochs"), "two", r"add\[0\]: epochs is 'two'; it must be a number above 0"),
-        (("events", 0, "add", 1, "corpus"), 0, "a is added at sample 0, but is in already"),
+        (("events", 0, "add", 1, "corpus"), 0, "a is added at sample 0, but is active already"),
         (("events", 2, "epochs", "a"), 0, "epochs is .*; it must be by name"),
         (("events", 2, "epochs", "z"), 1, "has no corpus 'z'"),
         (("events", 3, "mixture", "zh"), "much", "mixture is .*; it must be weights by domain"),
@@ -282,7 +282,7 @@ def test_a_corpus_that_changed_is_refused(tmp_path: Path, change: str) -> None:
             OpenCorpora(ledger)
         return
     write(tmp_path / "a", other)
-    with pytest.raises(DataError, match=f"corpus a has changed since it came into the ledger: {change} of {prefix} is"):
+    with pytest.raises(DataError, match=f"corpus a has changed since it was added .*: {change} of {prefix} is"):
         OpenCorpora(ledger)
 
 

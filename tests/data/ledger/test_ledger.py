@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steel_megatron.data.ledger.changes import add, apply_pending, cancel, freed, remove, reweight, set_mixture, synced
+from steel_megatron.data.ledger.changes import (
+    add,
+    apply_pending,
+    cancel,
+    released,
+    remove,
+    reweight,
+    set_mixture,
+    synced,
+)
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import dumps, loads
 from steel_megatron.data.ledger.loader import micro_batches
@@ -80,7 +89,7 @@ class Run:
         """The run was killed: what came after the last checkpoint is forgotten, and may be changed by commands."""
         self.consumed = max(self.saved)
         del self.seen[self.consumed :]
-        self.ledger = self.ledger.then(freed)
+        self.ledger = self.ledger.then(released)
 
     def check(self) -> None:
         """What holds at every moment."""
@@ -94,7 +103,7 @@ class Run:
             own[number].append(epoch * ledger.samples(number) + sample)
         for samples in own:  # each corpus comes in its own order: nothing twice, nothing left out
             assert samples == list(range(len(samples)))
-        assert ledger.schedule.cursors(self.consumed).tolist() == [len(samples) for samples in own]
+        assert ledger.schedule.consumed(self.consumed).tolist() == [len(samples) for samples in own]
         assert loads(dumps(ledger), "memory") == ledger
 
 
@@ -188,9 +197,9 @@ def test_random_histories(data: st.DataObject, endless: bool, mixtures: bool) ->
                 if name in pool:
                     limit = samples_in(pool[name] or 1, run.ledger.samples(number))
                     before = int(
-                        run.ledger.schedule.cursors(max(reached))[number]
+                        run.ledger.schedule.consumed(max(reached))[number]
                     )  # more than that if it was lowered then
-                    assert run.ledger.schedule.cursors(run.consumed)[number] == max(limit, before)
+                    assert run.ledger.schedule.consumed(run.consumed)[number] == max(limit, before)
 
 
 @given(data=st.data())
@@ -277,7 +286,7 @@ def test_endless_corpora_come_in_rounds() -> None:
     assert ledger.schedule.capacity() == math.inf
     assert Counter(number for number, *_ in located(ledger, 0, 15)) == {0: 10, 1: 5}
     assert located(ledger, 15, 1015) == [(0, 1 + n // 10, n % 10) for n in range(1000)]
-    assert ledger.schedule.cursors(10**9).tolist() == [10**9 - 5, 5]
+    assert ledger.schedule.consumed(10**9).tolist() == [10**9 - 5, 5]
     assert tuple(ledger.schedule.locate(10**9)) == located(ledger, 10**9, 10**9 + 1)[0]
     # Each round is mixed in an order of its own.
     both = ledger_of(corpus("a", 20), corpus("b", 20), epochs=None)
@@ -297,12 +306,12 @@ def test_a_mixture_is_held_until_a_corpus_is_used_up() -> None:
     assert np.bincount(corpora).tolist() == [300, 100, 133]
     for number, share in ((0, 9 / 16), (1, 3 / 16), (2, 1 / 4)):
         assert np.abs(np.cumsum(corpora == number) - share * np.arange(1, 534)).max() < 3
-    with pytest.raises(DataError, match=r"has 533 samples, and 534 were asked for: the mixture used up domain 'zh'"):
+    with pytest.raises(DataError, match=r"has 533 samples, and 534 are needed: the mixture used up domain 'zh'"):
         ledger.schedule.locate(533)
     paused = ledger.then(set_mixture, {"zh": 0, "en": 1}).then(apply_pending, 533)
     assert {number for number, *_ in located(paused, 533, 1000)} == {2}
     used_up = ledger.then(set_mixture, {"zh": 1, "en": 0}).then(apply_pending, 533).then(set_mixture, None, at=600)
-    with pytest.raises(DataError, match="has 533 samples, before what is planned for sample 600"):
+    with pytest.raises(DataError, match="has 533 samples before the change planned for sample 600"):
         used_up.schedule.locate(540)
 
 
@@ -310,7 +319,7 @@ def test_a_mixture_without_end_repeats_small_corpora() -> None:
     ledger = ledger_of(corpus("small", 10, "zh"), corpus("large", 1000, "en"), epochs=None)
     ledger = ledger.then(set_mixture, {"zh": 1, "en": 1}, at=0)
     assert ledger.schedule.capacity() == math.inf
-    assert ledger.schedule.cursors(100_000).tolist() == pytest.approx([50_000, 50_000], abs=1)
+    assert ledger.schedule.consumed(100_000).tolist() == pytest.approx([50_000, 50_000], abs=1)
     assert ledger.schedule.locate(10**14).epoch > 0  # beyond the first round
 
 
@@ -335,7 +344,7 @@ def test_removed_corpora_do_not_come_again() -> None:
     ledger = ledger_of(corpus("a", 100), corpus("b", 100)).then(remove, ["a"]).then(apply_pending, 50)
     assert 0 in {number for number, *_ in located(ledger, 0, 50)}
     assert {number for number, *_ in located(ledger, 50, int(ledger.schedule.capacity()))} == {1}
-    assert ledger.schedule.cursors(int(ledger.schedule.capacity()))[1] == 100
+    assert ledger.schedule.consumed(int(ledger.schedule.capacity()))[1] == 100
     assert ledger.in_use() == [1]
     with pytest.raises(DataError, match="is in the ledger already, as a "):
         ledger.then(add, [corpus("a", 100)])
@@ -349,14 +358,14 @@ def test_a_paused_domain_may_lose_its_last_corpus() -> None:
 def test_lower_epochs_end_a_corpus_that_was_read_so_far() -> None:
     ledger = ledger_of(corpus("a", 100), corpus("b", 100), epochs=3)
     lowered = ledger.then(reweight, {"a": 0.1}).then(apply_pending, 300)
-    assert lowered.schedule.capacity() == 300 + 300 - int(lowered.schedule.cursors(300)[1])
+    assert lowered.schedule.capacity() == 300 + 300 - int(lowered.schedule.consumed(300)[1])
     raised = lowered.then(reweight, {"a": 3}).then(apply_pending, 400)
-    assert raised.schedule.cursors(int(raised.schedule.capacity())).tolist() == [300, 300]
+    assert raised.schedule.consumed(int(raised.schedule.capacity())).tolist() == [300, 300]
 
 
 def test_a_cancelled_corpus_can_come_in_later() -> None:
     ledger = ledger_of(corpus("a", 10)).then(add, [corpus("b", 10)]).then(cancel)
-    assert ledger.pending == () and ledger.schedule.capacity() == 10
+    assert ledger.events == ledger_of(corpus("a", 10)).events and ledger.schedule.capacity() == 10
     again = ledger.then(add, [corpus("b", 10, domain="other")], 2.0).then(apply_pending, 10)
     assert again.schedule.capacity() == 30 and len(again.corpora) == 2 and again.corpora[1].domain == "other"
 
@@ -400,7 +409,7 @@ def test_a_ledger_of_256_corpora_and_1e8_samples() -> None:
     corpora = [corpus(f"c{n}", 300_000 + 1000 * n, f"d{n % 7}") for n in range(256)]
     ledger = ledger_of(*corpora).then(set_mixture, {f"d{n}": n + 1 for n in range(7)}, at=10**7)
     end = 3 * 10**7
-    assert int(ledger.schedule.cursors(end).sum()) == end
+    assert int(ledger.schedule.consumed(end).sum()) == end
     assert [tuple(ledger.schedule.locate(position)) for position in range(end, end + 50)] == located(
         ledger, end, end + 50
     )

@@ -14,7 +14,7 @@ import pytest
 
 from steel_megatron.config import CheckpointConfig, DataConfig, RunConfig, TrainingConfig
 from steel_megatron.data.ledger import ledger as ledger_module
-from steel_megatron.data.ledger.changes import add, cancel, freed, remove, reweight, set_mixture, synced
+from steel_megatron.data.ledger.changes import add, cancel, released, remove, reweight, set_mixture, synced
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import Ledger, dumps, edit
 from steel_megatron.data.ledger.records import StepSize, Unchanged
@@ -70,10 +70,10 @@ def test_what_has_come_is_taken_in() -> None:
     assert (taken.last_synced_sample, taken.next_sync_sample) == (40, 60) and taken.differs_from(own())
     same = resume(own(), own(), position(40, 60))
     assert not same.differs_from(own()) and same.next_sync_sample == 60
-    with pytest.raises(DataError, match="has 40 samples, and 100 were asked for"):
+    with pytest.raises(DataError, match="has 40 samples, and 100 are needed"):
         resume(own().then(remove, ["a", "b"]).then(cancel, 60), own(), position(40, 60))
-    with pytest.raises(DataError, match="it has read a 2 times at sample 30, where there was none, other than what"):
-        resume(own(), own().then(freed).then(cancel, 30), position(40, 60))
+    with pytest.raises(DataError, match="it has read a 2 times at sample 30, where there was none; this differs"):
+        resume(own(), own().then(released).then(cancel, 30), position(40, 60))
 
 
 def events(ledger: History) -> list[tuple[int | None, list[str], tuple[str, ...], list[str]]]:
@@ -97,9 +97,7 @@ def test_what_cannot_be_taken_in_waits(caplog: pytest.LogCaptureFixture) -> None
     waiting = defer(cancelled, own(), position(40, 80))
     assert events(waiting)[-2:] == [(60, ["late"], (), []), (None, ["other"], (), [])]
     assert located(waiting, 0, 80) == located(own(), 0, 80)
-    assert (
-        "add late (1 times) at sample 60 was taken back, but the run goes on by the ledger that has it" in caplog.text
-    )
+    assert "add late (1 times) at sample 60 was cancelled too late: the run continues with it" in caplog.text
     # What comes to wait together does so in the order in which it would have held.
     mixed = own().then(set_mixture, {"zh": 1, "en": 3}, at=50).then(set_mixture, {"zh": 1, "en": 1})
     waiting = defer(mixed, own(), position(40, 80))
@@ -126,7 +124,7 @@ def test_what_does_not_fit_any_more_is_set_aside(tmp_path: Path, caplog: pytest.
     Ledger(changed).save(path)
     assert defer_file(path, own(), position(40, 80)).history == Ledger.load(path).history == own().then(synced, 40, 80)
     assert Ledger.load(tmp_path / "ledger.refused-40.json").history == changed
-    assert "changes that do not fit are left in" in caplog.text
+    assert "its changes do not fit and are saved in" in caplog.text
 
 
 class Alone:
@@ -168,7 +166,7 @@ def test_a_session_reads_what_fits_and_defers_the_rest(tmp_path: Path, caplog: p
     session.sync(6, 48)
     assert session.samples is samples and marks() == (48, 64)
     assert session.ledger == samples.ledger != Ledger.load(path)
-    assert "cannot be taken in at sample 48" in caplog.text and "token id 300" in caplog.text
+    assert "cannot be applied at sample 48" in caplog.text and "token id 300" in caplog.text
     session.release(7, 56)
     assert marks() == (56, 56) and session.ledger == Ledger.load(path)
     assert [event.at for event in Ledger.load(path).history.events] == [0, 32, None]
@@ -193,7 +191,7 @@ def test_a_new_run_does_not_overwrite_the_progress_of_another(tmp_path: Path, ca
     before = path.read_bytes()
     second = tmp_path / "second"
     copy = f"cp {path} {second}/ledger.json"
-    with pytest.raises(DataError, match=f"read to sample 16, and {second} has no checkpoint .*{copy}, .*data.ledger"):
+    with pytest.raises(DataError, match=f"read to sample 16, but {second} has no checkpoint .*{copy}, .*data.ledger"):
         started(second, data)
     assert path.read_bytes() == before
     second.mkdir()
@@ -211,7 +209,7 @@ def test_a_new_run_does_not_overwrite_the_progress_of_another(tmp_path: Path, ca
 def test_another_past_is_refused(tmp_path: Path) -> None:
     path, saved = tmp_path / "ledger.json", tmp_path / "step_00000010"
     saved.mkdir()
-    past = own().then(freed)
+    past = own().then(released)
     Ledger(past).save(saved / "ledger.json")
     fingerprint = past.fingerprint(50)
 
@@ -223,18 +221,20 @@ def test_another_past_is_refused(tmp_path: Path) -> None:
     check_past(past.then(remove, ["b"], at=50), path, saved, 50, fingerprint)
     copy = f"cp {saved}/ledger.json {path}"
     said = message(past.then(remove, ["b"], at=45))
-    assert "of the first 50 samples: it has remove b at sample 45, where there was none" in said
-    assert f"take it back: steel-megatron data cancel {path} --at 45" in said
+    assert "for the first 50 samples: it has remove b at sample 45, where there was none" in said
+    assert f"withdraw the change: steel-megatron data cancel {path} --at 45" in said
     Ledger(past).then(remove, ["b"], at=45).save(path)
     with edit(path) as file:
-        file.ledger = file.ledger.then(freed).then(cancel, 45)  # what the message says mends it
+        file.ledger = file.ledger.then(released).then(cancel, 45)  # what the message says mends it
     check_past(Ledger.load(path).history, path, saved, 50, fingerprint)
     assert "it has no change, where there was read a 2 times at sample 30" in message(past.then(cancel, 30))
     assert copy in message(past.then(cancel, 30))
     assert "its seed is 7 in place of 1234" in message(dataclasses.replace(past, seed=7))
-    assert f"the first 50 samples: it is gone; go back to the checkpoint's ({copy})" in message(None)
+    assert f"the first 50 samples: the ledger is missing; go back to the checkpoint's ledger ({copy})" in message(None)
     (saved / "ledger.json").unlink()
-    assert f"says of the first 50 samples; go back to the checkpoint's ({copy})" in message(past.then(cancel, 30))
+    assert f"has for the first 50 samples; go back to the checkpoint's ledger ({copy})" in message(
+        past.then(cancel, 30)
+    )
 
 
 def test_the_first_difference_is_found() -> None:
@@ -252,15 +252,15 @@ def test_the_first_difference_is_found() -> None:
 
 def test_caches_of_passes_that_are_over_go(tmp_path: Path) -> None:
     ledger = start(two().then(reweight, {"a": 3, "b": None}, at=0), position(250, 260, 260))
-    cursors = ledger.schedule.cursors(250).tolist()
-    assert max(cursors) >= 100
+    consumed = ledger.schedule.consumed(250).tolist()
+    assert max(consumed) >= 100
     for number, entry in enumerate(ledger.corpora):
         for epoch in range(3):
             (tmp_path / f"{number}-{epoch}.json").write_text(
                 f'{{"content": "{entry.content}", "key": [1, 2, {epoch}]}}'
             )
     prune_cache(ledger, tmp_path)
-    left_over = {f"{number}-{epoch}" for number in range(2) for epoch in range(3) if epoch >= cursors[number] // 100}
+    left_over = {f"{number}-{epoch}" for number in range(2) for epoch in range(3) if epoch >= consumed[number] // 100}
     assert {path.stem for path in tmp_path.iterdir()} == left_over and len(left_over) < 6
 
 
@@ -295,7 +295,7 @@ def test_a_kill_while_a_change_is_settled_loses_nothing(tmp_path: Path) -> None:
         # Killed before the checkpoint at 40: resumed at 20, the new corpus comes at 40 or now, and all of it.
         resumed = start(Ledger.load(path).history, position(20, 40))
         assert resumed.fingerprint(20) == own().fingerprint(20)
-        assert resumed.schedule.cursors(int(resumed.schedule.capacity())).tolist() == [200, 100, 30, 10]
+        assert resumed.schedule.consumed(int(resumed.schedule.capacity())).tolist() == [200, 100, 30, 10]
         if found[-1]:
             assert located(resumed, 0, 60) == located(after, 0, 60)
     assert found == [False, True, True]
