@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from steel_megatron.data.ledger.active import active_corpora, used_by
+from steel_megatron.data.ledger.active import active_corpora
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.records import (
     EPOCHS,
@@ -55,10 +55,10 @@ def add(
     new = new_corpora(history, corpora, on_duplicate)
     if not new and mixture is None:
         return history
-    all_corpora, numbers = _numbered(history, new)
-    added = tuple(AddedCorpus(number, epochs) for number in numbers)
+    corpora = (*history.corpora, *new)
+    added = tuple(AddedCorpus(number, epochs) for number in range(len(history.corpora), len(corpora)))
     event = Event(at, add=added, mixture=Unchanged.MIXTURE if mixture is None else mixture)
-    return _with(history, event, all_corpora)
+    return _with(history, event, corpora)
 
 
 def new_corpora(history: History, corpora: Sequence[Corpus], on_duplicate: OnDuplicate) -> list[Corpus]:
@@ -83,15 +83,6 @@ def new_corpora(history: History, corpora: Sequence[Corpus], on_duplicate: OnDup
             raise DataError(f"{duplicate}; leave it out, or let data append skip it (--on_duplicate skip)")
         logger.warning(f"{duplicate}; skipped")
     return new
-
-
-def _numbered(history: History, new: Sequence[Corpus]) -> tuple[tuple[Corpus, ...], list[int]]:
-    """All corpora including new ones, and the numbers of the new ones: numbers out of use are taken first."""
-    corpora = list(history.corpora)
-    free = [number for number in range(len(corpora) + len(new)) if number not in history.used][: len(new)]
-    for number, corpus in zip(free, new, strict=True):
-        corpora[number : number + 1] = [corpus]
-    return tuple(corpora), free
 
 
 def remove(history: History, names: Sequence[str], at: int | None = None) -> History:
@@ -139,7 +130,7 @@ def set_mixture(history: History, mixture: Mapping[str, float] | None, at: int |
 
 
 def cancel(history: History, at: int | None = None) -> History:
-    """Withdraw the changes planned for a sample, or with None the pending ones, and the corpora that they added.
+    """Withdraw the changes planned for a sample, or with None the pending ones.
 
     Raises:
         DataError: there are none, the run may have passed them, or they hold the remaining copies of dropped documents.
@@ -151,8 +142,7 @@ def cancel(history: History, at: int | None = None) -> History:
         raise DataError("nothing is pending" if at is None else f"nothing is planned for sample {at:,}")
     if not kept:
         raise DataError("nothing would be left in the ledger; make another one (steel-megatron data create)")
-    corpora = history.corpora[: max(used_by(kept), default=-1) + 1]
-    return _kept_readable(history, dataclasses.replace(history, events=kept, corpora=corpora))
+    return _kept_readable(history, dataclasses.replace(history, events=kept))
 
 
 def released(history: History) -> History:
@@ -214,27 +204,6 @@ def at_step(history: History, step: int, consumed: int, global_batch_size: int) 
     return dataclasses.replace(history, steps=steps)
 
 
-def take_event_of(history: History, other: History, event: Event, at: int | None) -> History:
-    """Copy an event from another history, in which corpora may have other numbers.
-
-    Args:
-        history: the history that receives it.
-        other: the history that has it.
-        event: the event.
-        at: its sample in ``history``; None to make it pending.
-
-    Raises:
-        DataError: it does not fit.
-    """
-    own = {history.corpora[number].content: number for number in history.used}
-    adds = [(other.corpora[added.corpus], added.epochs) for added in event.add]
-    corpora, numbers = _numbered(history, [corpus for corpus, _ in adds if corpus.content not in own])
-    own |= {corpora[number].content: number for number in numbers}
-    add = tuple(AddedCorpus(own[corpus.content], epochs) for corpus, epochs in adds)
-    event = dataclasses.replace(event, at=at, add=add)
-    return dataclasses.replace(history, events=(*history.events, event), corpora=corpora)
-
-
 def _with(history: History, event: Event, corpora: tuple[Corpus, ...] | None = None) -> History:
     """A history with one more event."""
     if event.mixture is not Unchanged.MIXTURE:
@@ -248,8 +217,8 @@ def _with(history: History, event: Event, corpora: tuple[Corpus, ...] | None = N
         )
     if event.at is not None and event.at > MOST_SAMPLES:
         raise DataError(f"sample {event.at:,} is too late for a change: the latest is {MOST_SAMPLES:,}")
-    events = *history.events, event
-    return _kept_readable(history, dataclasses.replace(history, events=events, corpora=corpora or history.corpora))
+    new = dataclasses.replace(history, events=(*history.events, event), corpora=corpora or history.corpora)
+    return _kept_readable(history, new)
 
 
 def _why_not_before(history: History) -> str:

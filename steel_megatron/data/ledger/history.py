@@ -42,8 +42,7 @@ class History:
     steps: tuple[StepSize, ...] = ()
     """How many samples the run's steps took, from the first on; empty if no run has started with the ledger."""
     corpora: tuple[Corpus, ...] = field(default=(), metadata=REQUIRED)
-    """All corpora ever added, by permanent numbers. One that no event uses any more is ignored, and its number goes to
-    the next new corpus."""
+    """All corpora ever added, by permanent numbers. Those of cancelled changes are ignored by everything else."""
     events: tuple[Event, ...] = field(default=(), metadata=REQUIRED)
     """In the order in which they were written."""
 

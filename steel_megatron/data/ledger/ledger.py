@@ -124,11 +124,7 @@ class Ledger:
             prefixes: paths without a suffix.
             names: their names in commands; None for those of :func:`~steel_megatron.data.ledger.corpora.names_of`.
             domain: the domain of all of them.
-            epochs: how often each is read, 2.5 for twice and half of a third time; None for unlimited.
-            at: the sample from which they are active; None for the run's next sync.
-            on_duplicate: what to do with a corpus that is, or ever was, in the ledger: ``stop`` or ``skip`` it.
-            mixture: weights by domain from then on; None to leave the mixture as it is. Needed if there is one and it
-                does not name the new domain.
+            epochs, at, on_duplicate, mixture: as for :func:`~steel_megatron.data.ledger.changes.add`.
             drop_duplicates: whether to drop documents that exactly equal one that was or may still be read, or an
                 earlier one of the new corpora. A file next to the ledger says which; it is written at once.
 
@@ -347,11 +343,11 @@ def run_is_live(path: Path) -> bool:
     return is_locked(path.parent / "run") or is_locked(with_suffix(path, ".run"))
 
 
+@dataclass
 class Edit:
     """A ledger's file while it is changed: assign the new ledger to ``ledger``."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
+    ledger: Ledger
 
 
 @contextmanager

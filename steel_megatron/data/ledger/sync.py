@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from steel_megatron.config import RunConfig
-from steel_megatron.data.ledger.changes import apply_pending, at_step, synced, take_event_of
+from steel_megatron.data.ledger.changes import apply_pending, at_step, synced
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import SYNC_SECONDS, Ledger, edit
 from steel_megatron.data.ledger.records import in_words
@@ -105,6 +105,8 @@ def defer(history: History, own: History, position: RunPosition) -> History:
     """
     if first_difference(history, own, position.next_sync) is None:
         return synced(history, position.consumed, position.next_sync)
+    if any(mine.identity != others.identity for mine, others in zip(history.corpora, own.corpora, strict=False)):
+        raise DataError("its corpora are not those that the run reads")
     events = own.before(position.next_sync)
     meanings, in_file = [own.meaning(event) for event in events], [history.meaning(event) for event in history.events]
     for event, meaning in zip(events, meanings, strict=True):
@@ -113,13 +115,14 @@ def defer(history: History, own: History, position: RunPosition) -> History:
                 f"{in_words(event, own.corpora)} at sample {event.at:,} was cancelled too late: the run continues with "
                 "it; undo it by another change, such as steel-megatron data remove"
             )
-    result = synced(dataclasses.replace(own, events=tuple(events)), position.consumed, position.next_sync)
     # In the order in which they would have applied: pending changes here, then planned ones.
     for event in sorted(history.events, key=lambda event: event.start(position.consumed)):
         is_later = event.start(position.next_sync) >= position.next_sync
         if is_later or history.meaning(event) not in meanings:
-            result = take_event_of(result, history, event, event.at if is_later else None)
-    return result
+            events.append(event if is_later else dataclasses.replace(event, at=None))
+    corpora = max(history.corpora, own.corpora, key=len)
+    deferred = dataclasses.replace(own, events=tuple(events), corpora=corpora)
+    return synced(deferred, position.consumed, position.next_sync)
 
 
 def defer_file(path: Path, own: History, position: RunPosition) -> Ledger:

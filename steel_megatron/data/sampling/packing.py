@@ -87,8 +87,9 @@ class PackedEpoch:
             )
         self._documents = Permutation(corpus.documents, (*key, 0))
         self._order = Permutation(self.samples, (*key, 1))
+        # Where each unshuffled sample begins: position in the document order, token of the document; int64 [N, 2].
         if cache is None or self.samples < _SAMPLES_OF_FILE:
-            self._first = np.concatenate(list(self._build()))
+            self._starts = np.concatenate(list(self._build()))
         else:
             assert content is not None
             left_out = None if dropped is None else hashlib.sha256(dropped.tobytes()).hexdigest()
@@ -99,7 +100,7 @@ class PackedEpoch:
                 "sequence_length": sequence_length,
                 "key": list(key),
             }
-            self._first = _cached(cache, recipe, self)
+            self._starts = _cached(cache, recipe, self)
         self._reader: Any = None
         if helpers is not None:
             self._reader = helpers.Reader(
@@ -109,22 +110,12 @@ class PackedEpoch:
                 dropped,
                 self._documents.native,
                 self._order.native,
-                self._first,
+                self._starts,
                 sequence_length,
             )
 
     def __len__(self) -> int:
         return self.samples
-
-    @property
-    def first_position(self) -> np.ndarray:
-        """The position in the document order at which each unshuffled sample begins: int64 [N]."""
-        return self._first[:, 0]
-
-    @property
-    def first_offset(self) -> np.ndarray:
-        """The token of that document with which it begins: int64 [N]."""
-        return self._first[:, 1]
 
     def tokens(self, number: int) -> np.ndarray:
         """The ids of sample ``number`` of the shuffled order: int64 [sequence_length + 1]."""
@@ -148,7 +139,7 @@ class PackedEpoch:
 
     def spans(self, number: int) -> list[PackedSpan]:
         """The spans that a sample consists of, in order."""
-        position, offset = (int(value) for value in self._first[self._order(number)])
+        position, offset = (int(value) for value in self._starts[self._order(number)])
         missing, found = self.sequence_length + 1, []
         while missing:
             document = self._documents(position)

@@ -92,7 +92,7 @@ def test_what_cannot_be_taken_in_waits(caplog: pytest.LogCaptureFixture) -> None
     waiting = defer(planned, own(), position(40, 80))
     assert events(waiting)[-3:] == [(60, ["late"], (), []), (None, ["soon"], (), []), (80, [], ("b",), [])]
     assert located(waiting, 0, 80) == located(own(), 0, 80)
-    # Taken back, but read all the same; its number went to another corpus.
+    # Cancelled, but read all the same.
     cancelled = own().then(cancel, 60).then(add, [corpus("other", 30, "en")], at=70)
     waiting = defer(cancelled, own(), position(40, 80))
     assert events(waiting)[-2:] == [(60, ["late"], (), []), (None, ["other"], (), [])]
@@ -125,6 +125,9 @@ def test_what_does_not_fit_any_more_is_set_aside(tmp_path: Path, caplog: pytest.
     assert defer_file(path, own(), position(40, 80)).history == Ledger.load(path).history == own().then(synced, 40, 80)
     assert Ledger.load(tmp_path / "ledger.refused-40.json").history == changed
     assert "its changes do not fit and are saved in" in caplog.text
+    # Another ledger, in which the run's third corpus has the number of another.
+    with pytest.raises(DataError, match="its corpora are not those that the run reads"):
+        defer(two().then(add, [corpus("other", 30, "zh")], at=60), own(), position(40, 80))
 
 
 class Alone:
