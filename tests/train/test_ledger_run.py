@@ -205,7 +205,10 @@ def test_appended_data_is_taken_in_at_a_checkpoint(tmp_path: Path) -> None:
     assert {sample[0] >= 30 for number in range(16, 40) for sample in before[number]} == {False, True}
     for words in (["cancel", str(ledger), "--at", "40"], ["append", str(ledger), third, "--at", "40"]):
         assert main(["data", *words]) == 0  # the kill freed what the run had not saved
-    assert Ledger.load(ledger).history.events == loaded.history.events
+    again = Ledger.load(ledger).history
+    assert [event.at for event in again.events] == [0, 16, 40] and again.corpora[
+        again.events[2].add[0].corpus
+    ].name == "c"
     with_worker = dataclasses.replace(run, data=dataclasses.replace(run.data, num_workers=1))
     fourth = ["append", str(ledger), write(tmp_path / "d", 65)]
     summary, codes, _ = run_distributed(live, 2, with_worker, {40: [fourth]})[0]
@@ -331,7 +334,7 @@ def test_a_refused_start_leaves_the_ledger_as_it_was(tmp_path: Path) -> None:
     assert main(["data", "create", str(ledger), *prefixes, "--sequence_length", str(LENGTH), "--epochs", "1"]) == 0
     run = make_run(DataConfig(), tmp_path / "run", train_steps=5, stop_after_step=1)
     assert one(run).step == 1
-    rest, before = changed(run, stop_after_step=None), ledger.read_bytes()
+    rest, before = changed(run, stop_after_step=None), Ledger.load(ledger).history.events
     for words, message in (
         (["remove", str(ledger), "b"], "40 are needed"),
         (["append", str(ledger), write(tmp_path / "wrong", 90)], "holds token id 1"),
@@ -339,7 +342,7 @@ def test_a_refused_start_leaves_the_ledger_as_it_was(tmp_path: Path) -> None:
         assert main(["data", *words]) == 0
         changed_bytes = ledger.read_bytes()
         assert message in one(rest) and ledger.read_bytes() == changed_bytes
-        assert main(["data", "cancel", str(ledger)]) == 0 and ledger.read_bytes() == before
+        assert main(["data", "cancel", str(ledger)]) == 0 and Ledger.load(ledger).history.events == before
     assert one(rest).finished
 
 
