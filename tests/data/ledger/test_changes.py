@@ -1,4 +1,4 @@
-"""Changes of a ledger: what they make of it, what they forget, what is refused."""
+"""Changes of a ledger: their effect, what they forget, what is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from steel_megatron.errors import DataError
 from tests.data.ledgers import LENGTH, corpus, ledger_of, located, two
 
 
-def test_what_is_reserved_is_freed_by_a_stop() -> None:
+def test_what_was_not_read_is_released_by_a_stop() -> None:
     running = two().then(apply_pending, 50, 70)
     assert running.then(add, [corpus("c", 9)]).events[-1].at is None
     planned = running.then(add, [corpus("c", 9)], at=70)

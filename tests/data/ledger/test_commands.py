@@ -133,7 +133,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("words", CHANGES, ids=[words[0] for words in CHANGES])
-def test_what_a_run_reads_before_it_looks_again_stays(
+def test_what_a_run_reads_before_its_next_sync_stays(
     folder: Folder, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     lock = "l.json.run" if words[0] == "append" else "run"
@@ -239,7 +239,7 @@ def _slow_append(begun: Any, go_on: Any, *words: str) -> None:
     os._exit(data(*words))
 
 
-def beside(work: Callable[[], None], *words: str) -> int | None:
+def meanwhile(work: Callable[[], None], *words: str) -> int | None:
     """The exit code of an append during whose reading something else is done."""
     context = multiprocessing.get_context("fork")
     begun, go_on = context.Event(), context.Event()
@@ -260,7 +260,7 @@ def test_others_may_change_the_ledger_while_corpora_are_read(folder: Folder) -> 
 
     drop = False
     with exclusive_lock("run", ledger_module.DataError):
-        assert beside(work, "append", "l.json", "b") == 0
+        assert meanwhile(work, "append", "l.json", "b") == 0
     assert [corpus.name for corpus in Ledger.load("l.json").history.corpora] == ["a", "c", "b"]
     assert Ledger.load("l.json").history.next_sync_sample == 30
 
@@ -272,7 +272,7 @@ def test_what_came_meanwhile_is_compared_too(folder: Folder) -> None:
     def work() -> None:
         assert data("append", "l.json", "b") == 0
 
-    assert beside(work, "append", "l.json", "d", "--drop_duplicates", "true") == 0
+    assert meanwhile(work, "append", "l.json", "d", "--drop_duplicates", "true") == 0
     dropped = Ledger.load("l.json").history.corpora[2].dropped
     assert dropped is not None and dropped.documents == 30  # 60 to 89 are in b, which was not there at first
 

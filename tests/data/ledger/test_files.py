@@ -1,4 +1,4 @@
-"""The ledger's files: JSON read strictly, changes that are whole and not lost, corpora that are what they were."""
+"""The ledger's files: strict JSON, atomic changes that are not lost, corpora that have not changed."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_truncated_file_is_refused(content: bytes, tmp_path: Path) -> None:
         Ledger.load(path)
 
 
-def test_edits_are_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edits_are_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run" / "ledger.json"
     with edit(path, new=Ledger(two())) as opened:
         opened.ledger = opened.ledger.then(add, [corpus("c", 9)])
@@ -286,7 +286,7 @@ def test_a_corpus_that_changed_is_refused(tmp_path: Path, change: str) -> None:
         OpenCorpora(ledger)
 
 
-def test_ids_of_a_corpus_without_a_manifest_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_of_a_corpus_without_a_manifest_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = write_megatron(tmp_path / "a", [[text] for text in documents(0)])
     ledger = Ledger.create([prefix], sequence_length=8, seed=5)
     assert ledger.history.corpora[0].max_id == 30 * 39 + 8
@@ -306,7 +306,7 @@ def test_negative_ids_are_refused(tmp_path: Path) -> None:
         Ledger.create([prefix], sequence_length=8, seed=5)
 
 
-def test_a_copy_needs_the_files_beside_it(tmp_path: Path) -> None:
+def test_a_copy_needs_the_files_next_to_it(tmp_path: Path) -> None:
     path = tmp_path / "run" / "ledger.json"
     Ledger.create([write(tmp_path / "a", documents(0))], sequence_length=8, seed=5).save(path)
     with edit(path) as opened:
@@ -329,7 +329,7 @@ def test_a_removed_corpus_may_be_gone(tmp_path: Path) -> None:
         corpora[0]
 
 
-def test_corpora_beside_the_ledger_move_with_it(tmp_path: Path) -> None:
+def test_corpora_next_to_the_ledger_move_with_it(tmp_path: Path) -> None:
     prefix = write(tmp_path / "old" / "a", documents(0))
     text = dumps(Ledger.create([prefix], sequence_length=8, seed=5).history).replace(prefix, "a")
     (tmp_path / "old" / "ledger.json").write_text(text)

@@ -34,7 +34,7 @@ from tests.data.ledgers import LENGTH, corpus, ledger_of, located, two
 
 @dataclasses.dataclass
 class Run:
-    """A run that looks at its ledger, is killed, changed and resumed, and what a plain book of it says."""
+    """A run that syncs, is killed, changed and resumed, and a plain record of what it read."""
 
     ledger: History
     """As the file has it."""
@@ -47,7 +47,7 @@ class Run:
     """Fingerprints of the checkpoints by their samples."""
 
     def train(self, ranks: int, accumulation: int) -> None:
-        """To where the run looks next, by whole batches, each process by a ledger of its own."""
+        """To where the run syncs next, in whole batches, each process by a ledger of its own."""
         end, size = int(min(self.own.next_sync_sample, self.own.schedule.capacity())), ranks * accumulation
         ledgers = [loads(dumps(self.own), "memory") for _ in range(ranks)]
         while self.consumed + size <= end:
@@ -60,8 +60,8 @@ class Run:
     def position(self, ahead: int) -> RunPosition:
         return RunPosition(self.consumed, self.consumed, self.consumed + ahead, 0, 1)
 
-    def look(self, ahead: int, refuse: bool) -> None:
-        """Before a checkpoint, perhaps at changes that cannot be taken in."""
+    def sync(self, ahead: int, refuse: bool) -> None:
+        """Before a checkpoint, perhaps with changes that cannot be applied."""
         try:
             if refuse:
                 raise DataError("a corpus cannot be opened")
@@ -110,8 +110,8 @@ class Run:
 EPOCHS = st.sampled_from([0.5, 1.0, 1.7, 2.5, 3])
 
 
-def in_pool(ledger: History) -> dict[str, float | None]:
-    """Names and epochs of the corpora that are in at last; by a plain replay of the events."""
+def active_at_last(ledger: History) -> dict[str, float | None]:
+    """Names and epochs of the corpora that are active at last, by a plain replay of the events."""
     pool: dict[str, float | None] = {}
     for event in sorted(ledger.events, key=lambda event: ledger.next_sync_sample if event.at is None else event.at):
         pool |= {ledger.corpora[added.corpus].name: added.epochs for added in event.add}
@@ -124,7 +124,7 @@ def in_pool(ledger: History) -> dict[str, float | None]:
 def changed(ledger: History, data: st.DataObject, endless: bool, mixtures: bool) -> History:
     """One change, at random, pending or planned; what the ledger refuses is no change."""
     epochs = st.one_of(EPOCHS, st.none()) if endless else EPOCHS
-    names, domains = sorted(in_pool(ledger)), sorted({entry.domain for entry in ledger.corpora})
+    names, domains = sorted(active_at_last(ledger)), sorted({entry.domain for entry in ledger.corpora})
     kind = data.draw(st.sampled_from(["add", "add", "remove", "reweight", "mixture", "cancel"]))
     weights = st.fixed_dictionaries({domain: st.sampled_from([0.0, 1.0, 2.5]) for domain in domains})
     at = data.draw(st.one_of(st.none(), st.integers(ledger.next_sync_sample - 2, ledger.next_sync_sample + 20)))
@@ -178,11 +178,11 @@ def test_random_histories(data: st.DataObject, endless: bool, mixtures: bool) ->
             run.free()
         for _ in range(data.draw(st.integers(0, 2))):
             run.ledger = changed(run.ledger, data, endless, mixtures)
-            run.check()  # nothing alters what was read, not even between two looks
+            run.check()  # nothing alters what was read, not even between two syncs
         if killed:
             resumed(run, data.draw(st.sampled_from(sorted(run.saved))), data.draw(AHEAD))
         else:
-            run.look(data.draw(AHEAD), data.draw(st.integers(0, 3)) == 0)
+            run.sync(data.draw(AHEAD), data.draw(st.integers(0, 3)) == 0)
         run.check()
     resumed(run, run.consumed, 10**6)
     if run.ledger.schedule.capacity() < math.inf and not any(
@@ -191,7 +191,7 @@ def test_random_histories(data: st.DataObject, endless: bool, mixtures: bool) ->
         # Nothing unseen is lost: in the end, what is in was read to the end of its epochs.
         run.train(1, 1)
         run.check()
-        pool, reached = in_pool(run.ledger), [event.at or 0 for event in run.ledger.events]
+        pool, reached = active_at_last(run.ledger), [event.at or 0 for event in run.ledger.events]
         if max(reached) <= run.consumed:
             for number, name in [(number, run.ledger.corpora[number].name) for number in run.ledger.used]:
                 if name in pool:

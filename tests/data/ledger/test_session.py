@@ -1,4 +1,4 @@
-"""A run looks at its ledger: what it takes in, what it leaves waiting, and which past it refuses."""
+"""A run syncs with its ledger: what it applies, what it defers, and which past it refuses."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def position(consumed: int, next_sync: int, end: int = 100) -> RunPosition:
 
 
 def own() -> History:
-    """A run that read from 0 to 20, and looks again at 40; at 30 and 60 something is planned."""
+    """A run that read from 0 to 20 and syncs next at 40; changes are planned at 30 and 60."""
     ledger = two().then(reweight, {"a": 2}, at=30).then(add, [corpus("late", 30, "zh")], at=60)
     return start(start(ledger, position(0, 20)), position(20, 40))
 
 
-def test_places_follow_the_settings() -> None:
+def test_positions_follow_the_settings() -> None:
     def at(step: int, stop: int | None = None, *, ends: bool = False, steps: int = 10) -> RunPosition:
         training = TrainingConfig(train_steps=steps, stop_after_step=stop, global_batch_size=8)
         run = dataclasses.replace(run_config, training=training, checkpoint=CheckpointConfig(save_interval=4))
@@ -63,7 +63,7 @@ def test_places_follow_the_settings() -> None:
         at(4, steps=3)
 
 
-def test_what_has_come_is_taken_in() -> None:
+def test_changes_are_applied_at_a_sync() -> None:
     ledger = own().then(add, [corpus("new", 10, "en")]).then(remove, ["late"], at=80)
     taken = resume(ledger, own(), position(40, 60))
     assert [event.at for event in taken.events] == [0, 30, 60, 40, 80]
@@ -83,11 +83,11 @@ def events(ledger: History) -> list[tuple[int | None, list[str], tuple[str, ...]
     ]
 
 
-def test_what_cannot_be_taken_in_waits(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_applied_is_deferred(caplog: pytest.LogCaptureFixture) -> None:
     pending = own().then(add, [corpus("new", 10, "en")])
     waiting = defer(pending, own(), position(40, 80))
     assert waiting.events == pending.events and (waiting.last_synced_sample, waiting.next_sync_sample) == (40, 80)
-    # Planned for the stretch that is read next: it cannot hold there.
+    # Planned before the next sync: it cannot apply there.
     planned = own().then(add, [corpus("soon", 9, "en")], at=50).then(remove, ["b"], at=80)
     waiting = defer(planned, own(), position(40, 80))
     assert events(waiting)[-3:] == [(60, ["late"], (), []), (None, ["soon"], (), []), (80, [], ("b",), [])]
@@ -98,7 +98,7 @@ def test_what_cannot_be_taken_in_waits(caplog: pytest.LogCaptureFixture) -> None
     assert events(waiting)[-2:] == [(60, ["late"], (), []), (None, ["other"], (), [])]
     assert located(waiting, 0, 80) == located(own(), 0, 80)
     assert "add late (1 times) at sample 60 was cancelled too late: the run continues with it" in caplog.text
-    # What comes to wait together does so in the order in which it would have held.
+    # Deferred changes keep the order in which they would have applied.
     mixed = own().then(set_mixture, {"zh": 1, "en": 3}, at=50).then(set_mixture, {"zh": 1, "en": 1})
     waiting = defer(mixed, own(), position(40, 80))
     assert [event.mixture for event in waiting.events if event.mixture is not Unchanged.MIXTURE] == [
@@ -110,7 +110,7 @@ def test_what_cannot_be_taken_in_waits(caplog: pytest.LogCaptureFixture) -> None
     assert defer(forged, own(), position(40, 80)) == own().then(synced, 40, 80)
 
 
-def test_a_stop_frees_what_was_reserved() -> None:
+def test_a_stop_releases_what_was_not_read() -> None:
     ledger = own().then(add, [corpus("new", 10, "en")])
     stopped = defer(ledger, own(), position(24, 24))
     assert stopped.events == ledger.events and (stopped.last_synced_sample, stopped.next_sync_sample) == (24, 24)
@@ -160,7 +160,7 @@ def test_a_session_reads_what_fits_and_defers_the_rest(tmp_path: Path, caplog: p
     before = session.samples
     assert marks() == (0, 16) and session.end == 64 and before is not None
     session.sync(2, 16)
-    assert session.samples is before and marks() == (16, 32)  # nothing has to be opened or read ahead again
+    assert session.samples is before and marks() == (16, 32)  # nothing is opened or read ahead again
     append(second)
     session.sync(4, 32)
     samples = session.samples
@@ -228,7 +228,7 @@ def test_another_past_is_refused(tmp_path: Path) -> None:
     assert f"withdraw the change: steel-megatron data cancel {path} --at 45" in said
     Ledger(past).then(remove, ["b"], at=45).save(path)
     with edit(path) as file:
-        file.ledger = file.ledger.then(released).then(cancel, 45)  # what the message says mends it
+        file.ledger = file.ledger.then(released).then(cancel, 45)  # the fix that the message names
     check_past(Ledger.load(path).history, path, saved, 50, fingerprint)
     assert "it has no change, where there was read a 2 times at sample 30" in message(past.then(cancel, 30))
     assert copy in message(past.then(cancel, 30))
@@ -253,7 +253,7 @@ def test_the_first_difference_is_found() -> None:
     assert first_difference(dataclasses.replace(two(), sequence_length=4), two(), 0) is not None
 
 
-def test_caches_of_passes_that_are_over_go(tmp_path: Path) -> None:
+def test_caches_of_finished_epochs_are_removed(tmp_path: Path) -> None:
     ledger = start(two().then(reweight, {"a": 3, "b": None}, at=0), position(250, 260, 260))
     consumed = ledger.schedule.consumed(250).tolist()
     assert max(consumed) >= 100
@@ -267,7 +267,7 @@ def test_caches_of_passes_that_are_over_go(tmp_path: Path) -> None:
     assert {path.stem for path in tmp_path.iterdir()} == left_over and len(left_over) < 6
 
 
-def _settle(path: Path, moment: int, change: Callable[[History], History]) -> None:
+def _sync(path: Path, moment: int, change: Callable[[History], History]) -> None:
     fsync, count = os.fsync, [0]
 
     def die(descriptor: int) -> None:
@@ -283,14 +283,14 @@ def _settle(path: Path, moment: int, change: Callable[[History], History]) -> No
 
 
 @pytest.mark.timeout(60)
-def test_a_kill_while_a_change_is_settled_loses_nothing(tmp_path: Path) -> None:
+def test_a_kill_while_a_change_is_applied_loses_nothing(tmp_path: Path) -> None:
     path, before = tmp_path / "ledger.json", own().then(add, [corpus("new", 10, "en")])
     after = resume(before, own(), position(40, 60))
     found = []
     for moment in (1, 2, 3):
         path.write_text(dumps(before))
         arguments = path, moment, lambda ledger: resume(ledger, own(), position(40, 60))
-        process = multiprocessing.get_context("fork").Process(target=_settle, args=arguments)
+        process = multiprocessing.get_context("fork").Process(target=_sync, args=arguments)
         process.start()
         process.join(timeout=30)
         found.append(Ledger.load(path).history == after)

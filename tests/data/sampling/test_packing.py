@@ -226,7 +226,7 @@ def _killed_while_writing(prefix: str, folder: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_passes_that_are_over_and_what_kills_left_are_removed(corpus: IndexedCorpus, tmp_path: Path) -> None:
+def test_finished_epochs_and_what_kills_left_are_removed(corpus: IndexedCorpus, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     process = multiprocessing.get_context("fork").Process(target=_killed_while_writing, args=(corpus.prefix, folder))
     process.start()
