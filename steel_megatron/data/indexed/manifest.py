@@ -23,6 +23,7 @@ _EARLIER = "steel-megatron-indexed-1"
 _COUNTS = ("documents", "tokens", "text_bytes")
 """What an entry of the inputs counts; the rest of it identifies the file."""
 _BLOCK_BYTES = Rule(lambda value: whole(8).holds(value) and value % 8 == 0, "a multiple of 8")
+_NUMBER = Rule(lambda value: type(value) is int, "a whole number")
 _OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
 _DIGESTS = list_of(SHA256, "a list of SHA-256 digests")
 _BLOCKS = Rule(
@@ -40,7 +41,7 @@ class _Fields:
 
     dtype: str
     documents: int
-    max_id: int
+    max_id: Annotated[int, _NUMBER]
     block_bytes: Annotated[int, _BLOCK_BYTES]
     blocks: Annotated[Mapping[str, Sequence[str]], _BLOCKS]
     content: Annotated[str, SHA256]

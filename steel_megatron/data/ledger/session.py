@@ -30,9 +30,15 @@ def read_ledger(path: Path, sequence_length: int, beginning: Sequence[str]) -> L
         beginning: the corpora that the run's settings name; empty for any.
 
     Raises:
+        ConfigError: there is neither a ledger nor a corpus to create one.
         DataError: it is damaged, made for another sequence length, or does not read these corpora.
     """
     if not path.exists():
+        if not beginning:
+            raise ConfigError(
+                f"data.train is empty and there is no ledger {path}; name at least one indexed corpus (a prefix made "
+                "by preprocess), or make a ledger with steel-megatron data create"
+            )
         return None
     ledger = Ledger.load(path)
     if ledger.history.sequence_length != sequence_length:
@@ -86,19 +92,11 @@ class LedgerSession:
         self._restarted = (Path(run.checkpoint.directory) / "run.yaml").exists()  # written once a run has started
         self.samples: LedgerSamples | None = None
         self.end = 0
-        self.ledger, self._new = self._shared(processes.on_rank0(self._read)), None
+        train, length = run.data.train, run.model.sequence_length
+        self.ledger, self._new = self._shared(processes.on_rank0(lambda: read_ledger(self._path, length, train))), None
         if self.ledger is None:
-            arguments = run.data.train, run.model.sequence_length, run.training.seed, self._path.parent
-            self._new = processes.on_rank0(lambda: Ledger.create(*arguments, epochs=None))
-
-    def _read(self) -> Ledger | None:
-        train = self._run.data.train
-        if not train and not self._path.exists():
-            raise ConfigError(
-                f"data.train is empty and there is no ledger {self._path}; name at least one indexed corpus (a prefix "
-                "made by preprocess), or make a ledger with steel-megatron data create"
-            )
-        return read_ledger(self._path, self._run.model.sequence_length, train)
+            folder, seed = self._path.parent, run.training.seed
+            self._new = processes.on_rank0(lambda: Ledger.create(train, length, seed, folder, epochs=None))
 
     def _shared(self, ledger: Ledger | None) -> Ledger | None:
         """Rank 0's ledger on every process, byte for byte; None if it has none."""
