@@ -24,7 +24,7 @@ LAYERS = (
     ("__main__",),
 )
 # The same within data/.
-ROOMS = ("native", "reading", "tokenizing", "cleaning", "indexed", "preprocessing", "sampling", "ledger")
+ROOMS = ("strict_json", "native", "reading", "tokenizing", "cleaning", "indexed", "preprocessing", "sampling", "ledger")
 # At the bottom, everybody may use errors; the configuration and the log may not know each other.
 SIBLINGS = {("log", "errors"), ("config", "errors"), ("files", "errors"), ("files", "log")}
 # These travel in exported folders: they know nothing of the library.

@@ -14,7 +14,7 @@ from steel_megatron.log import get_logger
 if TYPE_CHECKING:
     from steel_megatron.data.ledger.history import History
     from steel_megatron.data.ledger.ledger import Ledger
-    from steel_megatron.data.ledger.loader import DocumentPart
+    from steel_megatron.data.ledger.loader import DocumentSpan
 
 logger = get_logger(__name__)
 
@@ -87,14 +87,13 @@ def append(
 
     path, weights = Path(ledger), _weights(mixture) if mixture else None
     while True:
-        # What may take hours is done while others may change the ledger, and a run may begin.
-        incoming = _free(path, Ledger.load(path), stopped).incoming(
-            prefixes, names or None, domain, on_duplicate, drop_duplicates
-        )
+        # What may take hours is done without the lock: others may change the ledger, and a run may start.
+        current = _released(path, Ledger.load(path), stopped)
+        pending = current.prepare(prefixes, names or None, domain, on_duplicate, drop_duplicates)
         with edit(path) as file:
-            old = _free(path, file.ledger)
-            if old.up_to_date(incoming):
-                file.ledger = old.take_in(incoming, epochs, at, weights)
+            current = _released(path, file.ledger)
+            if current.up_to_date(pending):
+                file.ledger = current.append_prepared(pending, epochs, at, weights)
                 break
         logger.info(f"{path} changed while documents were compared; comparing again")
     sys.stdout.write(_summary(path, file.ledger))
@@ -171,21 +170,21 @@ def _weights(words: list[str]) -> dict[str, float]:
     return found
 
 
-def _free(path: Path, ledger: Ledger, stopped: bool = False) -> Ledger:
-    """The ledger that a command changes: what a run that was killed had still planned to read is free."""
-    from steel_megatron.data.ledger.changes import freed
+def _released(path: Path, ledger: Ledger, stopped: bool = False) -> Ledger:
+    """The ledger that a command changes; what a killed run was still to read may be changed."""
+    from steel_megatron.data.ledger.changes import released
     from steel_megatron.data.ledger.ledger import run_is_live
 
     if stopped:
-        logger.info("--stopped is no longer needed: the lock of a run tells whether it is under way")
-    return ledger if run_is_live(path) else ledger.then(freed)
+        logger.info("--stopped is no longer needed: the lock of a run tells whether it is live")
+    return ledger if run_is_live(path) else ledger.then(released)
 
 
 def _change(path: str, stopped: bool, change: Callable[[History], History]) -> None:
     from steel_megatron.data.ledger.ledger import edit
 
     with edit(path) as file:
-        file.ledger = _free(Path(path), file.ledger, stopped).then(change)
+        file.ledger = _released(Path(path), file.ledger, stopped).then(change)
     sys.stdout.write(_summary(Path(path), file.ledger))
 
 
@@ -198,8 +197,8 @@ def _summary(path: Path, ledger: Ledger) -> str:
     synced = history.last_synced_sample
     lines = [f"{path}: samples of {history.sequence_length:,} tokens, seed {history.seed}, run at {synced:,}"]
     if history.next_sync_sample > synced and run_is_live(path):
-        lines[0] += f", reading on to {history.next_sync_sample:,}"
-    seen = history.schedule.cursors(synced)
+        lines[0] += f", next sync at {history.next_sync_sample:,}"
+    seen = history.schedule.consumed(synced)
     for number in sorted(history.used):
         corpus, samples = history.corpora[number], history.samples(number)
         dropped = f", {corpus.dropped.documents:,} documents dropped" if corpus.dropped else ""
@@ -207,11 +206,11 @@ def _summary(path: Path, ledger: Ledger) -> str:
             f"  {corpus.name} ({corpus.domain}): {samples:,} samples, {corpus.documents:,} documents{dropped}, "
             f"read {int(seen[number]) / samples:.2f} times"
         )
-    for event in history.events:
+    for event in sorted(history.events, key=lambda event: event.start(history.next_sync_sample)):
         at = "the next checkpoint, or from where the run resumes" if event.at is None else f"sample {event.at:,}"
         lines.append(f"  from {at}: {in_words(event, history.corpora)}")
     capacity = history.schedule.capacity()
-    lines.append(f"  samples in all: {'without end' if capacity == float('inf') else f'{capacity:,}'}")
+    lines.append(f"  samples in all: {'unlimited' if capacity == float('inf') else f'{capacity:,}'}")
     return "\n".join(lines) + "\n"
 
 
@@ -239,7 +238,7 @@ def show(
     import json
 
     from steel_megatron.data.ledger.ledger import Ledger
-    from steel_megatron.data.ledger.loader import LedgerSamples, parts_of
+    from steel_megatron.data.ledger.loader import LedgerSamples
     from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
 
     path = Path(ledger)
@@ -257,13 +256,13 @@ def show(
     tokenizer = load_tokenizer(tokenizer_kind, tokenizer_path) if tokenizer_path else None
     samples = LedgerSamples(loaded, cache=path.with_suffix(".cache"))
     for number in numbers:
-        for part in parts_of(samples, number):
-            text = tokenizer.decode(part.ids) if tokenizer else " ".join(map(str, part.ids))
+        for span in samples.documents(number):
+            text = tokenizer.decode(span.ids) if tokenizer else " ".join(map(str, span.ids))
             if json_output:
-                facts = {"sample": number, **dataclasses.asdict(part), "text": text}
+                facts = {"sample": number, **dataclasses.asdict(span), "text": text}
                 sys.stdout.write(json.dumps(facts, ensure_ascii=False) + "\n")
             else:
-                sys.stdout.write(_shown(number, part, text))
+                sys.stdout.write(_shown(number, span, text))
 
 
 def _numbers(path: Path, step: int | None, sample: int | None, global_batch_size: int | None) -> range:
@@ -285,11 +284,11 @@ def _numbers(path: Path, step: int | None, sample: int | None, global_batch_size
     return numbers
 
 
-def _shown(number: int, part: DocumentPart, text: str) -> str:
-    at = f"{part.origin.path}, row {part.origin.row}" if part.origin else "source file not recorded"
-    last = part.offset + len(part.ids)
+def _shown(number: int, span: DocumentSpan, text: str) -> str:
+    at = f"{span.origin.path}, row {span.origin.row}" if span.origin else "source file not recorded"
+    last = span.offset + len(span.ids)
     shown = text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
-    place = f"{part.corpus}, document {part.document}, tokens {part.offset} to {last}"
+    place = f"{span.corpus}, document {span.document}, tokens {span.offset} to {last}"
     return f"sample {number}: {place} ({at})\n  {shown!r}\n"
 
 

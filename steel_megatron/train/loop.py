@@ -179,10 +179,10 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSe
         checkpoint.load_weights(engine.stage, info, run.model)
         engine.optimizer.reload_model_params()
         logger.info(f"starting from the weights of {origin}")
+    session.start()
     path = Path(run.checkpoint.directory) / "run.yaml"
     text = dump_yaml(run).encode()
-    on_rank0(lambda: write_atomically(path, text, CheckpointError))
-    session.start()
+    on_rank0(lambda: write_atomically(path, text, CheckpointError))  # after the ledger: it says that a run has started
     return 0, None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from steel_megatron.data.ledger.changes import add, remove, reweight, set_mixture
 from steel_megatron.data.ledger.history import History
-from steel_megatron.data.ledger.records import Corpus, Dropped
+from steel_megatron.data.ledger.records import Corpus, DroppedDocuments
 
 LENGTH = 8
 
@@ -26,7 +26,7 @@ def two() -> History:
 
 def full() -> History:
     """A ledger with everything that its JSON can hold."""
-    dropped = Corpus("c", "c", "c" * 64, "zh", 3, 9 * LENGTH, "qwen", Dropped("f" * 64, 1, 8))
+    dropped = Corpus("c", "c", "c" * 64, "zh", 3, 9 * LENGTH, "qwen", DroppedDocuments("f" * 64, 1, 8))
     ledger = two().then(add, [dropped], None, at=40)
     ledger = ledger.then(reweight, {"a": 2.5, "b": None}, at=50).then(set_mixture, {"zh": 1, "en": 0.5}, at=60)
     return ledger.then(remove, ["c"], at=70).then(set_mixture, None, at=80).then(add, [corpus("d", 5, "zh")])

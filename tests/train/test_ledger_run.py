@@ -160,12 +160,12 @@ def test_data_is_appended_between_stops(tmp_path: Path, capsys: pytest.CaptureFi
     rest = dataclasses.replace(run, training=dataclasses.replace(run.training, stop_after_step=None))
     summary = one(rest)
     assert summary.finished and [step for step, _ in losses(rest)] == [1, 2, 3, 4, 5]
-    settled = Ledger.load(ledger)
-    assert [event.at for event in settled.history.events] == [
+    applied = Ledger.load(ledger)
+    assert [event.at for event in applied.history.events] == [
         0,
         8,
         8,
-    ] and settled.history.schedule.capacity() == 2 * SAMPLES
+    ] and applied.history.schedule.capacity() == 2 * SAMPLES
     assert json.loads((summary.checkpoint / "ledger.json").read_text()) == json.loads(ledger.read_text())
     assert main(["data", "show", str(ledger), "--step", "1", "--json_output", "true"]) == 0
     before = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -180,7 +180,7 @@ def test_data_is_appended_between_stops(tmp_path: Path, capsys: pytest.CaptureFi
     assert "samples in all: 40" in capsys.readouterr().out
 
 
-def test_appended_data_is_taken_in_at_a_checkpoint(tmp_path: Path) -> None:
+def test_appended_data_is_applied_at_a_checkpoint(tmp_path: Path) -> None:
     """No restart is needed; after a kill and under two processes, every sample is the one that the ledger says."""
     folder, ledger = tmp_path / "run", tmp_path / "run" / "ledger.json"
     first, second, third = (write(tmp_path / name, 30 * number) for number, name in enumerate("abc"))
@@ -198,14 +198,17 @@ def test_appended_data_is_taken_in_at_a_checkpoint(tmp_path: Path) -> None:
     assert (loaded.history.last_synced_sample, loaded.history.next_sync_sample) == (
         32,
         48,
-    )  # the kill left the stretch reserved
+    )  # the kill left the next sync in the file
     before = was_read(folder)
     assert before == says(ledger, 0, 40)
     assert {sample[0] >= 30 for number in range(16) for sample in before[number]} == {False}
     assert {sample[0] >= 30 for number in range(16, 40) for sample in before[number]} == {False, True}
     for words in (["cancel", str(ledger), "--at", "40"], ["append", str(ledger), third, "--at", "40"]):
-        assert main(["data", *words]) == 0  # the kill freed what the run had not saved
-    assert Ledger.load(ledger).history.events == loaded.history.events
+        assert main(["data", *words]) == 0  # the kill released what the run had not saved
+    again = Ledger.load(ledger).history
+    assert [event.at for event in again.events] == [0, 16, 40] and again.corpora[
+        again.events[2].add[0].corpus
+    ].name == "c"
     with_worker = dataclasses.replace(run, data=dataclasses.replace(run.data, num_workers=1))
     fourth = ["append", str(ledger), write(tmp_path / "d", 65)]
     summary, codes, _ = run_distributed(live, 2, with_worker, {40: [fourth]})[0]
@@ -215,7 +218,7 @@ def test_appended_data_is_taken_in_at_a_checkpoint(tmp_path: Path) -> None:
     assert (loaded.history.last_synced_sample, loaded.history.next_sync_sample) == (
         64,
         64,
-    ) and loaded.history.schedule.cursors(64)[1] == 20
+    ) and loaded.history.schedule.consumed(64)[1] == 20
     assert (summary.checkpoint / "ledger.json").read_bytes() == ledger.read_bytes()
 
 
@@ -250,12 +253,14 @@ def test_a_live_run_refuses_positions_that_it_has_read(tmp_path: Path) -> None:
     words = ["append", str(ledger), second, "--at", "12"]
     summary, codes, said = run_distributed(live, 1, run, {8: [words, ["cancel", str(ledger), "--at", "12"]]})[0]
     assert summary.finished and codes == [2, 2]
-    assert "a run reads on to sample 16 before it looks at the ledger again" in said and "stop the run" in said
+    assert "a live run reads to sample 16 before its next sync" in said and "stop the run" in said
     assert len(Ledger.load(ledger).history.corpora) == 1
     assert not list(ledger.parent.glob("*.lock"))
+    other = make_run(data, tmp_path / "other", train_steps=4)
+    assert "was read to sample 32" in one(other) and not (tmp_path / "other" / "run.yaml").exists()
 
 
-def test_what_a_run_cannot_take_in_does_not_end_it(tmp_path: Path) -> None:
+def test_changes_that_cannot_be_applied_do_not_end_a_run(tmp_path: Path) -> None:
     folder, ledger = tmp_path / "run", tmp_path / "run" / "ledger.json"
     first, second = write(tmp_path / "a", 0), write(tmp_path / "wrong", 90)
     run = changed(make_run(DataConfig(train=[first]), folder, train_steps=6), save_interval=2)
@@ -263,8 +268,8 @@ def test_what_a_run_cannot_take_in_does_not_end_it(tmp_path: Path) -> None:
     commands = {8: [["append", str(ledger), second]], 24: [["append", str(ledger), third, "--at", "40"]]}
     summary, codes, said = run_distributed(live, 2, run, commands)[0]
     assert summary.finished and codes == [0, 0]
-    assert "cannot be taken in at sample 16, and waits for the next checkpoint" in said
-    assert "holds token id 1" in said and "take it back (steel-megatron data cancel)" in said
+    assert "cannot be applied at sample 16; they are deferred to the next checkpoint" in said
+    assert "holds token id 1" in said and "withdraw the changes (steel-megatron data cancel)" in said
     events = [(event.at, [added.corpus for added in event.add]) for event in Ledger.load(ledger).history.events]
     assert events == [(0, [0]), (None, [1]), (None, [2])]  # nothing is lost, and the file says what was read
     assert was_read(folder, 2) == says(ledger, 0, 48)
@@ -292,9 +297,9 @@ def test_a_full_disk_for_a_moment_delays_a_change(tmp_path: Path) -> None:
     run = changed(make_run(DataConfig(train=[first]), tmp_path / "run", train_steps=6), save_interval=2)
     commands = {8: [["append", str(ledger), second]], 24: [["append", str(ledger), third]]}
     summary, codes, said = run_distributed(_without_room_at_16, 2, run, commands)[0]
-    assert summary.finished and codes == [0, 0] and "cannot be taken in at sample 16" in said
-    settled = Ledger.load(ledger).history
-    assert [(event.at, [settled.corpora[added.corpus].name for added in event.add]) for event in settled.events] == [
+    assert summary.finished and codes == [0, 0] and "cannot be applied at sample 16" in said
+    applied = Ledger.load(ledger).history
+    assert [(event.at, [applied.corpora[added.corpus].name for added in event.add]) for event in applied.events] == [
         (0, ["a"]), (32, ["b"]), (32, ["c"]),
     ]  # fmt: skip
     saved = Ledger.load(tmp_path / "run/checkpoints/step_00000002/ledger.json")
@@ -329,19 +334,19 @@ def test_a_refused_start_leaves_the_ledger_as_it_was(tmp_path: Path) -> None:
     assert main(["data", "create", str(ledger), *prefixes, "--sequence_length", str(LENGTH), "--epochs", "1"]) == 0
     run = make_run(DataConfig(), tmp_path / "run", train_steps=5, stop_after_step=1)
     assert one(run).step == 1
-    rest, before = changed(run, stop_after_step=None), ledger.read_bytes()
+    rest, before = changed(run, stop_after_step=None), Ledger.load(ledger).history.events
     for words, message in (
-        (["remove", str(ledger), "b"], "40 were asked for"),
+        (["remove", str(ledger), "b"], "40 are needed"),
         (["append", str(ledger), write(tmp_path / "wrong", 90)], "holds token id 1"),
     ):
         assert main(["data", *words]) == 0
         changed_bytes = ledger.read_bytes()
         assert message in one(rest) and ledger.read_bytes() == changed_bytes
-        assert main(["data", "cancel", str(ledger)]) == 0 and ledger.read_bytes() == before
+        assert main(["data", "cancel", str(ledger)]) == 0 and Ledger.load(ledger).history.events == before
     assert one(rest).finished
 
 
-def _read_beside(run: RunConfig, first_step: int, last_step: int, prefix: str) -> Any:
+def _read_with_another_ledger(run: RunConfig, first_step: int, last_step: int, prefix: str) -> Any:
     """The second process would find a ledger that was changed a moment later."""
     from steel_megatron.data.ledger import ledger
 
@@ -353,7 +358,7 @@ def _read_beside(run: RunConfig, first_step: int, last_step: int, prefix: str) -
 
 def test_all_processes_read_by_the_very_same_ledger(tmp_path: Path) -> None:
     run = make_run(DataConfig(train=[write(tmp_path / "a", 0)]), tmp_path / "run", train_steps=6)
-    steps = global_batches(run_distributed(_read_beside, 2, run, 1, 5, write(tmp_path / "b", 30)))
+    steps = global_batches(run_distributed(_read_with_another_ledger, 2, run, 1, 5, write(tmp_path / "b", 30)))
     expected = says(tmp_path / "run" / "ledger.json", 0, 40)
     assert [[sample] for step in steps for sample in step] == list(expected.values())
 

@@ -1,14 +1,16 @@
-"""The manifest of an indexed corpus: what is recorded beside the tokens, and how it is held against the files."""
+"""The manifest of an indexed corpus: what is recorded next to the tokens, and how it is checked against the files."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from steel_megatron.data.strict_json import SHA256, Rule, from_json, list_of, shown, whole
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors
 
@@ -20,7 +22,31 @@ OWN_FIELDS = ("format", "documents", "tokens", "dtype", "max_id", "block_bytes",
 _EARLIER = "steel-megatron-indexed-1"
 _COUNTS = ("documents", "tokens", "text_bytes")
 """What an entry of the inputs counts; the rest of it identifies the file."""
-_DIGEST = re.compile("[0-9a-f]{64}")
+_BLOCK_BYTES = Rule(lambda value: whole(8).holds(value) and value % 8 == 0, "a multiple of 8")
+_NUMBER = Rule(lambda value: type(value) is int, "a whole number")
+_OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
+_DIGESTS = list_of(SHA256, "a list of SHA-256 digests")
+_BLOCKS = Rule(
+    lambda value: isinstance(value, dict) and all(map(_DIGESTS.holds, value.values())), "SHA-256 digests by file"
+)
+_TOKENIZER = Rule(
+    lambda value: isinstance(value, dict) and type(value.get("vocab_size", 0)) is int,
+    "an object whose vocab_size is a whole number",
+)
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The fields of a manifest that this library reads; others are left to who recorded them."""
+
+    dtype: str
+    documents: int
+    max_id: Annotated[int, _NUMBER]
+    block_bytes: Annotated[int, _BLOCK_BYTES]
+    blocks: Annotated[Mapping[str, Sequence[str]], _BLOCKS]
+    content: Annotated[str, SHA256]
+    tokenizer: Annotated[Mapping[str, Any], _TOKENIZER] = dataclasses.field(default_factory=dict)
+    inputs: Annotated[Sequence[Mapping[str, Any]], list_of(_OBJECT, "a list of objects")] = ()
 
 
 def content_of(dtype: str, blocks: Mapping[str, Sequence[str]]) -> str:
@@ -35,7 +61,7 @@ def content_of(dtype: str, blocks: Mapping[str, Sequence[str]]) -> str:
 
 
 def read_manifest(path: Path, found: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Read a manifest and hold it against the files it describes.
+    """Read a manifest and check it against the files it describes.
 
     Args:
         path: the manifest.
@@ -65,49 +91,34 @@ def read_manifest(path: Path, found: Mapping[str, Any], sizes: Mapping[str, int]
                 f"{path} describes another corpus: {field} is {value}, recorded is {manifest.get(field)}; files of two "
                 "corpora were mixed up"
             )
-    _check_fields(path, manifest, sizes)
+    where = f"manifest {path} is damaged"
+    _check_files(from_json(_Fields, manifest, where, strict=False), where, sizes)
     return manifest
 
 
-def _check_fields(path: Path, manifest: dict[str, Any], sizes: Mapping[str, int]) -> None:
-    def require(holds: bool, field: str, right: str) -> None:
-        """Raise a DataError unless a condition holds.
-
-        Args:
-            holds: the condition.
-            field: the manifest's field that it concerns.
-            right: what the field must be, for the message.
-        """
-        if not holds:
-            raise DataError(f"manifest {path} is damaged: {field} is {str(manifest.get(field))[:80]}, not {right}")
-
-    block_bytes, blocks, inputs = (manifest.get(field) for field in ("block_bytes", "blocks", "inputs"))
-    tokenizer = manifest.get("tokenizer", {})
-    require(type(manifest.get("max_id")) is int, "max_id", "a number")
-    known = isinstance(tokenizer, dict) and type(tokenizer.get("vocab_size", 0)) is int
-    require(known, "tokenizer", "an object with a number of ids")
-    require(_is_list(manifest.get("inputs", []), dict), "inputs", "a list of objects")
-    require(type(block_bytes) is int and block_bytes > 0 and block_bytes % 8 == 0, "block_bytes", "a multiple of 8")
-    require(isinstance(blocks, dict) and {"bin", "idx"} <= set(blocks) <= set(sizes), "blocks", "those of bin and idx")
-    assert isinstance(block_bytes, int) and isinstance(blocks, dict)
+def _check_files(manifest: _Fields, where: str, sizes: Mapping[str, int]) -> None:
+    """Hold the fields of a manifest against the files and against each other."""
+    blocks = manifest.blocks
+    if not {"bin", "idx"} <= set(blocks) <= set(sizes):
+        raise DataError(f"{where}: blocks is of {', '.join(blocks) or 'no file'}; it must be of bin and idx")
     for name, digests in blocks.items():
-        count = -(-sizes[name] // block_bytes)
-        whole = _is_list(digests, str) and len(digests) == count and all(map(_DIGEST.fullmatch, digests))
-        require(whole, "blocks", f"{count} SHA-256 digests for {name}")
-    content = content_of(manifest["dtype"], blocks)
-    require(manifest.get("content") == content, "content", f"{content}, which its blocks give")
+        count = -(-sizes[name] // manifest.block_bytes)
+        if len(digests) != count:
+            raise DataError(f"{where}: blocks has {len(digests)} digests for {name}; it must have {count}")
+    content = content_of(manifest.dtype, blocks)
+    if manifest.content != content:
+        raise DataError(f"{where}: content is {manifest.content}; it must be {content}, which its blocks give")
     if "rows" in blocks:
-        counts = [entry.get("documents") for entry in inputs or []]
-        whole = all(type(count) is int and count >= 0 for count in counts) and sum(counts) == manifest["documents"]
-        require(whole, "inputs", f"files with {manifest['documents']:,} documents together")
-
-
-def _is_list(value: object, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
+        counts: list[Any] = [entry.get("documents") for entry in manifest.inputs]
+        if not all(map(whole().holds, counts)) or sum(counts) != manifest.documents:
+            raise DataError(
+                f"{where}: inputs is of files with {shown(counts)} documents; it must be of files with "
+                f"{manifest.documents:,} documents together"
+            )
 
 
 def merged_extra(manifests: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """What the manifest of merged corpora says beside what the writer records.
+    """What the manifest of merged corpora says in addition to what the writer records.
 
     Kept is what all manifests say alike; the inputs follow each other, those of one file that was cut into shards
     counted together.

@@ -6,19 +6,17 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from steel_megatron.data.ledger.active import active_corpora
 from steel_megatron.data.ledger.history import History
-from steel_megatron.data.ledger.pools import pools_of, used_by
 from steel_megatron.data.ledger.records import (
     EPOCHS,
     MIXTURE,
     MOST_SAMPLES,
-    Added,
+    AddedCorpus,
     Corpus,
     Event,
     StepSize,
-    is_epochs,
-    is_mixture,
-    shown,
+    Unchanged,
 )
 from steel_megatron.errors import DataError
 from steel_megatron.log import get_logger
@@ -26,7 +24,7 @@ from steel_megatron.log import get_logger
 logger = get_logger(__name__)
 
 OnDuplicate = Literal["stop", "skip"]
-"""What to do with a corpus that is in already, or was."""
+"""What to do with a corpus that is, or ever was, in the ledger."""
 
 
 def add(
@@ -37,76 +35,66 @@ def add(
     on_duplicate: OnDuplicate = "stop",
     mixture: Mapping[str, float] | None = None,
 ) -> History:
-    """Put corpora into the pool.
+    """Add corpora.
 
     Args:
         history: the history to change.
         corpora: the new corpora.
-        epochs: how often each is read in the whole run, such as 2.5; None for no limit.
-        at: the sample from which they are in; None for the run's next sync.
-        on_duplicate: what to do with a corpus that is in already, or was: ``stop`` or ``skip`` it.
+        epochs: how often each is read in the whole run, such as 2.5; None for unlimited.
+        at: the sample from which they are active; None for the run's next sync.
+        on_duplicate: what to do with a corpus that is, or ever was, in the ledger: ``stop`` or ``skip`` it.
         mixture: weights by domain from then on; None to leave the mixture as it is.
 
     Returns:
         the changed history; the same one if all corpora were skipped and no mixture is given.
 
     Raises:
-        DataError: a corpus is in already, or does not fit; ``at`` is in the past; the mixture is wrong.
+        DataError: a corpus is a duplicate or does not fit; ``at`` is in the past; the mixture is wrong.
     """
-    if not is_epochs(epochs):
-        raise DataError(f"epochs is {shown(epochs)}; it must be {EPOCHS}")
-    new = fresh(history, corpora, on_duplicate)
+    EPOCHS.check(epochs, "epochs")
+    new = new_corpora(history, corpora, on_duplicate)
     if not new and mixture is None:
         return history
-    all_corpora, numbers = numbered(history, new)
-    added = tuple(Added(number, epochs) for number in numbers)
-    event = Event(at, add=added, mixture=mixture, sets_mixture=mixture is not None)
-    return _with(history, event, all_corpora)
+    corpora = (*history.corpora, *new)
+    added = tuple(AddedCorpus(number, epochs) for number in range(len(history.corpora), len(corpora)))
+    event = Event(at, add=added, mixture=Unchanged.MIXTURE if mixture is None else mixture)
+    return _with(history, event, corpora)
 
 
-def fresh(history: History, corpora: Sequence[Corpus], on_duplicate: OnDuplicate) -> list[Corpus]:
-    """The corpora that are not in the ledger and never were: their content or dtype differs from all that is known.
+def new_corpora(history: History, corpora: Sequence[Corpus], on_duplicate: OnDuplicate) -> list[Corpus]:
+    """The corpora whose content is not, and never was, in the ledger.
 
     Args:
         history: the history.
-        corpora: the corpora to look for in it; they are compared with each other as well.
-        on_duplicate: what to do with a corpus that is known: ``stop``, or ``skip`` it with a warning.
+        corpora: the corpora to look up; they are compared with each other as well.
+        on_duplicate: what to do with a known corpus: ``stop``, or ``skip`` it with a warning.
 
     Raises:
-        DataError: a corpus is known, and ``on_duplicate`` says ``stop``.
+        DataError: a corpus is known, and ``on_duplicate`` is ``stop``.
     """
     new: list[Corpus] = []
     for corpus in corpora:
-        alike = (entry for entry in (*history.known(), *new) if entry.content == corpus.content)
-        if (found := next(alike, None)) is None:
+        known = next((entry for entry in (*history.known(), *new) if entry.content == corpus.content), None)
+        if known is None:
             new.append(corpus)
             continue
-        same_as = f"{corpus.prefix} is in the ledger already, as {found.name} ({found.prefix}): the same bytes"
+        duplicate = f"{corpus.prefix} is in the ledger already, as {known.name} ({known.prefix}): the same bytes"
         if on_duplicate == "stop":
-            raise DataError(f"{same_as}; leave it out, or skip it with on_duplicate")
-        logger.warning(f"{same_as}; it is skipped")
+            raise DataError(f"{duplicate}; leave it out, or let data append skip it (--on_duplicate skip)")
+        logger.warning(f"{duplicate}; skipped")
     return new
 
 
-def numbered(history: History, new: Sequence[Corpus]) -> tuple[tuple[Corpus, ...], list[int]]:
-    """All corpora with some more of them, and the numbers of these: free ones first."""
-    corpora = list(history.corpora)
-    free = [number for number in range(len(corpora) + len(new)) if number not in history.used][: len(new)]
-    for number, corpus in zip(free, new, strict=True):
-        corpora[number : number + 1] = [corpus]
-    return tuple(corpora), free
-
-
 def remove(history: History, names: Sequence[str], at: int | None = None) -> History:
-    """Take corpora out of the pool, for good.
+    """Remove corpora for good.
 
     Args:
         history: the history to change.
         names: the corpora, by their names in the ledger.
-        at: the sample from which they are out; None for the run's next sync.
+        at: the sample from which they are not read any further; None for the run's next sync.
 
     Raises:
-        DataError: one is not in; the mixture names a domain of which none would be left; ``at`` is in the past.
+        DataError: one is not active; the mixture names a domain that would have no corpus; ``at`` is in the past.
     """
     return _with(history, Event(at, remove=tuple(names)))
 
@@ -116,15 +104,14 @@ def reweight(history: History, epochs: Mapping[str, float | None], at: int | Non
 
     Args:
         history: the history to change.
-        epochs: the new number of epochs by name of the corpus; None for no limit.
-        at: the sample from which it holds; None for the run's next sync.
+        epochs: the new number of epochs by name of the corpus; None for unlimited.
+        at: the sample from which it applies; None for the run's next sync.
 
     Raises:
-        DataError: a corpus is not in, a number is wrong, or ``at`` is in the past.
+        DataError: a corpus is not active, a number is wrong, or ``at`` is in the past.
     """
     for name, value in epochs.items():
-        if not is_epochs(value):
-            raise DataError(f"epochs of {name} is {shown(value)}; it must be {EPOCHS}")
+        EPOCHS.check(value, f"epochs of {name}")
     return _with(history, Event(at, epochs=dict(epochs)))
 
 
@@ -134,35 +121,35 @@ def set_mixture(history: History, mixture: Mapping[str, float] | None, at: int |
     Args:
         history: the history to change.
         mixture: weights by domain, 0 to pause one; None to read all corpora by their sizes.
-        at: the sample from which it holds; None for the run's next sync.
+        at: the sample from which it applies; None for the run's next sync.
 
     Raises:
         DataError: a domain has no corpus, one is not named, a weight is wrong, or ``at`` is in the past.
     """
-    return _with(history, Event(at, mixture=mixture, sets_mixture=True))
+    return _with(history, Event(at, mixture=mixture))
 
 
 def cancel(history: History, at: int | None = None) -> History:
-    """Take back what is planned for a sample, or with None what is pending, with the corpora that came in by it.
+    """Withdraw the changes planned for a sample, or with None the pending ones.
 
     Raises:
-        DataError: nothing is, the run may have passed it, or documents were dropped for the sake of what would go.
+        DataError: there are none, the run may have passed them, or they hold the remaining copies of dropped documents.
     """
     if at is not None and at < history.next_sync_sample:
-        raise DataError(f"what is planned for sample {at:,} stays: {_why_not_before(history)}")
+        raise DataError(f"the changes at sample {at:,} stay: {_why_not_before(history)}")
     kept = tuple(event for event in history.events if event.at != at)
     if len(kept) == len(history.events):
         raise DataError("nothing is pending" if at is None else f"nothing is planned for sample {at:,}")
     if not kept:
         raise DataError("nothing would be left in the ledger; make another one (steel-megatron data create)")
-    cancelled = history.corpora[: max(used_by(kept), default=-1) + 1]
-    return _changed(history, dataclasses.replace(history, events=kept, corpora=cancelled))
+    return _kept_readable(history, dataclasses.replace(history, events=kept))
 
 
-def freed(history: History) -> History:
-    """What the ledger says when no run is under way that would read on from its last sync.
+def released(history: History) -> History:
+    """The history when no run is live that would read past its last sync.
 
-    Something pending may fit only where the run would have synced next. Then nothing is freed until it is cancelled.
+    A pending change may fit only at the sample planned for the next sync. Then nothing is released until it is
+    cancelled.
     """
     try:
         return dataclasses.replace(history, next_sync_sample=history.last_synced_sample)
@@ -170,28 +157,12 @@ def freed(history: History) -> History:
         return history
 
 
-def apply_pending(history: History, consumed: int, next_sync: int | None = None) -> History:
-    """Give pending changes the position at which a run syncs with the ledger.
-
-    Args:
-        consumed: the position.
-        next_sync: where the run syncs next; None for a run that ends.
-
-    Raises:
-        DataError: they do not fit there, or there were fewer samples before.
-    """
-    scheduled = (event if event.at is not None else dataclasses.replace(event, at=consumed) for event in history.events)
-    active = synced(dataclasses.replace(history, events=tuple(scheduled)), consumed, next_sync)
-    active.schedule.cursors(consumed)  # that many there must have been
-    return active
-
-
 def synced(history: History, consumed: int, next_sync: int | None = None) -> History:
-    """:func:`apply_pending`, but pending changes stay pending.
+    """The history after a sync that leaves pending changes pending.
 
     Args:
         history: the history.
-        consumed: the position at which the run syncs, in samples.
+        consumed: the sample at which the run syncs.
         next_sync: where it syncs next; None for a run that ends.
 
     Raises:
@@ -201,8 +172,24 @@ def synced(history: History, consumed: int, next_sync: int | None = None) -> His
     return dataclasses.replace(history, last_synced_sample=consumed, next_sync_sample=next_sync)
 
 
+def apply_pending(history: History, consumed: int, next_sync: int | None = None) -> History:
+    """The history after a sync that gives pending changes its sample.
+
+    Args:
+        history: the history.
+        consumed, next_sync: as for :func:`synced`.
+
+    Raises:
+        DataError: they do not fit there, or the ledger has fewer samples.
+    """
+    events = tuple(dataclasses.replace(event, at=event.start(consumed)) for event in history.events)
+    applied = synced(dataclasses.replace(history, events=events), consumed, next_sync)
+    applied.schedule.require(consumed)
+    return applied
+
+
 def at_step(history: History, step: int, consumed: int, global_batch_size: int) -> History:
-    """Note the step size with which a run continues; notes on later steps are dropped, as those are done again.
+    """Record the step size with which a run continues; records of later steps are dropped, as those are repeated.
 
     Args:
         history: the history.
@@ -217,83 +204,63 @@ def at_step(history: History, step: int, consumed: int, global_batch_size: int) 
     return dataclasses.replace(history, steps=steps)
 
 
-def take_event_of(history: History, other: History, event: Event, at: int | None) -> History:
-    """Take over an event from another history, in which corpora may have other numbers.
-
-    Args:
-        history: the history that gets it.
-        other: the history that has it.
-        event: the event.
-        at: its position in ``history``; None to make it pending.
-
-    Raises:
-        DataError: it does not fit.
-    """
-    own = {history.corpora[number].content: number for number in history.used}
-    adds = [(other.corpora[added.corpus], added.epochs) for added in event.add]
-    corpora, numbers = numbered(history, [corpus for corpus, _ in adds if corpus.content not in own])
-    own |= {corpora[number].content: number for number in numbers}
-    add = tuple(Added(own[corpus.content], epochs) for corpus, epochs in adds)
-    event = dataclasses.replace(event, at=at, add=add)
-    return dataclasses.replace(history, events=(*history.events, event), corpora=corpora)
-
-
 def _with(history: History, event: Event, corpora: tuple[Corpus, ...] | None = None) -> History:
-    if event.sets_mixture and not is_mixture(event.mixture):
-        raise DataError(f"the mixture is {shown(event.mixture)}; it must be {MIXTURE}")
+    """A history with one more event."""
+    if event.mixture is not Unchanged.MIXTURE:
+        MIXTURE.check(event.mixture, "the mixture")
     if not history.events and event.at is None:
-        event = dataclasses.replace(event, at=0)  # a run begins with something
+        event = dataclasses.replace(event, at=0)  # the first event is what a run begins with
     if event.at is not None and event.at < history.next_sync_sample:
         raise DataError(
-            f"a change at sample {event.at:,} is no good: {_why_not_before(history)}; or leave out the position "
-            "(--at): then it holds from the run's next checkpoint, or from where it resumes"
+            f"sample {event.at:,} is too early for a change: {_why_not_before(history)}; or leave out --at: then it "
+            "applies from the run's next checkpoint, or from where it resumes"
         )
     if event.at is not None and event.at > MOST_SAMPLES:
-        raise DataError(f"a change at sample {event.at:,} is no good: the last that can be planned is {MOST_SAMPLES:,}")
-    events = *history.events, event
-    return _changed(history, dataclasses.replace(history, events=events, corpora=corpora or history.corpora))
+        raise DataError(f"sample {event.at:,} is too late for a change: the latest is {MOST_SAMPLES:,}")
+    new = dataclasses.replace(history, events=(*history.events, event), corpora=corpora or history.corpora)
+    return _kept_readable(history, new)
 
 
 def _why_not_before(history: History) -> str:
-    """Why nothing can change before :attr:`next_sync_sample`, and what can be done."""
+    """Why nothing can change before ``next_sync_sample``, and what can be done."""
     if history.next_sync_sample == history.last_synced_sample:
-        return f"the run last looked at the ledger at sample {history.last_synced_sample:,}; plan for a later one"
+        return f"the run's last sync was at sample {history.last_synced_sample:,}; choose that sample or a later one"
     return (
-        f"a run reads on to sample {history.next_sync_sample:,} before it looks at the ledger again; plan for that or "
-        "a later one, or stop the run"
+        f"a live run reads to sample {history.next_sync_sample:,} before its next sync; choose that sample or a later "
+        "one, or stop the run"
     )
 
 
-def _changed(history: History, new: History) -> History:
-    """A changed history, unless it would lose documents that were dropped because another corpus has them."""
+def _kept_readable(history: History, new: History) -> History:
+    """A changed history, unless it loses documents that were dropped because another corpus has them."""
     for dropped_of, kept_in in sorted(lost(new) - lost(history)):
         raise DataError(
             f"documents of {dropped_of} were dropped because {kept_in} has them, but {kept_in} would not be read "
-            f"to its end even once, so they would be lost; let it be read for an epoch, take {dropped_of} out as "
-            "well, or append without dropping duplicates"
+            f"completely even once, so they would be lost; keep it for one epoch, remove {dropped_of} as well, or "
+            "append without dropping duplicates"
         )
     return new
 
 
 def lost(history: History) -> set[tuple[str, str]]:
-    """Of which corpora documents were dropped that another one has which is not read to its end; names of both."""
+    """Names of a corpus whose documents were dropped, and of the one that has them but is never read to its end."""
     if not any(corpus.dropped and corpus.dropped.like for corpus in history.known()):
         return set()
     scheduled = history.scheduled(history.next_sync_sample)
-    whole = dataclasses.replace(history, events=tuple(scheduled))
-    last = pools_of(history.corpora, scheduled, history.sequence_length)[-1].epochs
+    whole = dataclasses.replace(history, events=tuple(scheduled)).schedule
+    last = active_corpora(history.corpora, scheduled, history.sequence_length)[-1].epochs
     read = {number for number, epochs in last.items() if epochs is None or epochs >= 1}
-    cursors = history.schedule.cursors(history.last_synced_sample)
-    read |= {number for number in history.used if cursors[number] >= history.samples(number)}
+    consumed = history.schedule.consumed(history.last_synced_sample)
+    read |= {number for number in history.used if consumed[number] >= history.samples(number)}
     for event in scheduled:
         for number in map(history.number_of, event.remove):
             assert event.at is not None
-            if whole.schedule.cursors(int(min(event.at, whole.schedule.capacity())))[number] >= history.samples(number):
+            if whole.consumed(int(min(event.at, whole.capacity())))[number] >= history.samples(number):
                 read.add(number)
     names = {corpus.content: corpus.name for corpus in history.corpora}
     kept = {history.corpora[number].content for number in read}
     return {
-        (history.corpora[number].name, names.get(content, f"a corpus that was taken back ({content[:8]})"))
+        (history.corpora[number].name, names.get(content, f"a corpus that was cancelled ({content[:8]})"))
         for number in last
         if (dropped := history.corpora[number].dropped)
         for content in dropped.like

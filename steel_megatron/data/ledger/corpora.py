@@ -1,4 +1,4 @@
-"""The corpora of a ledger on disk: described when they come in, held against that when they are opened."""
+"""The corpora of a ledger on disk: described when they are added, compared with that when they are opened."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from steel_megatron.data.indexed.dataset import IndexedCorpus, content_hash, open_indexed, refuse_ids
 from steel_megatron.data.indexed.exact_duplicates import duplicate_documents
-from steel_megatron.data.ledger.records import Corpus, Dropped, is_name
+from steel_megatron.data.ledger.records import NAME, Corpus, DroppedDocuments
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, sha256_of
 from steel_megatron.log import get_logger
@@ -23,22 +23,22 @@ from steel_megatron.log import get_logger
 logger = get_logger(__name__)
 
 _CHUNK = 1 << 20
-"""Ids that are looked at at a time."""
+"""Ids that are read at a time."""
 
 
 def names_of(prefixes: Sequence[str | Path]) -> list[str]:
-    """Names for corpora: the last parts of their paths, or the whole paths of those that would have the same."""
+    """Names for corpora: the last parts of their paths, or the whole paths where those would be equal."""
     counts = Counter(Path(prefix).name for prefix in prefixes)
     return [Path(prefix).name if counts[Path(prefix).name] == 1 else str(prefix) for prefix in prefixes]
 
 
 def describe(prefix: str | Path, name: str | None = None, domain: str = "default") -> Corpus:
-    """What a ledger says of a corpus. One without a manifest is read in full.
+    """The record of a corpus. A corpus without a manifest is read in full.
 
     Args:
         prefix: path without a suffix.
-        name: by which commands call it; None for the last part of the prefix.
-        domain: by which mixtures call it.
+        name: its name in commands; None for the last part of the prefix.
+        domain: its domain in mixtures.
 
     Raises:
         DataError: the corpus cannot be used, or a name is empty.
@@ -46,18 +46,17 @@ def describe(prefix: str | Path, name: str | None = None, domain: str = "default
     prefix = os.path.abspath(prefix)
     name = Path(prefix).name if name is None else name
     for value, what in ((name, "name"), (domain, "domain")):
-        if not is_name(value):
-            raise DataError(f"the {what} of {prefix} is {value!r}; it must be a text that is not empty")
+        NAME.check(value, f"the {what} of {prefix}")
     corpus = open_indexed(prefix)
     tokenizer = (corpus.manifest or {}).get("tokenizer", {}).get("fingerprint")
-    fingerprint = tokenizer if is_name(tokenizer) else None
+    fingerprint = tokenizer if NAME.holds(tokenizer) else None
     max_id = None if corpus.manifest is not None else _largest_id(corpus)
     counts = corpus.documents, corpus.tokens
     return Corpus(name, prefix, content_hash(corpus), domain, *counts, fingerprint, max_id=max_id)
 
 
 def _largest_id(corpus: IndexedCorpus) -> int:
-    """The largest token id, after a look at all of them.
+    """The largest token id, after reading all of them.
 
     Raises:
         DataError: one is negative.
@@ -72,13 +71,13 @@ def _largest_id(corpus: IndexedCorpus) -> int:
 
 
 def open_corpus(record: Corpus, folder: Path, vocab_size: int | None = None) -> IndexedCorpus:
-    """Open a corpus and hold it against what a ledger recorded; the content as its manifest says it, if it has one.
+    """Open a corpus and compare it with its record: the counts, and the content if it has a manifest.
 
-    Of one without a manifest only the counts are compared, and its largest id is the recorded one: it is not read.
+    A corpus without a manifest is not read; its largest id is taken from the record.
 
     Args:
-        record: what was recorded.
-        folder: the ledger's.
+        record: the record.
+        folder: the ledger's folder.
         vocab_size: every token id must be below it; None to leave ids unchecked.
 
     Raises:
@@ -91,8 +90,8 @@ def open_corpus(record: Corpus, folder: Path, vocab_size: int | None = None) -> 
     for field, value in found.items():
         if value != getattr(record, field):
             raise DataError(
-                f"corpus {record.name} has changed since it came into the ledger: {field} of {corpus.prefix} is "
-                f"{value}, recorded is {getattr(record, field)}; bring the old files back, or remove the corpus and "
+                f"corpus {record.name} has changed since it was added to the ledger: {field} of {corpus.prefix} is "
+                f"{value}, recorded is {getattr(record, field)}; restore the old files, or remove the corpus and "
                 "append the new one under another name"
             )
     if vocab_size is not None:
@@ -102,47 +101,47 @@ def open_corpus(record: Corpus, folder: Path, vocab_size: int | None = None) -> 
     return corpus
 
 
-class Other(NamedTuple):
-    """A corpus that new ones are compared with."""
+class ReferenceCorpus(NamedTuple):
+    """An open corpus whose documents new ones are compared with."""
 
     corpus: IndexedCorpus
     ignored: np.ndarray | None
-    """Bits of the documents that do not count, as they are not read; None for none."""
+    """Bits of the documents that are not compared, as they are not read; None for none."""
     content: str | None
-    """Which corpus it is; None when all documents that count were read, so that nothing depends on it any more."""
+    """Content of the corpus; None if it is out and was read, so that nothing depends on it any more."""
 
 
-def without_duplicates(new: Sequence[Corpus], others: Sequence[Other]) -> tuple[list[Corpus], dict[str, bytes]]:
-    """Corpora without the documents that are exactly the same as others, or as earlier ones of the new corpora.
+def without_duplicates(
+    new: Sequence[Corpus], references: Sequence[ReferenceCorpus]
+) -> tuple[list[Corpus], dict[str, bytes]]:
+    """Drop the documents that exactly equal one of the reference corpora, or an earlier one of the new corpora.
 
     Returns:
-        the corpora, and the files that say which documents are left out, by name.
+        the new corpora, and by name the files that say which documents are dropped.
 
     Raises:
         DataError: a corpus cannot be read.
     """
-    compared, reduced, files = list(others), [], {}
+    compared, reduced, files = list(references), [], {}
     for record in new:
         corpus = open_corpus(record, Path())  # its prefix is absolute
-        found = duplicate_documents(corpus, [(other.corpus, other.ignored) for other in compared])
-        logger.info(
-            f"{record.prefix}: {found.documents:,} of {record.documents:,} documents are duplicates and dropped"
-        )
+        found = duplicate_documents(corpus, [(reference.corpus, reference.ignored) for reference in compared])
+        logger.info(f"{record.prefix}: {found.documents:,} of {record.documents:,} documents are dropped as duplicates")
         if found.documents:
             buffer = io.BytesIO()
             np.save(buffer, found.bits, allow_pickle=False)
             digest = hashlib.sha256(buffer.getvalue()).hexdigest()
             like = [content for number in found.like if (content := compared[number].content) is not None]
-            dropped = Dropped(digest, found.documents, found.tokens, tuple(like))
+            dropped = DroppedDocuments(digest, found.documents, found.tokens, tuple(like))
             files[dropped.file_name] = buffer.getvalue()
             record = dataclasses.replace(record, dropped=dropped)
-        compared.append(Other(corpus, found.bits, record.content))
+        compared.append(ReferenceCorpus(corpus, found.bits, record.content))
         reduced.append(record)
     return reduced, files
 
 
 def dropped_bits(record: Corpus, folder: Path) -> np.ndarray | None:
-    """The bits of the documents that are left out, mapped: uint8 [documents / 8, up]; None where none are.
+    """The bits of the dropped documents, memory-mapped: uint8 [documents / 8, rounded up]; None if there are none.
 
     Raises:
         DataError: their file is missing or damaged.
@@ -155,7 +154,7 @@ def dropped_bits(record: Corpus, folder: Path) -> np.ndarray | None:
     if digest != record.dropped.sha256:
         raise DataError(
             f"{path} has changed since documents of {record.name} were dropped: SHA-256 {digest}, the ledger has "
-            f"{record.dropped.sha256}; bring it back from a copy"
+            f"{record.dropped.sha256}; restore it from a copy"
         )
     bits: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
     if bits.shape != (-(-record.documents // 8),) or bits.dtype != np.uint8:

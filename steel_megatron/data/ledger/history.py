@@ -1,18 +1,20 @@
-"""The history of a ledger, without any file: corpora, the events that change the pool, and what is read by them."""
+"""The history of a ledger, without any file: corpora, the events that change which are active, and what is read."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Concatenate, ParamSpec
 
-from steel_megatron.data.ledger.pools import Pool, number_of, pools_of, used_by
-from steel_megatron.data.ledger.records import Corpus, Event, StepSize
+from steel_megatron.data.ledger.active import ActiveCorpora, active_corpora, number_of, used_by
+from steel_megatron.data.ledger.records import MOST_POSITIONS, Corpus, Event, StepSize, Unchanged
 from steel_megatron.data.ledger.schedule import Schedule
+from steel_megatron.data.strict_json import REQUIRED, whole
 from steel_megatron.errors import DataError
 
 Arguments = ParamSpec("Arguments")
@@ -26,31 +28,40 @@ class History:
     """What a run reads and will read; how it changes is in :mod:`~steel_megatron.data.ledger.changes`.
 
     Raises:
-        DataError: the corpora and events do not fit together; the message says which and why.
+        DataError: corpora and events do not fit together; the message says which and why.
     """
 
-    sequence_length: int
+    sequence_length: Annotated[int, whole(1, 2**31)]
     """Tokens that a sample predicts."""
-    seed: int
-    """Of all orders, from 0 to 2**63 - 1."""
-    corpora: tuple[Corpus, ...] = ()
-    """All that ever came in, by numbers that stay. What no event uses any more is no longer there to any method; its
-    number goes to the next corpus."""
-    events: tuple[Event, ...] = ()
-    """In the order in which they were written down."""
-    last_synced_sample: int = 0
+    seed: Annotated[int, whole(0, 2**63 - 1)]
+    """Of all orders."""
+    last_synced_sample: Annotated[int, whole()] = field(default=0, metadata=REQUIRED | {"key": "reached"})
     """Where a run last synced, by starting, resuming or saving a checkpoint."""
-    next_sync_sample: int = 0
-    """Where the run that wrote it syncs next; while it is under way, nothing can be put before."""
+    next_sync_sample: Annotated[int, whole()] = field(default=0, metadata=REQUIRED | {"key": "reserved"})
+    """Where the run that wrote it syncs next; while that run is live, nothing can change before."""
     steps: tuple[StepSize, ...] = ()
-    """How many samples the run's steps took, from the first on; empty in ledgers that no run has begun with."""
+    """How many samples the run's steps took, from the first on; empty if no run has started with the ledger."""
+    corpora: tuple[Corpus, ...] = field(default=(), metadata=REQUIRED)
+    """All corpora ever added, by permanent numbers. Those of cancelled changes are ignored by everything else."""
+    events: tuple[Event, ...] = field(default=(), metadata=REQUIRED)
+    """In the order in which they were written."""
 
     def __post_init__(self) -> None:
         assert self.sequence_length >= 1 and 0 <= self.seed < 2**63, (self.sequence_length, self.seed)
-        assert self.last_synced_sample <= self.next_sync_sample, (self.last_synced_sample, self.next_sync_sample)
+        self._check_numbers()
         self._check_corpora()
-        # Pending changes are taken as if they held from the next sync; apply_pending() checks their real position.
-        pools_of(self.corpora, self.scheduled(self.next_sync_sample), self.sequence_length)
+        # Pending changes are checked again by apply_pending(), at their final sample.
+        self._active(self.scheduled(self.next_sync_sample))
+
+    def _check_numbers(self) -> None:
+        """What relates the numbers of several records; each alone is in its range."""
+        whole(self.last_synced_sample).check(self.next_sync_sample, "reserved")
+        for number, (before, size) in enumerate(itertools.pairwise(self.steps), 1):
+            whole(before.step + 1).check(size.step, f"steps[{number}]: step")
+            whole(before.consumed + 1).check(size.consumed, f"steps[{number}]: consumed")
+        for number, event in enumerate(self.events):
+            for entry, added in enumerate(event.add):
+                whole(0, len(self.corpora) - 1).check(added.corpus, f"events[{number}], add[{entry}]: corpus")
 
     def _check_corpora(self) -> None:
         corpora = self.known()
@@ -61,7 +72,7 @@ class History:
                 if value in known:
                     raise DataError(
                         f"corpus {corpus.name} ({corpus.prefix}) has the {kind} {value} of {known[value]}; "
-                        + ("give it another" if kind == "name" else "a corpus can come in once")
+                        + ("choose another" if kind == "name" else "a corpus can be added only once")
                     )
                 known[value] = f"{corpus.name} ({corpus.prefix})"
         tokenizers = {corpus.tokenizer: corpus.name for corpus in corpora if corpus.tokenizer is not None}
@@ -73,7 +84,7 @@ class History:
                 dropped = f" ({corpus.dropped.tokens:,} of them in dropped documents)" if corpus.dropped else ""
                 raise DataError(
                     f"{corpus.prefix}: {corpus.tokens:,} tokens{dropped} make no sample of sequence_length + 1 = "
-                    f"{self.sequence_length + 1:,} tokens; shorten the sequence or take more text"
+                    f"{self.sequence_length + 1:,} tokens; shorten the sequence or use a longer text"
                 )
 
     def then(
@@ -85,61 +96,14 @@ class History:
         """A change of this history, so that several read in their order: ``history.then(add, new).then(cancel)``."""
         return change(self, *args, **kwargs)
 
-    def known(self) -> list[Corpus]:
-        """The corpora that a change adds, also those that were removed."""
-        return [self.corpora[number] for number in sorted(self.used)]
-
-    def scheduled(self, pending_at: int | None) -> list[Event]:
-        """The events by position, pending ones at a given one, or None to leave them out."""
-        scheduled = [
-            dataclasses.replace(event, at=pending_at) if event.at is None else event
-            for event in self.events
-            if event.at is not None or pending_at is not None
-        ]
-        return sorted(scheduled, key=lambda event: event.at or 0)
-
-    @functools.cached_property
-    def schedule(self) -> Schedule:
-        """Which sample comes at which position, without pending changes."""
-        return Schedule(
-            [corpus.name for corpus in self.corpora],
-            [corpus.domain for corpus in self.corpora],
-            [corpus.samples(self.sequence_length) for corpus in self.corpora],
-            self._pools_until_pending() if self.corpora else [],
-            self.seed,
-        )
-
-    def _pools_until_pending(self) -> list[Pool]:
-        """The pools without what is pending."""
-        scheduled = self.scheduled(None)
-        try:
-            return pools_of(self.corpora, scheduled, self.sequence_length)
-        except DataError:  # a plan needs what is pending, which comes before it: so far it is for no certain samples
-            settled = [event for event in scheduled if event.at is not None and event.at < self.next_sync_sample]
-            return pools_of(self.corpora, settled, self.sequence_length)
-
-    @property
-    def pending(self) -> tuple[Event, ...]:
-        """Changes that wait for the next sync of a run."""
-        return tuple(event for event in self.events if event.at is None)
-
-    def in_use(self) -> list[int]:
-        """The numbers of the corpora that are read from the last sync on, with or without pending changes."""
-        found: set[int] = set()
-        with_pending = pools_of(self.corpora, self.scheduled(self.next_sync_sample), self.sequence_length)
-        for pools in (self._pools_until_pending(), with_pending):
-            current = max(number for number, pool in enumerate(pools) if pool.at <= self.last_synced_sample)
-            found |= {corpus for pool in pools[current:] for corpus in pool.epochs}
-        return sorted(found)
-
     @functools.cached_property
     def used(self) -> set[int]:
-        """The numbers of the corpora that a change adds, also of those that were removed."""
+        """The numbers of the corpora that events add, including removed ones."""
         return used_by(self.events)
 
-    def samples(self, number: int) -> int:
-        """Whole samples in one epoch of a corpus."""
-        return self.corpora[number].samples(self.sequence_length)
+    def known(self) -> list[Corpus]:
+        """The corpora that events add, including removed ones."""
+        return [self.corpora[number] for number in sorted(self.used)]
 
     def number_of(self, name: str) -> int:
         """The number of the corpus of a name.
@@ -149,8 +113,50 @@ class History:
         """
         return number_of(self.corpora, name, self.used)
 
+    def samples(self, number: int) -> int:
+        """Whole samples in one epoch of a corpus."""
+        return self.corpora[number].samples(self.sequence_length)
+
+    def scheduled(self, pending_at: int) -> list[Event]:
+        """The events by sample, pending ones at a given sample."""
+        events = (dataclasses.replace(event, at=event.start(pending_at)) for event in self.events)
+        return sorted(events, key=lambda event: event.start(0))
+
+    def before(self, position: int) -> list[Event]:
+        """The events that decide the samples before a position, by sample."""
+        events = (event for event in self.events if event.at is not None and event.at < position)
+        return sorted(events, key=lambda event: event.start(0))
+
+    def _active(self, events: Sequence[Event]) -> list[ActiveCorpora]:
+        return active_corpora(self.corpora, events, self.sequence_length)
+
+    def _active_without_pending(self) -> list[ActiveCorpora]:
+        try:
+            return self._active(self.before(MOST_POSITIONS))
+        except DataError:  # a planned change needs a pending one, so its effect is not decided yet
+            return self._active(self.before(self.next_sync_sample))
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """Which sample comes at which position, without pending changes."""
+        return Schedule(
+            [corpus.name for corpus in self.corpora],
+            [corpus.domain for corpus in self.corpora],
+            [corpus.samples(self.sequence_length) for corpus in self.corpora],
+            self._active_without_pending() if self.corpora else [],
+            self.seed,
+        )
+
+    def in_use(self) -> list[int]:
+        """The numbers of the corpora that are read from the last sync on, with or without pending changes."""
+        found: set[int] = set()
+        for phases in (self._active_without_pending(), self._active(self.scheduled(self.next_sync_sample))):
+            current = max(number for number, active in enumerate(phases) if active.at <= self.last_synced_sample)
+            found.update(*(active.epochs for active in phases[current:]))
+        return sorted(found)
+
     def step_samples(self, step: int) -> range | None:
-        """The samples of an optimizer step, from 1; None for one of which the ledger does not say it."""
+        """The samples of an optimizer step, counted from 1; None if the ledger did not record them."""
         before = [size for size in self.steps if size.step < step]
         if not before:
             return None
@@ -158,20 +164,16 @@ class History:
         return range(first, first + before[-1].global_batch_size)
 
     def fingerprint(self, position: int) -> str:
-        """SHA-256 (hex) of all that decides the samples before a position, and nothing else.
+        """SHA-256 (hex) of everything that decides the samples before a position, and of nothing else.
 
         Later changes, names and paths do not alter it.
         """
-        said = [self.meaning(event) for event in self.before(position)]
-        whole = [FORMAT, self.sequence_length, self.seed, said]
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-
-    def before(self, position: int) -> list[Event]:
-        """The events that decide the samples before a position, in their order."""
-        return [event for event in self.scheduled(None) if event.at is not None and event.at < position]
+        decisions = [self.meaning(event) for event in self.before(position)]
+        content = json.dumps([FORMAT, self.sequence_length, self.seed, decisions], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def meaning(self, event: Event) -> dict[str, Any]:
-        """All that an event of this history decides, without names and paths."""
+        """Everything that an event of this history decides, without names and paths."""
         added = []
         for new in event.add:
             corpus = self.corpora[new.corpus]
@@ -182,7 +184,7 @@ class History:
             "add": added,
             "remove": [self.number_of(name) for name in event.remove],
             "epochs": {str(self.number_of(name)): epochs for name, epochs in event.epochs.items()},
-            "mixture": event.mixture if event.sets_mixture else "as before",
+            "mixture": event.mixture.value if isinstance(event.mixture, Unchanged) else event.mixture,
         }
 
     def differs_from(self, other: History) -> bool:

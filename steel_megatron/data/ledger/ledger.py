@@ -1,13 +1,13 @@
 """The ledger of a run: which corpora it reads, from which sample on, how often and in which mixture.
 
-The position of a run is (ledger, consumed samples), nothing else: which sample comes at which position is a function of
-the two (:mod:`~steel_megatron.data.ledger.schedule`), the same for any number of processes. A ledger is JSON, a list of
-events to which one is appended for every change, and is never changed in the past: what decides the samples before a
-position has a fingerprint, which a checkpoint holds against the ledger it resumes with.
+The position of a run is (ledger, consumed samples) and nothing else: the two determine which sample comes at which
+position (:mod:`~steel_megatron.data.ledger.schedule`), for any number of processes. A ledger is a JSON list of events.
+Every change appends one, and the past never changes: what decides the samples before a position has a fingerprint,
+which is recorded in checkpoints and compared on resume.
 
-A change is pending (``at`` is null) until a run syncs, by starting, resuming or saving a checkpoint, and gives it the
-position it is at. Then the pool is everything unseen plus the new, in a new order. A change with a
-position of its own is planned, a stage of a curriculum.
+A change is pending (``at`` is null) until a run syncs, by starting, resuming or saving a checkpoint; it then takes
+effect at that sample. From there, all unseen samples, old and new, are mixed in a new order. A change with a sample of
+its own is planned, as a phase of a curriculum.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, Self
 
 from steel_megatron.data.indexed.dataset import IndexedCorpus
-from steel_megatron.data.ledger.changes import OnDuplicate, add, fresh
-from steel_megatron.data.ledger.corpora import Other, describe, dropped_bits, names_of, open_corpus, without_duplicates
-from steel_megatron.data.ledger.history import FORMAT, Arguments, History
-from steel_megatron.data.ledger.records import (
-    MOST_POSITIONS,
-    Corpus,
-    Fields,
-    corpus_from,
-    corpus_to,
-    event_from,
-    event_to,
-    steps_from,
+from steel_megatron.data.ledger.changes import OnDuplicate, add, new_corpora
+from steel_megatron.data.ledger.corpora import (
+    ReferenceCorpus,
+    describe,
+    dropped_bits,
+    names_of,
+    open_corpus,
+    without_duplicates,
 )
+from steel_megatron.data.ledger.history import FORMAT, Arguments, History
+from steel_megatron.data.ledger.records import Corpus
 from steel_megatron.data.sampling.packing import PackedEpoch
+from steel_megatron.data.strict_json import from_json, to_json
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import disk_errors, exclusive_lock, is_locked, with_suffix, write_atomically
 from steel_megatron.log import get_logger
@@ -43,35 +42,35 @@ from steel_megatron.log import get_logger
 logger = get_logger(__name__)
 
 LOCK_SECONDS = 300.0
-"""How long to wait for somebody who changes a ledger; changes take no longer than a corpus takes to be opened."""
+"""How long to wait for another process that changes a ledger, which takes no longer than to open a corpus."""
 SYNC_SECONDS = 5.0
-"""The same for a run that syncs before a checkpoint: it can sync again at the next, and may be about to be killed."""
+"""The same for a run that syncs before a checkpoint: it may be about to be killed, and the next sync is as good."""
 
 
-class Read(NamedTuple):
-    """A corpus of a ledger whose documents are, or may be, read."""
+class ComparedCorpus(NamedTuple):
+    """What a comparison with a corpus of a ledger depends on."""
 
     number: int
     content: str
     samples: int | None
-    """How many were read of one that is out; None for one that may be read on."""
+    """How many were read before it was removed; None if it may still be read."""
 
 
 @dataclass(frozen=True)
 class PendingCorpora:
-    """Corpora that were described, and perhaps compared, before they come into a ledger."""
+    """Corpora that were described, and perhaps compared, before they are added to a ledger."""
 
     corpora: tuple[Corpus, ...]
     files: Mapping[str, bytes]
-    """What is to be written of dropped documents, by name."""
-    compared: tuple[Read, ...] | None
-    """With what they were compared; None where they were not."""
+    """The files of dropped documents, by name."""
+    compared: tuple[ComparedCorpus, ...] | None
+    """What they were compared with; None if they were not."""
     on_duplicate: OnDuplicate
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """A history, and the folder of its file: relative corpora start there, and files of dropped documents are there."""
+    """A history and the folder of its file, in which relative prefixes start and the files of dropped documents are."""
 
     history: History
     folder: Path = field(default=Path(), compare=False)
@@ -80,7 +79,7 @@ class Ledger:
     def create(
         cls, prefixes: Sequence[str | Path], sequence_length: int, seed: int, folder: Path = Path(), **options: Any
     ) -> Self:
-        """A new ledger of some corpora.
+        """A new ledger that begins with some corpora.
 
         Args:
             prefixes: the corpora, as paths without a suffix.
@@ -119,27 +118,23 @@ class Ledger:
         mixture: Mapping[str, float] | None = None,
         drop_duplicates: bool = False,
     ) -> Self:
-        """Put corpora on disk into the pool. One without a manifest is read in full.
+        """Add corpora on disk. One without a manifest is read in full.
 
         Args:
             prefixes: paths without a suffix.
-            names: by which commands call them; None for those of :func:`~steel_megatron.data.ledger.corpora.names_of`.
-            domain: by which mixtures call all of them.
-            epochs: how often each is read, 2.5 for twice and half of a third time; None for without end.
-            at: the sample from which they are in; None for the next sync of the run.
-            on_duplicate: what to do with a corpus that is in already, or was: ``stop`` or ``skip`` it.
-            mixture: weights by domain from then on; None for as before. Needed where a mixture holds that does not name
-                the new corpora's domains.
-            drop_duplicates: whether to leave out documents that are exactly the same as others in the pool, or as
-                earlier ones of the new corpora. Which ones is written beside the ledger at once.
+            names: their names in commands; None for those of :func:`~steel_megatron.data.ledger.corpora.names_of`.
+            domain: the domain of all of them.
+            epochs, at, on_duplicate, mixture: as for :func:`~steel_megatron.data.ledger.changes.add`.
+            drop_duplicates: whether to drop documents that exactly equal one that was or may still be read, or an
+                earlier one of the new corpora. A file next to the ledger says which; it is written at once.
 
         Raises:
             DataError: a corpus cannot be used or does not fit, or the disk refuses.
         """
-        incoming = self.incoming(prefixes, names, domain, on_duplicate, drop_duplicates)
-        return self.take_in(incoming, epochs, at, mixture)
+        pending = self.prepare(prefixes, names, domain, on_duplicate, drop_duplicates)
+        return self.append_prepared(pending, epochs, at, mixture)
 
-    def incoming(
+    def prepare(
         self,
         prefixes: Sequence[str | Path],
         names: Sequence[str] | None = None,
@@ -147,7 +142,7 @@ class Ledger:
         on_duplicate: OnDuplicate = "stop",
         drop_duplicates: bool = False,
     ) -> PendingCorpora:
-        """The part of :meth:`append` that reads corpora, and may take long.
+        """The part of :meth:`append` that reads corpora, which may take long.
 
         Args:
             prefixes, names, domain, on_duplicate, drop_duplicates: as for :meth:`append`.
@@ -162,40 +157,38 @@ class Ledger:
         if not drop_duplicates:
             return PendingCorpora(tuple(new), {}, None, on_duplicate)
         compared = self._compared()
-        others = [other for read in compared if (other := self._other(read)) is not None]
-        reduced, files = without_duplicates(fresh(self.history, new, on_duplicate), others)
+        references = [found for corpus in compared if (found := self._reference(corpus)) is not None]
+        reduced, files = without_duplicates(new_corpora(self.history, new, on_duplicate), references)
         return PendingCorpora(tuple(reduced), files, compared, on_duplicate)
 
-    def _compared(self) -> tuple[Read, ...]:
-        """What new documents are compared with: all that a run has read, or may still read."""
+    def _compared(self) -> tuple[ComparedCorpus, ...]:
+        """What new documents are compared with: everything that a run has read or may still read."""
         history, in_use = self.history, set(self.history.in_use())
-        cursors = history.schedule.cursors(history.last_synced_sample)
+        consumed = history.schedule.consumed(history.last_synced_sample)
         return tuple(
-            Read(number, history.corpora[number].content, None if number in in_use else int(cursors[number]))
+            ComparedCorpus(number, history.corpora[number].content, None if number in in_use else int(consumed[number]))
             for number in sorted(history.used)
-            if number in in_use or cursors[number]
+            if number in in_use or consumed[number]
         )
 
-    def _other(self, read: Read) -> Other | None:
-        """A corpus to compare with; None for one that is read no more, and gone."""
-        record = self.history.corpora[read.number]
+    def _reference(self, compared: ComparedCorpus) -> ReferenceCorpus | None:
+        """Open a corpus to compare with; None if it was removed and its files are gone."""
+        record = self.history.corpora[compared.number]
         try:
-            corpus, dropped = open_corpus(record, self.folder), dropped_bits(record, self.folder)
+            corpus, ignored = open_corpus(record, self.folder), dropped_bits(record, self.folder)
         except DataError as error:
-            if read.samples is None:
+            if compared.samples is None:
                 raise
-            logger.warning(
-                f"{record.name} was removed, and documents are not compared with what was read of it: {error}"
-            )
+            logger.warning(f"{record.name} was removed; documents are not compared with what was read of it: {error}")
             return None
-        if read.samples is not None and read.samples < self.history.samples(read.number):
-            seen = self.packed(read.number, 0, corpus).documents_of(read.samples)
-            dropped = ~seen if dropped is None else dropped | ~seen
-        return Other(corpus, dropped, record.content if read.samples is None else None)
+        if compared.samples is not None and compared.samples < self.history.samples(compared.number):
+            unread = ~self.packed(compared.number, 0, corpus).documents_of(compared.samples)
+            ignored = unread if ignored is None else ignored | unread
+        return ReferenceCorpus(corpus, ignored, record.content if compared.samples is None else None)
 
-    def take_in(
+    def append_prepared(
         self,
-        incoming: PendingCorpora,
+        pending: PendingCorpora,
         epochs: float | None = 1.0,
         at: int | None = None,
         mixture: Mapping[str, float] | None = None,
@@ -203,24 +196,24 @@ class Ledger:
         """The part of :meth:`append` that changes the ledger.
 
         Args:
-            incoming: the corpora; must be :meth:`up_to_date`.
+            pending: the corpora; must be :meth:`up_to_date`.
             epochs, at, mixture: as for :meth:`append`.
 
         Raises:
             DataError: a corpus does not fit, or the disk refuses.
         """
-        assert self.up_to_date(incoming)
-        appended = self.then(add, incoming.corpora, epochs, at, incoming.on_duplicate, mixture)
-        for name, content in incoming.files.items():
+        assert self.up_to_date(pending)
+        appended = self.then(add, pending.corpora, epochs, at, pending.on_duplicate, mixture)
+        for name, content in pending.files.items():
             write_atomically(self.folder / name, content, DataError)
         return appended
 
-    def up_to_date(self, incoming: PendingCorpora) -> bool:
+    def up_to_date(self, pending: PendingCorpora) -> bool:
         """Whether new corpora were compared with what the ledger reads now."""
-        return incoming.compared is None or incoming.compared == self._compared()
+        return pending.compared is None or pending.compared == self._compared()
 
     def check_began_with(self, prefixes: Sequence[str | Path]) -> None:
-        """Raise a DataError unless corpora are those the ledger began with (removed ones aside) or took in since."""
+        """Raise a DataError unless corpora are in the ledger and include all that it began with and still has."""
         corpora = self.history.known()
         known = {os.path.abspath(self.folder / corpus.prefix): corpus for corpus in corpora}
         by_content = {corpus.content: corpus for corpus in corpora}
@@ -230,7 +223,7 @@ class Ledger:
             if corpus is None:
                 raise DataError(
                     f"{prefix} is not in the ledger, which has {', '.join(known)}; add it with steel-megatron data "
-                    "append, or take another ledger"
+                    "append, or use another ledger"
                 )
             found.add(corpus.name)
         removed = {name for event in self.history.events for name in event.remove}
@@ -239,17 +232,17 @@ class Ledger:
         if missing:
             raise DataError(
                 f"the ledger began with {missing[0].name} ({missing[0].prefix}), which is not among "
-                f"{', '.join(map(str, prefixes))}; name it, or take it out with steel-megatron data remove"
+                f"{', '.join(map(str, prefixes))}; name it, or remove it with steel-megatron data remove"
             )
 
     def packed(self, number: int, epoch: int, corpus: IndexedCorpus, cache: Path | None = None) -> PackedEpoch:
-        """The samples of one pass over a corpus.
+        """The samples of one epoch of a corpus.
 
         Args:
-            number: of the corpus in the ledger.
-            epoch: number of the pass.
+            number: the corpus' number in the ledger.
+            epoch: number of the epoch, from 0.
             corpus: the corpus, from :class:`OpenCorpora`.
-            cache: folder for where samples begin; None to keep that in memory.
+            cache: folder for the index of samples; None to keep it in memory.
 
         Raises:
             DataError: the file of dropped documents is damaged, or the cache cannot be written.
@@ -260,7 +253,7 @@ class Ledger:
         return PackedEpoch(corpus, self.history.sequence_length, key, dropped, cache, record.content)
 
     def save(self, path: str | Path) -> None:
-        """Write the ledger, whole or not at all.
+        """Write the ledger atomically.
 
         Raises:
             DataError: the disk refuses.
@@ -289,17 +282,17 @@ class Ledger:
 
 
 class OpenCorpora:
-    """The corpora of a ledger by number, held against what was recorded.
+    """The corpora of a ledger by number, compared with their records when they are opened.
 
-    Those that are read from the last sync on, or pending, are opened at once. One that was removed before may be gone;
-    it is opened when somebody asks for it.
+    Those that are read from the last sync on, or pending, are opened at once. The files of corpora that were removed
+    before may be gone; such a corpus is opened on demand.
 
     Args:
         ledger: the ledger.
         vocab_size: every token id must be below it; None to leave ids unchecked.
 
     Raises:
-        DataError: a corpus or a file of dropped documents is missing, damaged, or not what it was when it came in.
+        DataError: a corpus or a file of dropped documents is missing or damaged, or has changed since it was added.
     """
 
     def __init__(self, ledger: Ledger, vocab_size: int | None = None) -> None:
@@ -320,12 +313,7 @@ class OpenCorpora:
 
 def dumps(history: History) -> str:
     """A history as a ledger's JSON."""
-    values: dict[str, Any] = {"format": FORMAT, "sequence_length": history.sequence_length, "seed": history.seed}
-    values |= {"reached": history.last_synced_sample, "reserved": history.next_sync_sample}
-    values["steps"] = [vars(size) for size in history.steps]
-    values["corpora"] = [corpus_to(corpus) for corpus in history.corpora]
-    values["events"] = [event_to(event) for event in history.events]
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps({"format": FORMAT, **to_json(history)}, indent=2, ensure_ascii=False) + "\n"
 
 
 def loads(content: str | bytes, where: str) -> History:
@@ -341,58 +329,43 @@ def loads(content: str | bytes, where: str) -> History:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"ledger {where} is no JSON: {error}") from error
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        found = value.get("format") if isinstance(value, dict) else value
-        raise DataError(f"{where} is no ledger of format {FORMAT!r} (it says {str(found)[:80]!r})")
-    where = f"ledger {where}"
-    known = ("format", "sequence_length", "seed", "reached", "reserved", "steps", "corpora", "events")
-    read = Fields(value, where, known)
-    corpora = read.get("corpora", "a list", lambda v: isinstance(v, list))
-    events = read.get("events", "a list", lambda v: isinstance(v, list))
-    reached = read.count("reached", 0, MOST_POSITIONS)
-    try:
-        return History(
-            read.count("sequence_length", 1, 2**31),
-            read.count("seed", 0, 2**63 - 1),
-            tuple(corpus_from(corpus, f"{where}, corpora[{number}]") for number, corpus in enumerate(corpora)),
-            tuple(event_from(event, f"{where}, events[{number}]", len(corpora)) for number, event in enumerate(events)),
-            reached,
-            read.count("reserved", reached, MOST_POSITIONS) if "reserved" in value else reached,
-            steps_from(value.get("steps", []), f"{where}, steps"),
-        )
-    except DataError as error:
-        raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from None
+        raise DataError(f"ledger {where} is not valid JSON: {error}") from error
+    found = value.pop("format", None) if isinstance(value, dict) else value
+    if found != FORMAT:
+        raise DataError(f"{where} is no ledger of format {FORMAT!r} (its format is {str(found)[:80]!r})")
+    if "reached" in value:
+        value.setdefault("reserved", value["reached"])  # earlier versions did not write it
+    return from_json(History, value, f"ledger {where}")
 
 
 def run_is_live(path: Path) -> bool:
-    """Whether a run is under way that reads by a ledger's file: the lock of its folder, or of the ledger, is held."""
+    """Whether a live run reads by a ledger's file: the lock of its folder, or of the ledger, is held."""
     return is_locked(path.parent / "run") or is_locked(with_suffix(path, ".run"))
 
 
+@dataclass
 class Edit:
-    """A ledger's file while it is changed: put the new ledger into ``ledger``."""
+    """A ledger's file while it is changed: assign the new ledger to ``ledger``."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
+    ledger: Ledger
 
 
 @contextmanager
 def edit(path: str | Path, new: Ledger | None = None, wait: float | None = None) -> Iterator[Edit]:
-    """Change a ledger's file; nobody else can at the same time, and it is left as it was when the block raises.
+    """Change a ledger's file under its lock; it stays as it was if the block raises.
 
     Args:
         path: the file.
-        new: what to begin with where there is no file; None to insist on one.
-        wait: seconds to wait for somebody else who changes it, at most; :data:`LOCK_SECONDS` if None.
+        new: the ledger to begin with if there is no file; None to require one.
+        wait: seconds to wait for another process that changes it, at most; :data:`LOCK_SECONDS` if None.
 
     Raises:
-        DataError: the file is missing or damaged, another job changes it all the time, or the disk refuses.
+        DataError: the file is missing or damaged, another job keeps the lock, or the disk refuses.
     """
     path = Path(path)
     with exclusive_lock(path, DataError, LOCK_SECONDS if wait is None else wait):
-        begun = new if new is not None and not path.exists() else Ledger.load(path)
-        changed = Edit(begun)
-        yield changed
-        if changed.ledger != begun or not path.exists():
-            changed.ledger.save(path)
+        before = new if new is not None and not path.exists() else Ledger.load(path)
+        file = Edit(before)
+        yield file
+        if file.ledger != before or not path.exists():
+            file.ledger.save(path)

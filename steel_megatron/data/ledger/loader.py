@@ -1,10 +1,9 @@
 """Indexed corpora -> training samples, in an order that depends on nothing but the ledger and the position in it.
 
-A sample is ``sequence_length + 1`` tokens: inputs and, shifted by one, targets. It is cut from documents laid end to
-end, and the next one begins at its last token, so that every token is predicted once (Megatron's convention).
+A sample is ``sequence_length + 1`` tokens: inputs and, shifted by one, targets. It is cut from concatenated documents,
+and the next one begins at its last token, so that every token is predicted once (Megatron's convention).
 
-How many processes share the work is decided afterwards, by :func:`micro_batches`; the samples of a global batch are
-the same for any number.
+:func:`micro_batches` divides the work among processes; the samples of a global batch are the same for any number.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from steel_megatron.data.indexed.dataset import IndexedCorpus, Origin, open_indexed
+from steel_megatron.data.indexed.dataset import Origin, open_indexed
 from steel_megatron.data.ledger.ledger import Ledger, OpenCorpora
-from steel_megatron.data.sampling.packing import PackedEpoch, Piece, samples_of
+from steel_megatron.data.sampling.packing import PackedEpoch, samples_of
 from steel_megatron.errors import ConfigError, DataError
 
 
@@ -35,19 +34,35 @@ class Samples(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class DocumentSpan:
+    """A contiguous span of a document in a sample."""
+
+    corpus: str
+    """Name of the corpus in the ledger."""
+    document: int
+    """Number of the document in its corpus."""
+    origin: Origin | None
+    """The file and row it came from; None if not recorded."""
+    offset: int
+    """The document's token with which the span begins."""
+    ids: tuple[int, ...]
+    """The token ids of the span."""
+
+
 class LedgerSamples:
     """The training samples of a ledger, numbered in the order in which a run reads them.
 
-    Which tokens sample ``n`` has is a function of the ledger and ``n`` alone. Of each corpus, the index of the pass
-    that was asked for last is kept.
+    The tokens of sample ``n`` depend on the ledger and ``n`` alone. For each corpus, the index of the epoch used last
+    is kept.
 
     Args:
-        ledger: whose samples.
+        ledger: the ledger.
         vocab_size: every token id must be below it; None to leave ids unchecked.
-        cache: folder for where samples begin, to be shared by processes; None to keep that in memory.
+        cache: folder for the indices of samples, shared by processes; None to keep them in memory.
 
     Raises:
-        DataError: a corpus cannot be used, or is not what the ledger recorded.
+        DataError: a corpus cannot be used, or differs from the ledger's record.
     """
 
     def __init__(self, ledger: Ledger, vocab_size: int | None = None, cache: Path | None = None) -> None:
@@ -55,10 +70,10 @@ class LedgerSamples:
         self.ledger = ledger
         self._corpora = OpenCorpora(ledger, vocab_size)
         self._cache = cache
-        self._passes: dict[int, tuple[int, PackedEpoch]] = {}
+        self._epochs: dict[int, tuple[int, PackedEpoch]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LedgerSamples, self._arguments  # another process maps the files by itself
+        return LedgerSamples, self._arguments  # another process maps the files itself
 
     def sample(self, number: int) -> np.ndarray:
         """The ids of sample ``number``, from 0: int64 [sequence_length + 1].
@@ -66,30 +81,44 @@ class LedgerSamples:
         Raises:
             DataError: the ledger has no such sample.
         """
-        corpus, epoch, place = self.ledger.history.schedule.locate(number)
-        return self._pass(corpus, epoch).tokens(place)
+        corpus, epoch, position = self.ledger.history.schedule.locate(number)
+        return self._packed(corpus, epoch).tokens(position)
 
     def sample_with_starts(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a sample, and for each the position in the sample of its document's first token."""
-        corpus, epoch, place = self.ledger.history.schedule.locate(number)
-        return self._pass(corpus, epoch).with_starts(place)
+        corpus, epoch, position = self.ledger.history.schedule.locate(number)
+        return self._packed(corpus, epoch).with_starts(position)
 
-    def documents(self, number: int) -> tuple[IndexedCorpus, list[Piece]]:
-        """The corpus of a sample, and which parts of its documents the sample is made of."""
-        corpus, epoch, place = self.ledger.history.schedule.locate(number)
-        return self._corpora[corpus], self._pass(corpus, epoch).pieces(place)
+    def documents(self, number: int) -> list[DocumentSpan]:
+        """The spans of documents that a sample consists of, in order.
+
+        Raises:
+            DataError: the ledger has no such sample.
+        """
+        number_of_corpus, epoch, position = self.ledger.history.schedule.locate(number)
+        name, corpus = self.ledger.history.corpora[number_of_corpus].name, self._corpora[number_of_corpus]
+        return [
+            DocumentSpan(
+                name,
+                span.document,
+                corpus.origin(span.document),
+                span.offset,
+                tuple(corpus.tokens_of(*span).tolist()),
+            )
+            for span in self._packed(number_of_corpus, epoch).spans(position)
+        ]
 
     def prepare(self, begin: int, end: int) -> None:
         """Make the indices that samples ``begin`` to before ``end`` need."""
         corpora, epochs, _ = self.ledger.history.schedule.locate_range(begin, end)
         for corpus, epoch in sorted(set(zip(corpora.tolist(), epochs.tolist(), strict=True)), reverse=True):
-            self._pass(corpus, epoch)
+            self._packed(corpus, epoch)
 
-    def _pass(self, corpus: int, epoch: int) -> PackedEpoch:
-        latest = self._passes.get(corpus)
+    def _packed(self, corpus: int, epoch: int) -> PackedEpoch:
+        latest = self._epochs.get(corpus)
         if latest is None or latest[0] != epoch:
             latest = epoch, self.ledger.packed(corpus, epoch, self._corpora[corpus], self._cache)
-            self._passes[corpus] = latest
+            self._epochs[corpus] = latest
         return latest[1]
 
 
@@ -119,7 +148,7 @@ class SequentialSamples:
         if self._count == 0:
             raise DataError(
                 f"{', '.join(corpus.prefix for corpus in self.corpora)}: {tokens:,} tokens make no sample of "
-                f"sequence_length + 1 = {sequence_length + 1:,} tokens; shorten the sequence or take more text"
+                f"sequence_length + 1 = {sequence_length + 1:,} tokens; shorten the sequence or use more text"
             )
 
     def __len__(self) -> int:
@@ -130,11 +159,11 @@ class SequentialSamples:
         if not 0 <= number < self._count:
             raise IndexError(f"sample {number} of {self._count}")
         start, stop = number * self.sequence_length, (number + 1) * self.sequence_length + 1
-        parts = [
+        spans = [
             corpus.flat[max(start - first, 0) : max(stop - first, 0)]
             for corpus, first in zip(self.corpora, self._firsts.tolist(), strict=False)
         ]
-        return np.concatenate(parts, dtype=np.int64)
+        return np.concatenate(spans, dtype=np.int64)
 
     def sample_with_starts(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a sample, and for each the position in the sample of its document's first token."""
@@ -153,9 +182,9 @@ def micro_batches(
 ) -> list[range]:
     """One rank's share of a global batch.
 
-    The global batch is the samples ``first_sample`` to before ``first_sample + global_batch_size``, whatever the ranks.
-    Each step of gradient accumulation takes the next ``micro_batch_size * data_parallel_size`` of them, in order of
-    rank.
+    The global batch is the samples ``first_sample`` to before ``first_sample + global_batch_size``, for any number of
+    ranks. Each step of gradient accumulation takes the next ``micro_batch_size * data_parallel_size`` of them, in order
+    of rank.
 
     Args:
         first_sample: number of the global batch's first sample.
@@ -197,40 +226,3 @@ def read_samples(stream: Samples, numbers: Sequence[int], with_starts: bool) -> 
         return np.stack([stream.sample(number) for number in numbers]), None
     tokens, starts = zip(*(stream.sample_with_starts(number) for number in numbers), strict=True)
     return np.stack(tokens), np.stack(starts)
-
-
-@dataclass(frozen=True)
-class DocumentPart:
-    """A part of a document in a sample."""
-
-    corpus: str
-    """Name of the corpus in the ledger."""
-    document: int
-    """Number of the document in its corpus."""
-    origin: Origin | None
-    """The file and row it came from; None where nobody recorded it."""
-    offset: int
-    """The document's token with which the part begins."""
-    ids: tuple[int, ...]
-    """The token ids of the part."""
-
-
-def parts_of(samples: LedgerSamples, number: int) -> list[DocumentPart]:
-    """The documents that a sample is made of, in order.
-
-    Raises:
-        DataError: the ledger has no such sample.
-    """
-    history = samples.ledger.history
-    name = history.corpora[history.schedule.locate(number).corpus].name
-    corpus, pieces = samples.documents(number)
-    return [
-        DocumentPart(
-            name,
-            piece.document,
-            corpus.origin(piece.document),
-            piece.offset,
-            tuple(corpus.tokens_of(piece.document, piece.offset, piece.length).tolist()),
-        )
-        for piece in pieces
-    ]

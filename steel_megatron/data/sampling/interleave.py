@@ -1,13 +1,13 @@
 """The order in which samples of several corpora are mixed, without an array of its length.
 
 Sample ``j`` of a corpus of ``n`` samples gets a random key in ``[j / n, (j + 1) / n)``; the order is that of the keys.
-So each corpus keeps its own order, every stretch holds the mixture to within about one sample per corpus, and which
-corpus comes when is random. Keys are float64 numbers made by one exact addition and one division, which IEEE 754 rounds
-alike everywhere.
+So each corpus keeps its own order, every stretch has the mixture to within about one sample per corpus, and which
+corpus comes when is random. A key is a float64 number from one exact addition and one division, which IEEE 754 rounds
+the same way everywhere.
 
-To find the sample at a position, the line of keys is cut into equal buckets. How many keys of each corpus lie before a
-bucket is known without looking at them all, as there is one key per 1 / n; only the bucket's own keys are made and
-sorted, and kept, since positions are mostly asked for one after the other.
+To find the sample at a position, the range of keys is cut into equal buckets. How many keys of each corpus lie before a
+bucket is known without computing them, as there is one key per 1 / n. Only the bucket's own keys are computed and
+sorted, and kept, since positions are mostly read one after the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from steel_megatron.data.sampling.permutation import GOLDEN, finalise_many, hash
 MOST = 2**52 - 1
 """The most samples that an order may have: a key has 53 bits, of which one at least is random."""
 _BUCKET, _BUCKET_OF_CORPUS = 4096, 16
-"""Samples of a bucket, and at least so many for each corpus: what is done once per bucket and corpus stays small."""
+"""Samples of a bucket, and the least for each corpus, so that the work per bucket and corpus stays small."""
 
 
 class Interleave:
@@ -41,8 +41,8 @@ class Interleave:
         self._streams = np.array([hash64((*key, corpus)) for corpus in range(len(self.counts))], dtype=np.uint64)
         wanted = max(_BUCKET, _BUCKET_OF_CORPUS * len(self.counts))
         self._buckets = 1 << max(0, (self.total // wanted).bit_length())  # a power of two: bounds are exact
-        # The bucket that is held: its number, its positions from and to before, the samples of each corpus before it,
-        # and its own in order.
+        # The current bucket: its number, its first position and the one after its last, the samples of each corpus
+        # before it, and its own samples in order.
         self._bucket, self._at, self._first = -1, (0, 0), self.counts
         self._held = (np.empty(0, np.int32), np.empty(0, np.int64))
 
@@ -50,7 +50,7 @@ class Interleave:
         return self.total
 
     def at(self, position: int) -> tuple[int, int]:
-        """The corpus that a position has a sample of, and the number of the sample in its corpus."""
+        """The corpus of the sample at a position, and the number of the sample in its corpus."""
         begin, _ = self._bounds(position)
         return int(self._held[0][position - begin]), int(self._held[1][position - begin])
 
@@ -68,14 +68,14 @@ class Interleave:
         return corpora, numbers
 
     def counts_before(self, position: int) -> np.ndarray:
-        """How many samples of each corpus come before a position: int64 [K]."""
+        """The samples of each corpus before a position: int64 [K]."""
         if position == self.total:
             return self.counts.copy()
         begin, _ = self._bounds(position)
         return self._first + np.bincount(self._held[0][: position - begin], minlength=len(self.counts))
 
     def _bounds(self, position: int) -> tuple[int, int]:
-        """The positions of the bucket around one, from and to before, after making that bucket the one that is held."""
+        """The range of positions of the bucket that contains a position; it becomes the current bucket."""
         assert 0 <= position < self.total, (position, self.total)
         if self._at[0] <= position < self._at[1]:
             return self._at
@@ -182,7 +182,7 @@ def merge_keys_by_numpy(
 def _keys(counts: np.ndarray, streams: np.ndarray, corpora: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """The keys of samples ``numbers`` of ``corpora``: float64 [m], below 1.
 
-    The random part has as many bits as a float64 has left beside the number, so that the sum is exact.
+    The random part has as many bits as a float64 has left next to the number, so that the sum is exact.
     """
     own = np.maximum(counts, 1)
     bits = 53 - np.frexp(own.astype(np.float64))[1].astype(np.uint64)  # frexp's exponent is the number's bits

@@ -1,9 +1,9 @@
-"""One pass over one corpus as samples: documents in a random order, end to end, cut, and the samples shuffled.
+"""One epoch of one corpus as samples: documents concatenated in a random order, cut, and the samples shuffled.
 
 A sample is ``sequence_length + 1`` tokens: inputs and, shifted by one, targets. The next one begins at its last token,
-so that every token is predicted once; the last, incomplete one is dropped. Where each sample begins is an index of 16
-bytes per sample, computed in bounded memory and kept in a folder of caches; the orders take none. A cache may be
-removed at any time: it is made again, the same.
+so that every token is predicted once; the incomplete last one is dropped. Where each sample begins is an index of 16
+bytes per sample, computed in bounded memory and kept in a folder of caches; the orders take no memory. A cache may be
+removed at any time and is rebuilt identically.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ FORMAT = "steel-megatron-packing-1"
 _CHUNK = 1 << 16
 """Documents handled at a time when an index is built."""
 _SAMPLES_OF_FILE = 1 << 16
-"""Below so many samples (1 MiB) an index is made in memory faster than it is found in a file."""
+"""Below this many samples (1 MiB), building an index in memory is faster than reading its file."""
 _LOCK_SECONDS = 3600.0
-"""How long to wait for another process that makes the same index."""
+"""How long to wait for another process that builds the same index."""
 _SECONDS = 2.0
-"""An index that takes longer to build is spoken of."""
+"""An index that takes longer to build is logged."""
 
 
-class Piece(NamedTuple):
-    """A part of a sample, all from one document."""
+class PackedSpan(NamedTuple):
+    """A contiguous part of a sample from one document."""
 
     document: int
     offset: int
-    """The document's token with which the piece begins."""
+    """The document's token with which the span begins."""
     length: int
 
 
 class PackedEpoch:
-    """The samples of one pass over a corpus.
+    """The samples of one epoch of a corpus.
 
     Args:
-        corpus: where the tokens are.
+        corpus: the corpus.
         sequence_length: tokens that a sample predicts.
-        key: 64-bit numbers: seed, identity of the corpus, number of the pass.
-        dropped: documents to leave out, as :func:`~steel_megatron.data.indexed.exact_duplicates.drop_bits` has them;
+        key: 64-bit numbers: seed, identity of the corpus, number of the epoch.
+        dropped: documents to leave out, as bits of :func:`~steel_megatron.data.indexed.exact_duplicates.drop_bits`;
             None for none.
-        cache: folder of the indices, None to keep this one in memory.
-        content: hex digest of what the corpus holds, which names the cache; needed with ``cache``.
+        cache: folder of the indices; None to keep this one in memory.
+        content: hex digest of the corpus' content, part of the cache's name; needed with ``cache``.
 
     Raises:
         DataError: the corpus is shorter than a sample, or the cache cannot be written.
@@ -83,12 +83,13 @@ class PackedEpoch:
         if self.samples == 0:
             raise DataError(
                 f"{corpus.prefix}: {tokens:,} tokens make no sample of sequence_length + 1 = {sequence_length + 1:,} "
-                "tokens; shorten the sequence or take more text"
+                "tokens; shorten the sequence or use more text"
             )
         self._documents = Permutation(corpus.documents, (*key, 0))
         self._order = Permutation(self.samples, (*key, 1))
+        # Where each unshuffled sample begins: position in the document order, token of the document; int64 [N, 2].
         if cache is None or self.samples < _SAMPLES_OF_FILE:
-            self._first = np.concatenate(list(self._build()))
+            self._starts = np.concatenate(list(self._build()))
         else:
             assert content is not None
             left_out = None if dropped is None else hashlib.sha256(dropped.tobytes()).hexdigest()
@@ -99,7 +100,7 @@ class PackedEpoch:
                 "sequence_length": sequence_length,
                 "key": list(key),
             }
-            self._first = _cached(cache, recipe, self)
+            self._starts = _cached(cache, recipe, self)
         self._reader: Any = None
         if helpers is not None:
             self._reader = helpers.Reader(
@@ -109,28 +110,18 @@ class PackedEpoch:
                 dropped,
                 self._documents.native,
                 self._order.native,
-                self._first,
+                self._starts,
                 sequence_length,
             )
 
     def __len__(self) -> int:
         return self.samples
 
-    @property
-    def first_place(self) -> np.ndarray:
-        """Where in the order of documents each sample begins, before samples are shuffled: int64 [N]."""
-        return self._first[:, 0]
-
-    @property
-    def first_offset(self) -> np.ndarray:
-        """With which token of that document: int64 [N]."""
-        return self._first[:, 1]
-
     def tokens(self, number: int) -> np.ndarray:
         """The ids of sample ``number`` of the shuffled order: int64 [sequence_length + 1]."""
         if self._reader is not None:
             return np.asarray(self._reader.tokens(number))
-        return self._join(self.pieces(number))
+        return self._join(self.spans(number))
 
     def with_starts(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a sample, and where documents begin in it.
@@ -142,56 +133,56 @@ class PackedEpoch:
         if self._reader is not None:
             tokens, starts = self._reader.with_starts(number)
             return tokens, starts
-        pieces = self.pieces(number)
-        lengths = np.array([piece.length for piece in pieces])
-        return self._join(pieces), np.repeat(np.cumsum(lengths) - lengths, lengths)
+        spans = self.spans(number)
+        lengths = np.array([span.length for span in spans])
+        return self._join(spans), np.repeat(np.cumsum(lengths) - lengths, lengths)
 
-    def pieces(self, number: int) -> list[Piece]:
-        """The documents that a sample is made of, in order."""
-        place, offset = (int(value) for value in self._first[self._order(number)])
+    def spans(self, number: int) -> list[PackedSpan]:
+        """The spans that a sample consists of, in order."""
+        position, offset = (int(value) for value in self._starts[self._order(number)])
         missing, found = self.sequence_length + 1, []
         while missing:
-            document = self._documents(place)
+            document = self._documents(position)
             size = 0 if self._is_dropped(document) else int(self.corpus.sizes[document])
             taken = min(size - offset, missing)
             if taken:
-                found.append(Piece(document, offset, taken))
+                found.append(PackedSpan(document, offset, taken))
                 missing, offset = missing - taken, 0
-            place += 1
+            position += 1
         return found
 
     def documents_of(self, samples: int) -> np.ndarray:
-        """The documents of which some tokens are in the first samples of the order.
+        """The documents that have tokens in the first samples of the order.
 
         Returns:
-            their bits, as :func:`~steel_megatron.data.indexed.exact_duplicates.drop_bits` has them.
+            their bits, as of :func:`~steel_megatron.data.indexed.exact_duplicates.drop_bits`.
         """
         found = np.zeros(self.corpus.documents, dtype=bool)
         for number in range(samples):
-            found[[piece.document for piece in self.pieces(number)]] = True
+            found[[span.document for span in self.spans(number)]] = True
         return drop_bits(found)
 
     def _is_dropped(self, document: int) -> bool:
         return self._dropped is not None and bool(self._dropped[document >> 3] >> (document & 7) & 1)
 
-    def _join(self, pieces: list[Piece]) -> np.ndarray:
-        return np.concatenate([self.corpus.tokens_of(*piece) for piece in pieces], dtype=np.int64)
+    def _join(self, spans: list[PackedSpan]) -> np.ndarray:
+        return np.concatenate([self.corpus.tokens_of(*span) for span in spans], dtype=np.int64)
 
     def _build(self) -> Iterator[np.ndarray]:
-        """The index by parts: int64 [m, 2]."""
+        """The index in chunks: int64 [m, 2]."""
         pack = helpers.pack if helpers is not None else None
         missing, before, began = self.samples, 0, time.monotonic()
         for begin in range(0, self.corpus.documents, _CHUNK):
             end = min(begin + _CHUNK, self.corpus.documents)
             if pack is not None:
                 arguments = self._documents.native, self.corpus.sizes, self._dropped, self.sequence_length
-                part, before = pack(*arguments, begin, end, before)
+                chunk, before = pack(*arguments, begin, end, before)
             else:
-                part, before = pack_by_numpy(
+                chunk, before = pack_by_numpy(
                     self._documents, self.corpus.sizes, self._dropped, self.sequence_length, begin, end, before
                 )
-            yield part[:missing]
-            missing -= len(part[:missing])
+            yield chunk[:missing]
+            missing -= len(chunk[:missing])
             if not missing:
                 break
         assert not missing, (missing, before)
@@ -200,7 +191,7 @@ class PackedEpoch:
 
 
 def samples_of(tokens: int, sequence_length: int) -> int:
-    """How many samples so many tokens make."""
+    """The samples that a number of tokens makes."""
     return max(0, (tokens - 1) // sequence_length)
 
 
@@ -217,19 +208,19 @@ def dropped_tokens(corpus: IndexedCorpus, dropped: np.ndarray | None) -> int:
 def pack_by_numpy(
     order: Permutation, sizes: np.ndarray, dropped: np.ndarray | None, length: int, begin: int, end: int, before: int
 ) -> tuple[np.ndarray, int]:
-    """Where samples begin among the documents at some places of the order; the reference of the compiled ``pack``.
+    """Where samples begin among the documents of a range of the order; the reference of the compiled ``pack``.
 
     Args:
         order: of the documents.
         sizes: tokens of each document.
         dropped: bits of documents that are left out, or None.
         length: tokens from one beginning to the next.
-        begin: first place.
-        end: the place after the last.
+        begin: first position in the order.
+        end: the position after the last.
         before: tokens of the documents before ``begin``.
 
     Returns:
-        int64 [m, 2], place and offset; and the tokens of the documents before ``end``.
+        int64 [m, 2], position and offset; and the tokens of the documents before ``end``.
     """
     documents = order.many_by_numpy(np.arange(begin, end))
     own = sizes[documents].astype(np.int64)
@@ -242,13 +233,13 @@ def pack_by_numpy(
 
 
 def _cached(folder: Path, recipe: dict[str, Any], epoch: PackedEpoch) -> np.ndarray:
-    """The index from its cache, which is made when it is not there or damaged: int64 [samples, 2], mapped."""
+    """The index from its cache, which is built if it is missing or damaged: int64 [samples, 2], memory-mapped."""
     name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
     path, sidecar = folder / f"{name}.npy", folder / f"{name}.json"
     found = _open_cache(path, sidecar, epoch.samples)
     if found is not None:
         return found
-    with exclusive_lock(folder / name, DataError, _LOCK_SECONDS):  # one process makes it, the others find it then
+    with exclusive_lock(folder / name, DataError, _LOCK_SECONDS):  # one process builds it, the others then find it
         found = _open_cache(path, sidecar, epoch.samples)
         if found is None:
             digest = _publish(path, epoch)
@@ -260,10 +251,10 @@ def _cached(folder: Path, recipe: dict[str, Any], epoch: PackedEpoch) -> np.ndar
 
 
 def _publish(path: Path, epoch: PackedEpoch) -> str:
-    """Write an index whose file is not there, or is damaged; returns its SHA-256.
+    """Write an index whose file is missing or damaged; returns its SHA-256.
 
-    Where locks do not work, another process may be making the same one, and readers may have mapped it. So a file that
-    has appeared meanwhile stays.
+    Where locks do not work, another process may be building the same one, and readers may have mapped it. So a file
+    that has appeared in the meantime stays.
     """
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.partial")
     remove(path)
@@ -284,35 +275,35 @@ def _publish(path: Path, epoch: PackedEpoch) -> str:
     return digest
 
 
-def remove_caches(folder: Path, first_passes: Mapping[str, int]) -> None:
-    """Remove indices of passes that are over, and what killed processes left.
+def remove_caches(folder: Path, first_epochs: Mapping[str, int]) -> None:
+    """Remove the indices of finished epochs, and what killed processes left.
 
     Args:
         folder: of the caches.
-        first_passes: by content of a corpus, the number of the pass that it is in. Others are left alone.
+        first_epochs: by content of a corpus, the number of its current epoch. Indices of other corpora stay.
     """
     for sidecar in folder.glob("*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
             recipe = json.loads(sidecar.read_bytes())
-            if recipe["key"][2] < first_passes.get(recipe["content"], 0):
+            if recipe["key"][2] < first_epochs.get(recipe["content"], 0):
                 remove(sidecar)
                 remove(sidecar.with_suffix(".npy"))
     orphans = (path for path in folder.glob("*.npy") if not path.with_suffix(".json").exists())
     for path in (*folder.glob("*.partial"), *orphans):
         with suppress(OSError, DataError):
-            # By age first: where locks do not work, somebody may be writing it.
+            # By age first: where locks do not work, another process may be writing it.
             if time.time() - path.stat().st_mtime > _LOCK_SECONDS:
                 with exclusive_lock(folder / path.name.split(".")[0], DataError):
                     remove(path)
 
 
 def _write_index(file: IO[bytes], epoch: PackedEpoch) -> str:
-    """Write the index part by part; returns its SHA-256."""
+    """Write the index chunk by chunk; returns its SHA-256."""
     hashed = _Hashed(file)
     header = {"descr": "<i8", "fortran_order": False, "shape": (epoch.samples, 2)}
     npy.write_array_header_1_0(hashed, header)
-    for part in epoch._build():
-        hashed.write(np.ascontiguousarray(part, dtype="<i8").data)
+    for chunk in epoch._build():
+        hashed.write(np.ascontiguousarray(chunk, dtype="<i8").data)
     file.flush()
     os.fsync(file.fileno())
     return hashed.digest.hexdigest()
@@ -330,7 +321,7 @@ class _Hashed:
 
 
 def _open_cache(path: Path, sidecar: Path, samples: int) -> np.ndarray | None:
-    """The index of a cache; None where there is none, or with a warning a damaged one."""
+    """The index of a cache; None if there is none, or, with a warning, if it is damaged."""
     try:
         record = json.loads(sidecar.read_bytes())
         intact = sha256_of(path) == record["sha256"]
@@ -338,9 +329,9 @@ def _open_cache(path: Path, sidecar: Path, samples: int) -> np.ndarray | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning(f"the cache {path} cannot be read and is made again: {error}")
+        logger.warning(f"the cache {path} cannot be read and is rebuilt: {error}")
         return None
     if found is None or found.shape != (samples, 2) or found.dtype != np.int64:
-        logger.warning(f"the cache {path} is damaged and is made again")
+        logger.warning(f"the cache {path} is damaged and is rebuilt")
         return None
     return found.view(np.ndarray)

@@ -1,8 +1,8 @@
-"""Random orders that take no memory: a keyed bijection of ``range(count)``, computed where it is asked for.
+"""Random orders that take no memory: a keyed bijection of ``range(count)``, computed on demand.
 
 A Feistel network scrambles numbers of as few bits as ``count`` needs; a result that is not below ``count`` is scrambled
-again until it is (cycle-walking), which keeps it a bijection. All is integer arithmetic modulo 2**64, so the order is
-the same on every machine and under every version of numpy, and a resumed run finds the order it left.
+again until it is (cycle-walking), which keeps it a bijection. It is integer arithmetic modulo 2**64, so the order is
+the same on every machine and with every version of numpy, and a resumed run continues in the same order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def finalise_many(values: np.ndarray) -> np.ndarray:
 
 
 def hash64(key: tuple[int, ...]) -> int:
-    """A 64-bit number out of a tuple of them; another tuple, or another length, gives an unrelated one."""
+    """A 64-bit number from a tuple of them; another tuple, or another length, gives an unrelated one."""
     state = len(key)
     for word in key:
         assert 0 <= word <= MASK, key
@@ -44,7 +44,7 @@ def hash64(key: tuple[int, ...]) -> int:
 
 
 class Permutation:
-    """A random-looking order of ``range(count)`` that depends on nothing but ``count`` and the key.
+    """A pseudo-random order of ``range(count)`` that depends on ``count`` and the key alone.
 
     Args:
         count: how many numbers, from 0 to 2**62.
@@ -61,18 +61,18 @@ class Permutation:
         # Halves of 1 bit at least: a network without one of its halves does not scramble.
         self._halves = (bits // 2, bits - bits // 2)
         self.native: Any = helpers.Permutation(count, self.round_keys) if helpers is not None else None
-        """The compiled twin, or None."""
+        """The compiled counterpart, or None."""
 
     def __len__(self) -> int:
         return self.count
 
-    def __call__(self, place: int) -> int:
-        """The number at ``place`` of the order."""
-        assert 0 <= place < self.count, (place, self.count)
+    def __call__(self, position: int) -> int:
+        """The number at ``position`` of the order."""
+        assert 0 <= position < self.count, (position, self.count)
         if self.native is not None:
-            return int(self.native(place))
+            return int(self.native(position))
         left_bits, right_bits = self._halves
-        value = place
+        value = position
         while True:
             left, right = value >> right_bits, value & (1 << right_bits) - 1
             for even, odd in zip(self.round_keys[::2], self.round_keys[1::2], strict=True):
@@ -82,16 +82,16 @@ class Permutation:
             if value < self.count:
                 return value
 
-    def many(self, places: np.ndarray) -> np.ndarray:
-        """The numbers at several places of the order: int64 [n] -> int64 [n]."""
+    def many(self, positions: np.ndarray) -> np.ndarray:
+        """The numbers at several positions of the order: int64 [n] -> int64 [n]."""
         if self.native is not None:
-            return np.asarray(self.native.many(np.ascontiguousarray(places, dtype=np.int64)))
-        return self.many_by_numpy(places)
+            return np.asarray(self.native.many(np.ascontiguousarray(positions, dtype=np.int64)))
+        return self.many_by_numpy(positions)
 
-    def many_by_numpy(self, places: np.ndarray) -> np.ndarray:
+    def many_by_numpy(self, positions: np.ndarray) -> np.ndarray:
         """The reference of :meth:`many`."""
-        assert len(places) == 0 or 0 <= places.min() <= places.max() < self.count, (places, self.count)
-        values = self._once(places.astype(np.uint64))
+        assert len(positions) == 0 or 0 <= positions.min() <= positions.max() < self.count, (positions, self.count)
+        values = self._once(positions.astype(np.uint64))
         outside = np.flatnonzero(values >= self.count)
         while len(outside):
             values[outside] = self._once(values[outside])

@@ -148,14 +148,14 @@ def test_of_a_removed_corpus_what_was_read_counts(tmp_path: Path, caplog: pytest
     ledger = begin.then(remove, ["a"], at=100).then(apply_pending, 100)
     ledger.save(path)
     first = ledger.packed(0, 0, OpenCorpora(ledger)[0])
-    pieces = [piece for sample in range(int(ledger.history.schedule.cursors(100)[0])) for piece in first.pieces(sample)]
+    spans = [span for sample in range(int(ledger.history.schedule.consumed(100)[0])) for span in first.spans(sample)]
     grown = append_all(path, new)
-    assert 10 < dropped(grown) == len({piece.document for piece in pieces}) < 50
+    assert 10 < dropped(grown) == len({span.document for span in spans}) < 50
     assert lost(grown.history) == set()
     for file in tmp_path.glob("a.*"):
         file.unlink()
     assert dropped(append_all(path, new)) == 0
-    assert "a was removed, and documents are not compared with what was read of it" in caplog.text
+    assert "a was removed; documents are not compared with what was read of it" in caplog.text
 
 
 def test_what_would_be_lost_with_another_corpus_is_refused(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_what_would_be_lost_with_another_corpus_is_refused(tmp_path: Path) -> No
     begin = Ledger.create([write(tmp_path / "base", texts(*range(200, 260)))], sequence_length=10, seed=1)
     begin.append([write(tmp_path / "a", texts(*range(50)))], at=5).save(path)
     ledger = append_all(path, new)
-    with pytest.raises(DataError, match=r"documents of new were dropped because .* would not be read to its end"):
+    with pytest.raises(DataError, match=r"documents of new were dropped because .* would not be read completely"):
         ledger.then(cancel, 5)
     with pytest.raises(DataError, match="documents of new were dropped because a has them"):
         ledger.then(remove, ["a"], at=20)

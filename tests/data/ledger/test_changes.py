@@ -1,4 +1,4 @@
-"""Changes of a ledger: what they make of it, what they forget, what is refused."""
+"""Changes of a ledger: their effect, what they forget, what is refused."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from steel_megatron.data.ledger.changes import (
     apply_pending,
     at_step,
     cancel,
-    freed,
     lost,
+    released,
     remove,
     reweight,
     set_mixture,
 )
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import dumps, loads
-from steel_megatron.data.ledger.records import Dropped, StepSize
+from steel_megatron.data.ledger.records import DroppedDocuments, StepSize
 from steel_megatron.errors import DataError
 from tests.data.ledgers import LENGTH, corpus, ledger_of, located, two
 
 
-def test_what_is_reserved_is_freed_by_a_stop() -> None:
+def test_what_was_not_read_is_released_by_a_stop() -> None:
     running = two().then(apply_pending, 50, 70)
     assert running.then(add, [corpus("c", 9)]).events[-1].at is None
     planned = running.then(add, [corpus("c", 9)], at=70)
-    assert planned.then(cancel, 70) == running
-    assert running.then(freed).then(remove, ["a"], at=50).then(cancel, 50) == running.then(freed) != running
+    assert planned.then(cancel, 70).events == running.events
+    assert running.then(released).then(remove, ["a"], at=50).then(cancel, 50) == running.then(released) != running
     taken = (
-        running.then(freed).then(remove, ["a"]).then(apply_pending, 50)
+        running.then(released).then(remove, ["a"]).then(apply_pending, 50)
     )  # a run took it in, and was killed before its checkpoint
-    assert taken.fingerprint(50) == running.fingerprint(50) and taken.then(cancel, 50) == running.then(freed)
+    assert taken.fingerprint(50) == running.fingerprint(50) and taken.then(cancel, 50) == running.then(released)
 
 
 def test_what_fits_only_at_the_next_sync_can_be_cancelled_after_a_kill() -> None:
     planned = two().then(set_mixture, {"zh": 1, "en": 1}, at=55).then(set_mixture, {"zh": 1, "en": 0}, at=65)
     running = planned.then(apply_pending, 50, 70)
     pending = running.then(remove, ["b"])  # which the mixture of 55 still needs
-    assert pending.then(freed) == pending
-    assert pending.then(freed).then(cancel).then(freed) == running.then(freed)
+    assert pending.then(released) == pending
+    assert pending.then(released).then(cancel).then(released) == running.then(released)
 
 
 def test_a_plan_may_need_what_is_pending() -> None:
@@ -88,7 +88,7 @@ def test_what_was_cancelled_is_forgotten() -> None:
         .then(cancel)
         .then(add, [dataclasses.replace(corpus("x", 20), name="b", tokenizer="qwen")])
     )
-    assert [entry.name for entry in again.corpora] == ["a", "b"] and again.corpora[1].content == corpus("x", 20).content
+    assert [entry.content for entry in again.known()] == [corpus(name, 1).content for name in "ax"]
     # In the middle: others keep their numbers, and so their order.
     three = ledger.then(add, [corpus("b", 10)], at=20).then(add, [corpus("c", 30)], at=40)
     two_left = three.then(cancel, 20)
@@ -96,14 +96,14 @@ def test_what_was_cancelled_is_forgotten() -> None:
     with pytest.raises(DataError, match="the ledger has no corpus 'b'; it has a, c"):
         two_left.then(remove, ["b"])
     filled = two_left.then(add, [dataclasses.replace(corpus("y", 10), name="b", tokenizer="qwen")], at=60)
-    assert [entry.name for entry in filled.corpora] == ["a", "b", "c"] and filled.number_of("b") == 1
+    assert [entry.name for entry in filled.known()] == ["a", "c", "b"] and filled.number_of("c") == 2
     assert located(filled, 0, 60) == located(two_left, 0, 60)
     assert loads(dumps(two_left), "memory") == two_left
 
 
 def kept_and_dropped(**options: int | None) -> History:
     """100 samples of a, and of b, of which a document was dropped that a has."""
-    like = Dropped("0" * 64, 1, 5, (corpus("a", 1).content,))
+    like = DroppedDocuments("0" * 64, 1, 5, (corpus("a", 1).content,))
     return (
         ledger_of(corpus("base", 50))
         .then(add, [corpus("a", 100)], **options)
@@ -123,7 +123,7 @@ def kept_and_dropped(**options: int | None) -> History:
 )
 def test_documents_that_were_dropped_are_not_lost(change: Callable[[], History]) -> None:
     with pytest.raises(
-        DataError, match=r"documents of b were dropped because a.* so they would be lost; let it be read"
+        DataError, match=r"documents of b were dropped because a.* so they would be lost; keep it for one epoch"
     ):
         change()
 
@@ -142,7 +142,10 @@ def test_what_is_read_once_or_not_needed_may_go() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: two().then(add, [corpus("a", 100)]), "/data/a is in the ledger already, as a .*skip"),
+        (
+            lambda: two().then(add, [corpus("a", 100)]),
+            r"/data/a is in the ledger already, as a .*data append skip it \(--on_duplicate skip\)",
+        ),
         (lambda: two().then(add, [corpus("c", 9), corpus("c", 9)]), "is in the ledger already, as c "),
         (lambda: two().then(add, [dataclasses.replace(corpus("c", 9), name="a")]), r"corpus a .* has the name a of a "),
         (
@@ -159,21 +162,21 @@ def test_what_is_read_once_or_not_needed_may_go() -> None:
         ),
         (
             lambda: two().then(apply_pending, 50).then(add, [corpus("c", 9)], at=49),
-            "49 is no good: the run last looked .* sample 50",
+            "sample 49 is too early for a change: the run.s last sync was at sample 50",
         ),
         (
             lambda: two().then(apply_pending, 50, 60).then(add, [corpus("c", 9)], at=59),
-            "59 is no good: a run reads on to sample 60 .*--at",
+            "59 is too early for a change: a live run reads to sample 60 .*--at",
         ),
-        (lambda: two().then(add, [corpus("c", 9)], at=2**41), "the last that can be planned is 1,099,511,627,776"),
+        (lambda: two().then(add, [corpus("c", 9)], at=2**41), "too late for a change: the latest is 1,099,511,627,776"),
         (lambda: two().then(add, [corpus("c", 9)], 10**400), "epochs is 1000.*at most 5e.18"),
         (lambda: two().then(set_mixture, {"zh": 10**400, "en": 1}), "the mixture is .*at most 5e.18"),
         (
             lambda: two().schedule.locate(10**19),
-            "10,000,000,000,000,000,001 samples were asked for; no run reads more than",
+            "10,000,000,000,000,000,001 samples are needed; no run reads more than",
         ),
         (
-            lambda: ledger_of(corpus("a", 9), epochs=None).schedule.cursors(2**63),
+            lambda: ledger_of(corpus("a", 9), epochs=None).schedule.consumed(2**63),
             "no run reads more than 4,611,686,018",
         ),
         (
@@ -181,15 +184,18 @@ def test_what_is_read_once_or_not_needed_may_go() -> None:
             "no run reads more than",
         ),
         (lambda: two().then(remove, ["c"]), "the ledger has no corpus 'c'; it has a, b"),
-        (lambda: two().then(remove, ["a"], at=10).then(remove, ["a"], at=20), "'a' is not in the pool at sample 20"),
+        (lambda: two().then(remove, ["a"], at=10).then(remove, ["a"], at=20), "'a' is not active at sample 20"),
         (
             lambda: two().then(set_mixture, {"zh": 1, "en": 1}, at=0).then(remove, ["b"]),
-            "domain 'en' the weight 1, but no corpus",
+            "domain 'en' the weight 1, but no active corpus",
         ),
         (lambda: two().then(reweight, {"a": -1}), "epochs of a is -1"),
         (lambda: two().then(reweight, {"c": 1}), "the ledger has no corpus 'c'"),
         (lambda: two().then(set_mixture, {"zh": 1}), "does not name domain 'en' .of b.*0 to pause it"),
-        (lambda: two().then(set_mixture, {"zh": 1, "en": 1, "fr": 1}), "domain 'fr' the weight 1, but no corpus"),
+        (
+            lambda: two().then(set_mixture, {"zh": 1, "en": 1, "fr": 1}),
+            "domain 'fr' the weight 1, but no active",
+        ),
         (lambda: two().then(set_mixture, {"zh": 0, "en": 0}), "the mixture is .* at least one above 0"),
         (lambda: two().then(set_mixture, {"zh": -1, "en": 2}), "the mixture is "),
         (lambda: two().then(set_mixture, {}), "the mixture is {}"),
@@ -198,35 +204,35 @@ def test_what_is_read_once_or_not_needed_may_go() -> None:
         (lambda: two().then(cancel, 70), "nothing is planned for sample 70"),
         (
             lambda: two().then(remove, ["a"], at=20).then(apply_pending, 21).then(cancel, 20),
-            "sample 20 stays: the run last looked .* sample 21",
+            "sample 20 stay: the run.s last sync was at sample 21",
         ),
         (
             lambda: two().then(remove, ["a"], at=20).then(apply_pending, 10, 21).then(cancel, 20),
-            "20 stays: a run reads on to .*21.*stop the run",
+            "20 stay: a live run reads to sample 21.*stop the run",
         ),
         (
             lambda: two().then(apply_pending, 201),
-            "has 200 samples, and 201 were asked for: every corpus is read .*a, b",
+            "has 200 samples, and 201 are needed: every corpus is read .*a, b",
         ),
-        (lambda: two().schedule.locate(200), "has 200 samples, and 201 were asked for"),
-        (lambda: two().schedule.locate_range(0, 201), "has 200 samples, and 201 were asked for"),
+        (lambda: two().schedule.locate(200), "has 200 samples, and 201 are needed"),
+        (lambda: two().schedule.locate_range(0, 201), "has 200 samples, and 201 are needed"),
         (
             lambda: two().schedule.require(999, "train_steps"),
-            "has 200 samples, and 999 were asked for by train_steps: every",
+            "has 200 samples, and 999 are needed by train_steps: every",
         ),
         (
             lambda: two().then(set_mixture, None, at=300).schedule.locate(250),
-            "200 samples, before what is planned for sample 300",
+            "200 samples before the change planned for sample 300",
         ),
         (
             lambda: two().then(set_mixture, None, at=201).schedule.locate(200),
-            "200 samples, before what is planned for sample 201",
+            "200 samples before the change planned for sample 201",
         ),
         (
             lambda: two().then(remove, ["a", "b"], at=20).schedule.locate(20),
-            "has 20 samples, and 21 .*: no corpus is in it",
+            "has 20 samples, and 21 .*: no corpus is active",
         ),
-        (lambda: History(LENGTH, 0).schedule.locate(0), "has 0 samples, and 1 were asked for: no corpus is in it"),
+        (lambda: History(LENGTH, 0).schedule.locate(0), "has 0 samples, and 1 are needed: no corpus is active"),
     ],
 )
 def test_what_does_not_fit_is_refused(wrong: Callable[[], object], message: str) -> None:
@@ -244,6 +250,6 @@ def test_tokenizers_are_not_mixed() -> None:
 def test_duplicates_are_skipped_where_that_is_wished(caplog: pytest.LogCaptureFixture) -> None:
     same = dataclasses.replace(corpus("a", 100, "zh"), name="again", prefix="/data/again")
     assert two().then(add, [same], on_duplicate="skip") == two()
-    assert "/data/again is in the ledger already, as a (/data/a): the same bytes; it is skipped" in caplog.text
+    assert "/data/again is in the ledger already, as a (/data/a): the same bytes; skipped" in caplog.text
     grown = two().then(add, [same, corpus("c", 9)], on_duplicate="skip", at=10)
     assert [entry.name for entry in grown.corpora] == ["a", "b", "c"]

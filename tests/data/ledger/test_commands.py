@@ -17,7 +17,7 @@ from steel_megatron.cli import main
 from steel_megatron.data.ledger import ledger as ledger_module
 from steel_megatron.data.ledger.changes import apply_pending, at_step
 from steel_megatron.data.ledger.ledger import Ledger, OpenCorpora, edit
-from steel_megatron.data.ledger.records import Event
+from steel_megatron.data.ledger.records import Event, Unchanged
 from steel_megatron.files import exclusive_lock
 from tests.data.corpora import inputs, write
 
@@ -85,17 +85,21 @@ def test_append(folder: Folder) -> None:
         ("b", "default"),
         ("c", "default"),
     ]
-    assert last().at is None and [added.epochs for added in last().add] == [1.0, 1.0] and not last().sets_mixture
+    assert (
+        last().at is None
+        and [added.epochs for added in last().add] == [1.0, 1.0]
+        and last().mixture is Unchanged.MIXTURE
+    )
     assert ledger.history.corpora[1].dropped is None
     assert data("cancel", "l.json") == 0
     words = ["--names", "x", "--domain", "en", "--epochs", "2.5", "--at", "30", "--mixture", "zh=3", "en=1"]
     assert data("append", "l.json", "b", *words, "--drop_duplicates", "true") == 0
-    dropped = (corpus := Ledger.load("l.json").history.corpora[1]).dropped
+    dropped = (corpus := Ledger.load("l.json").history.known()[1]).dropped
     assert (corpus.name, corpus.domain, dropped and dropped.documents) == ("x", "en", 10)
     assert last().at == 30 and last().add[0].epochs == 2.5 and last().mixture == {"zh": 3, "en": 1}
     assert data("append", "l.json", "a", "c", "--on_duplicate", "skip", "--domain", "en", "--epochs", "null") == 0
-    assert [corpus.name for corpus in Ledger.load("l.json").history.corpora] == ["a", "x", "c"]
-    assert last().at is None and [(added.corpus, added.epochs) for added in last().add] == [(2, None)]
+    assert [corpus.name for corpus in Ledger.load("l.json").history.known()] == ["a", "x", "c"]
+    assert last().at is None and [added.epochs for added in last().add] == [None]
     before = Path("l.json").read_bytes()
     assert data("append", "l.json", "c", "--on_duplicate", "stop") == 2 == data("append", "l.json", "c")
     assert Path("l.json").read_bytes() == before
@@ -111,8 +115,8 @@ def test_the_others(folder: Folder) -> None:
     assert data("reweight", "l.json", "a", "--epochs", "null", "--at", "50") == 0
     assert last() == Event(50, epochs={"a": None})
     assert data("mixture", "l.json", "zh=2", "default=1") == 0
-    assert last() == Event(None, mixture={"zh": 2, "default": 1}, sets_mixture=True)
-    assert data("mixture", "l.json", "none", "--at", "60") == 0 and last() == Event(60, sets_mixture=True)
+    assert last() == Event(None, mixture={"zh": 2, "default": 1})
+    assert data("mixture", "l.json", "none", "--at", "60") == 0 and last() == Event(60, mixture=None)
     assert data("cancel", "l.json", "--at", "50") == 0
     assert [event.at for event in Ledger.load("l.json").history.events] == [0, 0, 40, None, None, 60]
     assert data("cancel", "l.json") == 0
@@ -129,7 +133,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("words", CHANGES, ids=[words[0] for words in CHANGES])
-def test_what_a_run_reads_before_it_looks_again_stays(
+def test_what_a_run_reads_before_its_next_sync_stays(
     folder: Folder, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     lock = "l.json.run" if words[0] == "append" else "run"
@@ -140,11 +144,11 @@ def test_what_a_run_reads_before_it_looks_again_stays(
     with exclusive_lock(lock, ledger_module.DataError):
         assert data(*words) == 2 == data(*words, "--stopped", "true")
         said = capsys.readouterr().err
-        assert "a run reads on to sample 30 before it looks at the ledger again" in said and "stop the run" in said
+        assert "a live run reads to sample 30 before its next sync" in said and "stop the run" in said
         assert Path("l.json").read_bytes() == before
-        assert data("show", "l.json") == 0 and "run at 20, reading on to 30" in capsys.readouterr().out
+        assert data("show", "l.json") == 0 and "run at 20, next sync at 30" in capsys.readouterr().out
     Path(f"{lock}.lock").touch()  # left by a kill
-    assert data("show", "l.json") == 0 and "reading on" not in capsys.readouterr().out
+    assert data("show", "l.json") == 0 and "next sync" not in capsys.readouterr().out
     assert data(*words, "--stopped", "true") == 0 and "--stopped is no longer needed" in capsys.readouterr().err
     ledger = Ledger.load("l.json")
     assert (ledger.history.last_synced_sample, ledger.history.next_sync_sample) == (20, 20) and len(
@@ -176,6 +180,14 @@ def test_show(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     assert part["text"] == " ".join(map(str, part["ids"]))
     assert data("show", "l.json") == 0
     assert "a (zh): 99 samples, 50 documents, read 0.00 times" in capsys.readouterr().out
+    running(9, 30)
+    for epochs, at in (("3", ["--at", "50"]), ("4", []), ("5", ["--at", "20"])):
+        capsys.readouterr()
+        assert data("reweight", "l.json", "a", "--epochs", epochs, *at) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  from ")]
+    assert [line.rpartition(": ")[2] for line in lines] == [
+        *("add a (2 times)", "read a 4 times", "read a 5 times", "read a 3 times"),
+    ]
     for words in (["--sample", "9" * 20], ["--step", "0"], ["--step", "1", "--sample", "1"], ["--sample", "-1"]):
         assert data("show", "l.json", *words) == 2
         assert "error: " in capsys.readouterr().err
@@ -200,7 +212,7 @@ def test_texts_are_decoded(folder: Folder, sp_model: Path, capsys: pytest.Captur
         (["create", "n.json", "b", "--sequence_length", "0"], "sequence_length is 0 and seed 1234"),
         (["create", "n.json", "b", "--sequence_length", "8", "--seed", "-1"], "seed -1"),
         (["append", "l.json", "b", "--epochs", "1" + "0" * 400], '"epochs"'),
-        (["append", "l.json", "b", "--at", "9" * 30], "is no good: the last that can be planned"),
+        (["append", "l.json", "b", "--at", "9" * 30], "is too late for a change: the latest is"),
         (["mixture", "l.json", "zh=1" + "0" * 300], "at most 5e+18"),
         (["cancel", "l.json", "--at", "0"], "nothing would be left"),
     ],
@@ -227,7 +239,7 @@ def _slow_append(begun: Any, go_on: Any, *words: str) -> None:
     os._exit(data(*words))
 
 
-def beside(work: Callable[[], None], *words: str) -> int | None:
+def meanwhile(work: Callable[[], None], *words: str) -> int | None:
     """The exit code of an append during whose reading something else is done."""
     context = multiprocessing.get_context("fork")
     begun, go_on = context.Event(), context.Event()
@@ -248,7 +260,7 @@ def test_others_may_change_the_ledger_while_corpora_are_read(folder: Folder) -> 
 
     drop = False
     with exclusive_lock("run", ledger_module.DataError):
-        assert beside(work, "append", "l.json", "b") == 0
+        assert meanwhile(work, "append", "l.json", "b") == 0
     assert [corpus.name for corpus in Ledger.load("l.json").history.corpora] == ["a", "c", "b"]
     assert Ledger.load("l.json").history.next_sync_sample == 30
 
@@ -260,7 +272,7 @@ def test_what_came_meanwhile_is_compared_too(folder: Folder) -> None:
     def work() -> None:
         assert data("append", "l.json", "b") == 0
 
-    assert beside(work, "append", "l.json", "d", "--drop_duplicates", "true") == 0
+    assert meanwhile(work, "append", "l.json", "d", "--drop_duplicates", "true") == 0
     dropped = Ledger.load("l.json").history.corpora[2].dropped
     assert dropped is not None and dropped.documents == 30  # 60 to 89 are in b, which was not there at first
 

@@ -1,4 +1,4 @@
-"""The ledger's files: JSON read strictly, changes that are whole and not lost, corpora that are what they were."""
+"""The ledger's files: strict JSON, atomic changes that are not lost, corpora that have not changed."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def test_ledgers_of_earlier_versions_can_be_read(tmp_path: Path) -> None:
     for added in ("reserved", "steps"):
         del content[added]
     for entry in content["corpora"]:
-        if entry["dropped"]:
-            del entry["dropped"]["like"]
+        entry.get("dropped", {}).pop("like", None)
+        for spelled_out in ("tokenizer", "dropped"):
+            entry.setdefault(spelled_out, None)
     (tmp_path / "ledger.json").write_text(json.dumps(content))
     loaded = Ledger.load(tmp_path / "ledger.json").history
     assert loaded == dataclasses.replace(run, next_sync_sample=40, steps=())
@@ -101,18 +102,26 @@ def damaged(place: tuple[object, ...], value: object) -> str:
         (("corpora", 1, "content"), "xyz", r"corpora\[1\]: content is 'xyz'; it must be 64 hex digits"),
         (("corpora", 1, "content"), corpus("a", 1).content, "has the content .* of a "),
         (("corpora", 1, "tokens"), 5, r"/data/b: 5 tokens make no sample"),
+        (("reached",), KeyError, "has no field 'reached'; it must be a whole number from 0"),
         (("corpora", 1, "documents"), -3, r"corpora\[1\]: documents is -3"),
-        (("corpora", 1, "tokenizer"), 3, "tokenizer is 3; it must be a text or null"),
+        (("corpora", 1, "tokenizer"), 3, "tokenizer is 3; it must be a text that is not empty, or null"),
         (("corpora", 1, "colour"), 3, "unknown field 'colour'"),
         (("corpora", 2, "dropped", "sha256"), "f", r"corpora\[2\], dropped: sha256 is 'f'"),
-        (("corpora", 2, "dropped", "documents"), 99, r"corpora\[2\] drops .*documents=99"),
+        (
+            ("corpora", 2, "dropped", "documents"),
+            99,
+            r"corpora\[2\]: 99 documents .* only 3",
+        ),
         (("events",), None, "events is None; it must be a list"),
         (("events", 0, "at"), -1, r"events\[0\]: at is -1; it must be a sample's number, or null"),
+        (("events", 0, "add", 0, "epochs"), KeyError, r"events\[0\], add\[0\] has no field 'epochs'"),
+        (("events", 0, "add"), {}, r"events\[0\]: add is {}; it must be a list"),
+        (("corpora", 2, "dropped"), 5, r"corpora\[2\]: dropped is 5; it must be an object, or null"),
         (("events", 0, "at"), KeyError, r"events\[0\] has no field 'at'"),
         (("events", 0, "when"), 3, r"events\[0\] has an unknown field 'when'"),
         (("events", 0, "add", 0, "corpus"), 9, r"events\[0\], add\[0\]: corpus is 9; it must be a whole number from 0"),
         (("events", 0, "add", 0, "epochs"), "two", r"add\[0\]: epochs is 'two'; it must be a number above 0"),
-        (("events", 0, "add", 1, "corpus"), 0, "a is added at sample 0, but is in already"),
+        (("events", 0, "add", 1, "corpus"), 0, "a is added at sample 0, but is active already"),
         (("events", 2, "epochs", "a"), 0, "epochs is .*; it must be by name"),
         (("events", 2, "epochs", "z"), 1, "has no corpus 'z'"),
         (("events", 3, "mixture", "zh"), "much", "mixture is .*; it must be weights by domain"),
@@ -123,7 +132,7 @@ def damaged(place: tuple[object, ...], value: object) -> str:
         (("steps",), 5, "steps is 5; it must be a list"),
         (("steps",), [{"step": 0, "consumed": 0, "global_batch_size": 0}], r"steps\[0\]: global_batch_size is 0"),
         (("steps",), 2 * [{"step": 3, "consumed": 9, "global_batch_size": 3}], r"steps\[1\]: step is 3; .* from 4"),
-        (("corpora", 0, "max_id"), -1, "max_id is -1; it must be a token id or null"),
+        (("corpora", 0, "max_id"), -1, "max_id is -1; it must be a token id, or null"),
         (("corpora", 2, "dropped", "like"), "a", r"corpora\[2\], dropped: like is 'a'"),
         (("events", 0, "add", 0, "epochs"), 10**400, r"add\[0\]: epochs is 1000.*at most 5e\+18"),
         (("events", 3, "mixture", "zh"), 10**400, r"mixture is .*at most 5e\+18"),
@@ -145,7 +154,7 @@ def test_a_truncated_file_is_refused(content: bytes, tmp_path: Path) -> None:
         Ledger.load(path)
 
 
-def test_edits_are_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edits_are_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run" / "ledger.json"
     with edit(path, new=Ledger(two())) as opened:
         opened.ledger = opened.ledger.then(add, [corpus("c", 9)])
@@ -273,11 +282,11 @@ def test_a_corpus_that_changed_is_refused(tmp_path: Path, change: str) -> None:
             OpenCorpora(ledger)
         return
     write(tmp_path / "a", other)
-    with pytest.raises(DataError, match=f"corpus a has changed since it came into the ledger: {change} of {prefix} is"):
+    with pytest.raises(DataError, match=f"corpus a has changed since it was added .*: {change} of {prefix} is"):
         OpenCorpora(ledger)
 
 
-def test_ids_of_a_corpus_without_a_manifest_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_of_a_corpus_without_a_manifest_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = write_megatron(tmp_path / "a", [[text] for text in documents(0)])
     ledger = Ledger.create([prefix], sequence_length=8, seed=5)
     assert ledger.history.corpora[0].max_id == 30 * 39 + 8
@@ -297,7 +306,7 @@ def test_negative_ids_are_refused(tmp_path: Path) -> None:
         Ledger.create([prefix], sequence_length=8, seed=5)
 
 
-def test_a_copy_needs_the_files_beside_it(tmp_path: Path) -> None:
+def test_a_copy_needs_the_files_next_to_it(tmp_path: Path) -> None:
     path = tmp_path / "run" / "ledger.json"
     Ledger.create([write(tmp_path / "a", documents(0))], sequence_length=8, seed=5).save(path)
     with edit(path) as opened:
@@ -320,7 +329,7 @@ def test_a_removed_corpus_may_be_gone(tmp_path: Path) -> None:
         corpora[0]
 
 
-def test_corpora_beside_the_ledger_move_with_it(tmp_path: Path) -> None:
+def test_corpora_next_to_the_ledger_move_with_it(tmp_path: Path) -> None:
     prefix = write(tmp_path / "old" / "a", documents(0))
     text = dumps(Ledger.create([prefix], sequence_length=8, seed=5).history).replace(prefix, "a")
     (tmp_path / "old" / "ledger.json").write_text(text)

@@ -15,7 +15,7 @@ from steel_megatron.data.indexed.dataset import Origin
 from steel_megatron.data.indexed.writer import IndexedWriter
 from steel_megatron.data.ledger.corpora import names_of
 from steel_megatron.data.ledger.ledger import Ledger, edit
-from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, micro_batches, parts_of, read_samples
+from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, micro_batches, read_samples
 from steel_megatron.data.ledger.session import read_ledger
 from steel_megatron.data.sampling import packing
 from steel_megatron.errors import ConfigError, DataError
@@ -89,12 +89,12 @@ def test_order_is_pinned(prefixes: list[str], tmp_path: Path) -> None:
 def test_parts_say_where_the_tokens_come_from(prefixes: list[str], tmp_path: Path) -> None:
     stream = samples_of(prefixes, tmp_path)
     for number in range(8):
-        parts = parts_of(stream, number)
-        assert [token for part in parts for token in part.ids] == stream.sample(number).tolist()
-        for part in parts:
-            sizes, first = SIZES[part.corpus], 0 if part.corpus == "a" else 71
-            assert part.ids[0] == first + sum(sizes[: part.document]) + part.offset
-            assert part.origin == Origin(f"{part.corpus}.jsonl", "text", part.document + 1)
+        spans = stream.documents(number)
+        assert [token for span in spans for token in span.ids] == stream.sample(number).tolist()
+        for span in spans:
+            sizes, first = SIZES[span.corpus], 0 if span.corpus == "a" else 71
+            assert span.ids[0] == first + sum(sizes[: span.document]) + span.offset
+            assert span.origin == Origin(f"{span.corpus}.jsonl", "text", span.document + 1)
 
 
 @given(

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from steel_megatron.data.indexed.dataset import IndexedCorpus, open_indexed
 from steel_megatron.data.indexed.exact_duplicates import bits_of, drop_bits
 from steel_megatron.data.sampling import packing, permutation
-from steel_megatron.data.sampling.packing import PackedEpoch, Piece
+from steel_megatron.data.sampling.packing import PackedEpoch, PackedSpan
 from steel_megatron.data.sampling.permutation import Permutation
 from steel_megatron.errors import DataError
 from steel_megatron.files import exclusive_lock
@@ -47,8 +47,10 @@ def in_memory(sizes: list[int], dtype: type = np.int32, wide: bool = False) -> I
     return IndexedCorpus("memory", np.arange(int(lengths.sum())).astype(dtype), positions, lengths, {})
 
 
-def reference(corpus: IndexedCorpus, length: int, mask: np.ndarray) -> list[tuple[list[int], list[int], list[Piece]]]:
-    """All samples in the order in which they are read: tokens, starts of their documents, pieces."""
+def reference(
+    corpus: IndexedCorpus, length: int, mask: np.ndarray
+) -> list[tuple[list[int], list[int], list[PackedSpan]]]:
+    """All samples in the order in which they are read: tokens, starts of their documents, spans."""
     order = Permutation(corpus.documents, (*KEY, 0))
     places = [
         (document, offset, int(corpus.document(document)[offset]))
@@ -62,15 +64,15 @@ def reference(corpus: IndexedCorpus, length: int, mask: np.ndarray) -> list[tupl
         begin = shuffled(number) * length
         cut = places[begin : begin + length + 1]
         starts: list[int] = []
-        pieces: list[Piece] = []
+        spans: list[PackedSpan] = []
         for position, (document, offset, _) in enumerate(cut):
-            if not pieces or pieces[-1].document != document:
-                pieces.append(Piece(document, offset, 0))
+            if not spans or spans[-1].document != document:
+                spans.append(PackedSpan(document, offset, 0))
                 starts.append(position)
             else:
                 starts.append(starts[-1])
-            pieces[-1] = pieces[-1]._replace(length=pieces[-1].length + 1)
-        samples.append(([token for *_, token in cut], starts, pieces))
+            spans[-1] = spans[-1]._replace(length=spans[-1].length + 1)
+        samples.append(([token for *_, token in cut], starts, spans))
     return samples
 
 
@@ -99,10 +101,10 @@ def test_samples_equal_the_reference(
                 continue
             epoch = PackedEpoch(corpus, length, KEY, dropped)
             assert len(epoch) == len(expected)
-            for number, (tokens, starts, pieces) in enumerate(expected):
+            for number, (tokens, starts, spans) in enumerate(expected):
                 assert epoch.tokens(number).tolist() == tokens
                 assert [array.tolist() for array in epoch.with_starts(number)] == [tokens, starts]
-                assert epoch.pieces(number) == pieces
+                assert epoch.spans(number) == spans
                 assert epoch.tokens(number).dtype == np.int64
 
 
@@ -140,8 +142,7 @@ def test_a_cache_is_used_again(corpus: IndexedCorpus, tmp_path: Path, monkeypatc
     folder = tmp_path / "cache"
     first, in_memory_too = cached(corpus, folder), PackedEpoch(corpus, 32, KEY)
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".npy"]
-    assert np.array_equal(first.first_place, in_memory_too.first_place)
-    assert np.array_equal(first.first_offset, in_memory_too.first_offset)
+    assert np.array_equal(first._starts, in_memory_too._starts)
     monkeypatch.setattr(PackedEpoch, "_build", None)  # it would be called where nothing is found
     again = cached(corpus, folder)
     assert [again.tokens(n).tolist() for n in range(9)] == [in_memory_too.tokens(n).tolist() for n in range(9)]
@@ -181,7 +182,7 @@ def test_a_damaged_cache_is_made_again(
         record.unlink()
     assert [cached(corpus, folder).tokens(n).tolist() for n in range(9)] == expected
     assert array.read_bytes() == content
-    assert ("is made again" in caplog.text) == (damage != "no record")
+    assert ("is rebuilt" in caplog.text) == (damage != "no record")
     caplog.clear()
     cached(corpus, folder)
     assert not caplog.text
@@ -225,7 +226,7 @@ def _killed_while_writing(prefix: str, folder: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_passes_that_are_over_and_what_kills_left_are_removed(corpus: IndexedCorpus, tmp_path: Path) -> None:
+def test_finished_epochs_and_what_kills_left_are_removed(corpus: IndexedCorpus, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     process = multiprocessing.get_context("fork").Process(target=_killed_while_writing, args=(corpus.prefix, folder))
     process.start()
@@ -253,7 +254,7 @@ def test_passes_that_are_over_and_what_kills_left_are_removed(corpus: IndexedCor
 def test_the_documents_of_some_samples(corpus: IndexedCorpus) -> None:
     epoch = PackedEpoch(corpus, 32, KEY)
     for samples in (0, 1, 40, len(epoch)):
-        expected = {piece.document for number in range(samples) for piece in epoch.pieces(number)}
+        expected = {span.document for number in range(samples) for span in epoch.spans(number)}
         assert set(np.flatnonzero(bits_of(epoch.documents_of(samples), 0, corpus.documents)).tolist()) == expected
 
 
