@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from steel_megatron.config import ModelConfig
+from steel_megatron.hf.mapping import why_not_exportable
 from steel_megatron.model.causality import Causality
 
 Kind = Literal["checkpoint", "Hugging Face folder", "settings"]
@@ -157,7 +158,7 @@ class AuditReport:
 
     def _decoding_lines(self) -> list[str]:
         if self.exported is None:
-            return [f"{feed_forward_of(self.model)} has no exported form, so there is no decoding to check"]
+            return [f"audited the library's own model alone, without decoding: {why_not_exportable(self.model)}"]
         prompts = ", ".join(map(str, self.exported.prompts))
         return [
             f"exported code against the library: {self.exported.agreement.figure}",

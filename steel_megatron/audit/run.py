@@ -28,8 +28,8 @@ from steel_megatron.hf.mapping import (
     Tensors,
     config_to_hf,
     from_hf,
-    has_exported_form,
     published_shapes,
+    why_not_exportable,
 )
 from steel_megatron.hf.modeling_steel import SteelForCausalLM
 from steel_megatron.model.causality import (
@@ -136,7 +136,7 @@ def _build(
     names = published_shapes(model)
     weights = {name: tensor.float() for name, tensor in subject.load().items() if name in names}
     _set_weights(stage, from_hf(weights, model, str(path)))
-    if not has_exported_form(model):
+    if why_not_exportable(model) is not None:
         return stage.eval(), None
     # The exported code around these very tensors.
     with torch.device("meta"):

@@ -6,24 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from steel_megatron.config.checks import at_least, divides, one_of, typed
+from steel_megatron.config.megatron import changes_the_result
 from steel_megatron.config.routing import RoutingModeFacts, routing_facts, routing_mode_names
 from steel_megatron.errors import ConfigError
 
 FeedForward = Literal["soft_moe", "dense", "none", "top_k_moe"]
 Activation = Literal["double_swiglu", "swiglu"]
 RoutingMix = Literal["normalized", "raw"]
-
-
-HOW_NOT_WHAT = (
-    "recompute_",
-    "cpu_offloading",
-    "distribute_saved_activations",
-    "deallocate_",
-    "overlap_",
-    "batch_p2p_",
-    "tp_comm_",
-)
-"""Beginnings of megatron-core's settings that change how a model is computed, and not what."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +70,7 @@ class ModelConfig:
     experts_alike: bool = False
     """Start the experts of a layer as copies of one (sparse upcycling); routing then makes them different."""
     megatron: dict[str, Any] = field(default_factory=dict)
-    """Further fields of megatron-core's TransformerConfig, by name."""
+    """Further fields of megatron-core's TransformerConfig, by name (docs/extending.md lists them)."""
 
     def __post_init__(self) -> None:
         typed(self)
@@ -146,8 +135,8 @@ class ModelConfig:
 
     @property
     def megatron_computing(self) -> dict[str, Any]:
-        """The further settings of megatron-core that may change what the model computes."""
-        return {name: value for name, value in self.megatron.items() if not name.startswith(HOW_NOT_WHAT)}
+        """The further fields of megatron-core that change what the model computes."""
+        return {name: value for name, value in self.megatron.items() if changes_the_result(name)}
 
     @property
     def loss_name(self) -> str:

@@ -95,32 +95,18 @@ def _networks(key: str, prefixes: list[str], matrices: tuple[str, ...], shape: t
     )
 
 
-def _check_expressible(model: ModelConfig) -> None:
+def why_not_exportable(model: ModelConfig) -> str | None:
+    """What the exported model code lacks to compute a model; None if it lacks nothing."""
     if model.ffn not in FFN_TYPES.values():
-        raise CheckpointError(
-            f"a model with ffn = {model.ffn} has no published form; only ffn = {' and '.join(FFN_TYPES.values())} "
-            "can be exported (the others are there to compare with)"
+        return f"the exported model code has no ffn = {model.ffn}; it has {' and '.join(FFN_TYPES.values())}"
+    if model.routing is not None and model.routing.name not in ROUTING_MODES:
+        return (
+            f"the exported model code has no routing_mode = {model.routing_mode}; it has {', '.join(ROUTING_MODES)} "
+            "(docs/new_routing_mode.md says how to add one)"
         )
     for name, value in model.megatron_computing.items():
-        raise CheckpointError(
-            f"a model with model.megatron.{name} = {value!r} has no published form: the "
-            "exported code does not know megatron-core's settings, and may compute something else"
-        )
-
-
-def has_exported_form(model: ModelConfig) -> bool:
-    """Whether the code that travels with exported weights computes such a model."""
-    return model.ffn in FFN_TYPES.values() and (model.routing is None or model.routing.name in ROUTING_MODES)
-
-
-def check_exportable(model: ModelConfig) -> None:
-    """Raise a CheckpointError unless the code that travels with exported weights computes such a model."""
-    _check_expressible(model)
-    if not has_exported_form(model):
-        raise CheckpointError(
-            f"a model with routing_mode = {model.routing_mode} cannot be exported: the code that travels with exported "
-            f"weights has {', '.join(ROUTING_MODES)} (docs/new_routing_mode.md says how it gets another)"
-        )
+        return f"the exported model code does not know model.megatron.{name} = {value!r}"
+    return None
 
 
 def _feed_forward(key: str, prefixes: list[str], inner: int, model: ModelConfig) -> list[Rule]:
@@ -134,12 +120,8 @@ def _feed_forward(key: str, prefixes: list[str], inner: int, model: ModelConfig)
 
 
 def rules(model: ModelConfig) -> list[Rule]:
-    """The table for a model.
-
-    Raises:
-        CheckpointError: the published form has no such feed-forward layer.
-    """
-    _check_expressible(model)
+    """The table of a model with ``ffn: soft_moe`` or ``dense``."""
+    assert model.ffn in FFN_TYPES.values()
     hidden, layers, layer = model.hidden_size, "decoder.layers", "model.layers.{layer}"
     table = [
         _padded("embedding.word_embeddings.weight", model, "model.embed_tokens.weight"),
@@ -273,7 +255,9 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: the exported code computes no such model.
     """
-    check_exportable(model)
+    lacks = why_not_exportable(model)
+    if lacks is not None:
+        raise CheckpointError(f"the model cannot be exported: {lacks}")
     ffn_type = {ours: theirs for theirs, ours in FFN_TYPES.items()}[model.ffn]
     mlp_type = {ours: theirs for theirs, ours in MLP_TYPES.items()}[model.ffn_activation]
     return {

@@ -183,6 +183,6 @@ def test_settings_in_other_words() -> None:
 
 
 def test_settings_that_the_exported_code_does_not_know() -> None:
-    with pytest.raises(CheckpointError, match=r"model\.megatron\.qk_layernorm = True has no published form"):
-        mapping.config_to_hf(dataclasses.replace(BASE, megatron={"qk_layernorm": True}))
+    with pytest.raises(CheckpointError, match=r"code does not know model\.megatron\.softmax_scale = 0\.1"):
+        mapping.config_to_hf(dataclasses.replace(BASE, megatron={"softmax_scale": 0.1}))
     mapping.config_to_hf(dataclasses.replace(BASE, megatron={"recompute_granularity": "full"}))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from steel_megatron.config import ModelConfig, ParallelConfig, RunConfig
 from steel_megatron.errors import CheckpointError, ConfigError
-from steel_megatron.hf.mapping import config_to_hf, rules
+from steel_megatron.hf.mapping import config_to_hf
 from tests.distributed import run_distributed
 from tests.train.small_run import LAYOUTS, PROCESSES, compare, small_run, train
 
@@ -134,9 +134,8 @@ def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
 def test_they_are_causal_and_have_no_published_form(model: dict[str, Any]) -> None:
     settings = small_run(ParallelConfig(), **model).model
     assert settings.causal and settings.loss_name == "loss"
-    for refused in (rules, config_to_hf):
-        with pytest.raises(CheckpointError, match=f"ffn = {settings.ffn} has no published form"):
-            refused(settings)
+    with pytest.raises(CheckpointError, match=f"has no ffn = {settings.ffn}; it has soft_moe and dense"):
+        config_to_hf(settings)
 
 
 def scales(run: RunConfig) -> list[float]:

@@ -53,7 +53,7 @@ MAY_DIFFER: dict[str, tuple[Any, int]] = {
     "init_method_std": (0.02, ALWAYS),
     "expert_init_method_std": (0.03, ALWAYS),
     "experts_alike": (True, ALWAYS),
-    "megatron": ({"qk_layernorm": True}, NEVER),
+    "megatron": ({"softmax_scale": 0.1}, NEVER),
 }
 
 
