@@ -221,7 +221,7 @@ def write_settings(folder: Path, **model: Any) -> Path:
 @pytest.mark.slow
 def test_settings_in_every_mode(tmp_path: Path) -> None:
     paths = [
-        write_settings(tmp_path, routing_mode=mode, routing_mix=mix, ffn=ffn)
+        write_settings(tmp_path, routing_mode=mode, slot_input=mix, ffn=ffn)
         for mode, mix, ffn in [(mode, "raw", "soft_moe") for mode in MODES] + [("sequence", "normalized", "dense")]
     ]
     reports = run_distributed(audit_all, 1, paths)[0]
@@ -283,11 +283,13 @@ def train_and_audit(folder: Path) -> dict[str, Any]:
 
 
 def as_an_earlier_version(path: Path) -> Path:
-    """Earlier versions accepted fields of megatron-core that nothing read."""
+    """With a field of megatron-core that nothing reads, and old names of settings."""
     from steel_megatron.train import checkpoint
 
     manifest = json.loads((path / checkpoint.MANIFEST).read_text(encoding="utf-8"))
-    manifest["model"]["megatron"] = {"qk_layernorm": True}
+    model = manifest["model"]
+    model["megatron"] = {"qk_layernorm": True}
+    model |= {old: model.pop(new) for old, new in ModelConfig.RENAMED.items()}
     manifest["sha256"] = checkpoint._manifest_checksum(manifest)
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     info = checkpoint.read_info(path)

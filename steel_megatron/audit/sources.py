@@ -127,7 +127,7 @@ def _random_weights(model: ModelConfig, seed: int) -> Tensors:
             drawn.zero_()
         elif name.endswith("_proj.weight") or name == "lm_head.weight":
             # What enters routed experts has length 1 where routing mixes normalized tokens; all else has entries of 1.
-            reads_unit = ".experts." in name and "down_proj" not in name and model.routing_mix == "normalized"
+            reads_unit = ".experts." in name and "down_proj" not in name and model.slot_input == "normalized"
             drawn /= 1.0 if reads_unit else math.sqrt(shape[1])
         weights[name] = drawn
     return weights

@@ -17,8 +17,8 @@ import jsonargparse
 
 from steel_megatron.cli import corpora, ledgers, models
 from steel_megatron.cli.options import REQUIRED, Option, options_of
-from steel_megatron.cli.wrong_options import explain
-from steel_megatron.config import from_dict
+from steel_megatron.cli.wrong_options import explain, refuse_old_and_new_name
+from steel_megatron.config import RunConfig, from_dict
 from steel_megatron.errors import ConfigError
 from steel_megatron.log import exit_code
 
@@ -169,18 +169,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         the exit code: 0, 1 if the command itself reports a failure, or 2 for an error that the user can fix.
     """
-    said = None
+    code = None
 
     def command() -> None:
-        nonlocal said
+        nonlocal code
         name, options = _parse(sys.argv[1:] if arguments is None else arguments)
         called = COMMANDS[name]
         if called.config is not None:
-            said = called.function(from_dict(called.config, options, f"the options of {name}"))
+            code = called.function(from_dict(called.config, options, f"the options of {name}"))
         else:
-            said = called.function(**options)
+            code = called.function(**options)
 
-    return exit_code(command) or said or 0
+    return exit_code(command) or code or 0
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -199,6 +199,8 @@ def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         name, chosen = f"{name} {chosen['command']}", chosen[chosen["command"]]
     options = chosen.as_dict()
     options.pop("config", None)
+    if COMMANDS[name].config is RunConfig:
+        refuse_old_and_new_name(options, arguments)
     return name, options
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from steel_megatron.config import ModelConfig
 from steel_megatron.config.loading import described
+from steel_megatron.errors import ConfigError
 
 _KEY = re.compile(r'Parser key "([^"]+)": (.*)')
 _VALUE = re.compile(r"(?:Got|Given) value: (?!.*(?:Got|Given) value: )(.*)")
@@ -44,6 +46,19 @@ def explain(
     wanted = described(kind)
     hint = "; on the command line a list is written '[A, B]'" if "a list" in wanted and not file else ""
     return f"{subject} is {shown}; it must be {wanted}{hint}"
+
+
+def refuse_old_and_new_name(options: Mapping[str, Any], arguments: Sequence[str]) -> None:
+    """Refuse a new name on the command line that would lose to the old name in a file.
+
+    Raises:
+        ConfigError: a setting of the model has both.
+    """
+    given = {word.partition("=")[0] for word in arguments}
+    for old, new in ModelConfig.RENAMED.items():
+        value = (options.get("model") or {}).get(old)
+        if f"--model.{new}" in given and value is not None:
+            raise ConfigError(f"--model.{new} is given and so is its old name, model.{old} = {value}; rename that one")
 
 
 def _file_at_fault(message: str, arguments: Sequence[str], failure: Callable[[list[str]], str | None]) -> str | None:

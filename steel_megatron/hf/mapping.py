@@ -279,7 +279,7 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
         "n_experts": model.num_experts,
         "slots_per_expert": model.slots_per_expert,
         "routing_mode": PUBLISHED_MODE if model.routing is None else model.routing.name,
-        "routing_mix": model.routing_mix,
+        "routing_mix": model.slot_input,
         "routing_block_length": model.block_length,
         "shared_expert_intermediate_size": model.shared_expert_intermediate_size,
     }
@@ -319,7 +319,7 @@ def config_from_hf(config: Mapping[str, Any], origin: str) -> ModelConfig:
             num_experts=_number(config, "n_experts", origin),
             slots_per_expert=_number(config, "slots_per_expert", origin),
             routing_mode=None if ffn == "dense" else _known(config, "routing_mode", modes, origin, PUBLISHED_MODE),
-            routing_mix=config.get("routing_mix", "normalized"),
+            slot_input=config.get("routing_mix", "normalized"),
             block_length=_number(config, "routing_block_length", origin, default=64),
             # A dense network has no such expert beside it.
             shared_expert_intermediate_size=0

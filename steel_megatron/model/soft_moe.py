@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from steel_megatron.config import ModelConfig
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.experts import Experts, Rows
-from steel_megatron.model.routing import SharedSequences, routing_mode
+from steel_megatron.model.routing import OldNames, SharedSequences, routing_mode
 from steel_megatron.parallel.collectives import (
     gather_copies,
     gather_parts,
@@ -61,7 +61,7 @@ class DenseFeedForward(MegatronModule):
         return self.network(flat, self.rows).reshape(hidden_states.shape), None
 
 
-class ParallelSoftMoE(MegatronModule):
+class ParallelSoftMoE(OldNames, MegatronModule):
     """Soft mixture of experts (Soft MoE, arXiv 2308.00951, section 2; Steel-LLM, section 3.1).
 
     Where processes share sequences, each routes its own tokens. In modes ``sequence`` and ``block_causal`` only slots
@@ -86,7 +86,7 @@ class ParallelSoftMoE(MegatronModule):
         super().__init__(config=config)
         assert model.routing_mode is not None, "checked by ModelConfig"
         self.mode = routing_mode(model.routing_mode)
-        self.routing_mix, self.block_length = model.routing_mix, model.block_length
+        self.slot_input, self.block_length = model.slot_input, model.block_length
         self.num_experts = model.num_experts
         self.documents = documents or PackedDocuments(groups.ep)
         self.ep_group, self.tp_group = groups.ep, groups.tp

@@ -188,7 +188,7 @@ def experts_of_first_layer(run: RunConfig) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_experts_may_begin_as_copies_of_one() -> None:
-    alone, parallel = (small_run(layout, experts_alike=True) for layout in (ParallelConfig(), LAYOUTS["ep2"]))
+    alone, parallel = (small_run(layout, identical_expert_init=True) for layout in (ParallelConfig(), LAYOUTS["ep2"]))
     whole = run_distributed(experts_of_first_layer, 1, alone)[0]
     assert all(torch.equal(one, whole[0]) for one in whole) and whole.std() > 0.05
     assert torch.equal(torch.cat(run_distributed(experts_of_first_layer, 2, parallel)), whole)
