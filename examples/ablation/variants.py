@@ -11,7 +11,7 @@ from steel_megatron.model.flops import training_flops_per_token
 
 EXPERTS = 6
 INNER = 128
-"""Inner width of the dense double SwiGLU, and of one expert where nothing else is said."""
+"""Inner width of the dense double SwiGLU, and of one expert by default."""
 BASE: dict[str, Any] = {
     "num_layers": 3,
     "hidden_size": 64,
@@ -89,7 +89,7 @@ def _baselines() -> list[Variant]:
         Variant("none", "no FFN", "baseline", _model(ffn="none")),
         Variant("dense-swiglu", "dense SwiGLU", "baseline", _at_equal_flops(ffn="dense", ffn_activation="swiglu")),
         Variant("dense-double", "dense double SwiGLU", "baseline", _model(ffn="dense")),
-        # As wide as the shared expert beside block_causal K=16: what the rest of that model adds.
+        # As wide as the shared expert of block_causal K=16: what the rest of that model adds.
         Variant(
             "dense-narrow", "dense double SwiGLU, inner width 71", "baseline", _model(ffn="dense", ffn_hidden_size=71)
         ),

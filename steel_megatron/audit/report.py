@@ -1,4 +1,4 @@
-"""What an audit found, and how it is said."""
+"""The result of an audit, and its report as text."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Travelling:
-    """What the code that travels with exported weights computes.
+class ExportedAudit:
+    """The audit of the exported model code.
 
     Attributes:
         causality: its own audit.
@@ -99,7 +99,7 @@ class AuditReport:
     positions: tuple[int, ...]
     seed: int
     library: Causality
-    exported: Travelling | None
+    exported: ExportedAudit | None
 
     @property
     def leaks(self) -> bool:
@@ -151,8 +151,8 @@ class AuditReport:
             lines.append(f"  {ours.name:<26}{ours.largest:>12.3g}{ours.std:>8.3g}{theirs}")
         if self.library.leaks:
             lines += ["", f"{'changed token, logits moved':<28}{'alone':>12}{'with all after it':>22}"]
-            for position, (alone, together) in self.library.movements[-1].by_position.items():
-                lines.append(f"  {position:<26}{alone:>12.3g}{together:>22.3g}")
+            for position, (alone, with_rest) in self.library.movements[-1].by_position.items():
+                lines.append(f"  {position:<26}{alone:>12.3g}{with_rest:>22.3g}")
         lines += ["", *self._decoding_lines(), f"verdict: {self.verdict}"]
         return "\n".join(lines) + "\n"
 

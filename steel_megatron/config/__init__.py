@@ -1,7 +1,7 @@
 """The settings of a run, and of the jobs that make its corpora: frozen dataclasses, checked when they are built.
 
 One YAML file holds a run; every field can be overridden on the command line by its dotted name
-(``--model.hidden_size 256``). Nothing is changed after it is built, and the resolved run is written beside
+(``--model.hidden_size 256``). Nothing is changed after it is built, and the resolved run is written next to
 every checkpoint, which is enough to run it again.
 """
 

@@ -177,7 +177,7 @@ def _partial_folder(output: Path) -> Iterator[Path]:
         yield partial
         replace_folder(partial, output)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not write {output}: {error}; nothing is left of it") from error
+        raise CheckpointError(f"could not write {output}: {error}; no partial output was kept") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -33,7 +33,7 @@ class Rule:
         shape: its shape (of one slice).
         names: the published names, with ``{layer}`` for the layer's number.
         split: cuts it into the published tensors, in the order of ``names``.
-        join: puts them together again.
+        join: the inverse.
     """
 
     key: str
@@ -189,7 +189,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], model: ModelConfig, origi
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, belongs to no model of these settings, or has another
-            type than those it is put together with.
+            type than those it is merged with.
     """
     shapes = published_shapes(model)
     for name, shape in shapes.items():
@@ -321,7 +321,7 @@ def config_from_hf(config: Mapping[str, Any], origin: str) -> ModelConfig:
             routing_mode=None if ffn == "dense" else _known(config, "routing_mode", modes, origin, PUBLISHED_MODE),
             slot_input=config.get("routing_mix", "normalized"),
             block_length=_number(config, "routing_block_length", origin, default=64),
-            # A dense network has no such expert beside it.
+            # A dense network has no shared expert.
             shared_expert_intermediate_size=0
             if ffn == "dense"
             else _number(config, "shared_expert_intermediate_size", origin, default=0),

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from steel_megatron.config import ModelConfig
 from steel_megatron.model.documents import PackedDocuments
-from steel_megatron.model.experts import Experts, Rows
+from steel_megatron.model.experts import Experts, TokenLayout
 from steel_megatron.model.routing import OldNames, SharedSequences, routing_mode
 from steel_megatron.parallel.collectives import (
     gather_copies,
@@ -53,12 +53,12 @@ class DenseFeedForward(MegatronModule):
             groups=groups,
             expert_parallel=False,
         )
-        self.rows: Rows = "own" if config.sequence_parallel else "copied"
+        self.layout: TokenLayout = "sharded" if config.sequence_parallel else "replicated"
 
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple:
         """[T, B, d] to ([T, B, d], no bias); T are this process's tokens."""
         flat = hidden_states.reshape(1, -1, hidden_states.size(-1))
-        return self.network(flat, self.rows).reshape(hidden_states.shape), None
+        return self.network(flat, self.layout).reshape(hidden_states.shape), None
 
 
 class ParallelSoftMoE(OldNames, MegatronModule):
@@ -66,7 +66,7 @@ class ParallelSoftMoE(OldNames, MegatronModule):
 
     Where processes share sequences, each routes its own tokens. In modes ``sequence`` and ``block_causal`` only slots
     travel. In ``token`` and ``merged`` and for the shared expert, every token passes through experts: under sequence
-    parallelism tokens travel to them as to any dense layer, under context parallelism they stay.
+    parallelism tokens are sent to them as to any dense layer, under context parallelism they stay.
 
     Args:
         config: megatron-core's configuration.
@@ -154,8 +154,9 @@ class ParallelSoftMoE(OldNames, MegatronModule):
         """Every expert on its own vectors: see :class:`steel_megatron.model.routing.RoutedLayer`."""
         if self.ep_group.size() > 1:
             vectors = vectors.expand(self.num_experts, -1, -1)
-        rows: Rows = ("common" if replicated else "own") if self.sequence_parallel else "copied"
-        return slots_from_experts(self.experts(slots_to_experts(vectors, self.ep_group), rows), self.ep_group)
+        sharded: TokenLayout = "partial_gradients" if replicated else "sharded"
+        layout: TokenLayout = sharded if self.sequence_parallel else "replicated"
+        return slots_from_experts(self.experts(slots_to_experts(vectors, self.ep_group), layout), self.ep_group)
 
     def run_merged_experts(
         self, segments: torch.Tensor, weights: torch.Tensor, *, equal_segments: bool = True

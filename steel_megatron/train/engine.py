@@ -1,4 +1,4 @@
-"""One optimizer step under any layout: megatron-core's DDP, schedules and distributed optimizer, put together."""
+"""One optimizer step under any layout: megatron-core's DDP, schedules and distributed optimizer."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class Engine:
         return StepResult(step=step, terms=terms, grad_norm=norm, lr=lr)
 
     def resume_at(self, step: int, optimizer_state: OptimizerState) -> None:
-        """Go on after ``step`` steps, with the optimizer state that a checkpoint held."""
+        """Resume after ``step`` steps, with the optimizer state that a checkpoint held."""
         load_state(self.optimizer, optimizer_state, step)
         self.step_number = step
         self.scheduler.num_steps = step

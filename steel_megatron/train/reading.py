@@ -97,7 +97,7 @@ class _Steps(Dataset[list[Arrays] | SteelError]):
 def _without_main_script() -> Iterator[None]:
     """Processes that are started meanwhile do not run the main script again, which may have no ``__main__`` guard.
 
-    They need nothing of it: what they get is the library's own.
+    They need nothing from it: they receive only the library's own objects.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")

@@ -78,7 +78,7 @@ def merge_weights_split(
     """
     mixed = mixed_tokens(reference.upcast(x), mix)
     means = mixed.unflatten(1, (-1, block_length)).mean(2)
-    held = shared.split.pieces[shared.rank]
+    held = shared.split.ranges[shared.rank]
     offsets, total = [], 0
     for start, stop in held:
         offsets.append(total)
@@ -100,5 +100,5 @@ def merge_weights_split(
 
 def _ending_at(position: int, split: SequenceSplit) -> int:
     """The number of the chunk that ends at a position, counted over all processes; one past the last for position 0."""
-    ends = [stop if start < stop else -1 for held in split.pieces for start, stop in held]
+    ends = [stop if start < stop else -1 for held in split.ranges for start, stop in held]
     return ends.index(position) if position else len(ends)

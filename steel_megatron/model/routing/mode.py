@@ -79,7 +79,7 @@ class RoutedLayer(Protocol):
 
 @dataclass(frozen=True)
 class SharedSequences:
-    """Sequences that several processes hold together.
+    """Sequences that several processes share.
 
     Attributes:
         split: who holds which tokens.
@@ -98,7 +98,7 @@ class RoutingMode(RoutingModeFacts, ABC):
     """How tokens reach experts. Register a subclass with :func:`register_routing_mode`.
 
     A subclass has ``name`` and ``causal``, and computes at least whole sequences. That it can compute sequences which
-    processes share, or keep packed documents apart, is said by overriding ``forward_split`` or ``forward_documents``;
+    processes share, or keep packed documents apart, is stated by overriding ``forward_split`` or ``forward_documents``;
     runs that need what a mode does not override are refused.
     """
 

@@ -50,7 +50,7 @@ class SlotRouting(RoutingMode):
         return self._compute(layer, *dispatch_blocks(x, layer.phi, layer.scale, layer.slot_input, plan))
 
     def forward_split(self, layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences) -> torch.Tensor:
-        """Slots are means over the tokens of all processes: partial means travel, tokens do not.
+        """Slots are means over the tokens of all processes: partial means are sent, not tokens.
 
         Args: as for :meth:`RoutingMode.forward_split`.
         """
