@@ -43,7 +43,7 @@ class DataConfig:
     tokenizer_path: str | None = None
     """Its folder or file; copied into exported models."""
     reset_at_eod: bool = False
-    """Keep the documents that share a sequence apart: attention and routing begin anew with each, and the first token
+    """Keep the documents that share a sequence apart: attention and routing restart at each one, and the first token
     of a document is not predicted. Not with context or sequence parallelism."""
 
     def __post_init__(self) -> None:

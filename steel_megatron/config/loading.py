@@ -12,7 +12,7 @@ from steel_megatron.errors import ConfigError
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain dictionaries and lists, as it stands in YAML."""
+    """A config as plain dictionaries and lists, as in YAML."""
     return dataclasses.asdict(config)
 
 
