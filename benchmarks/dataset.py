@@ -3,8 +3,8 @@
     python benchmarks/dataset.py [--documents 40000] [--samples 4000] [--blend 5000000] [--ledger 100000000]
 
 What is compared is first held to be right: the same tokens of the same documents; over an epoch, each token predicted
-once (as the peer's samples do); shares of a mixture off by no more than one sample per corpus. Then each way runs in
-turn, so that whatever else the machine does hits all, and a ratio is the median of the rounds' ratios. Memory is
+once (as the baseline's samples do); shares of a mixture off by no more than one sample per corpus. Then each way runs
+in turn, so that whatever else the machine does hits all, and a ratio is the median of the rounds' ratios. Memory is
 what a process of its own has resident at most, beyond what it had before (Linux).
 """
 
@@ -47,19 +47,19 @@ Ways = dict[str, Callable[[], object]]
 
 
 def race(title: str, ways: Ways, rounds: int, per_round: int, unit: str) -> None:
-    """Time the ways in turn and print a line each; the last one is the peer."""
+    """Time the ways in turn and print a line each; the last one is the baseline."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, way in ways.items():
             started = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - started)
-    peer = list(ways)[-1]
+    baseline = list(ways)[-1]
     print(f"\n{title}")
     for name, values in seconds.items():
-        ratio = statistics.median(p / v for v, p in zip(values[1:], seconds[peer][1:], strict=True))
+        ratio = statistics.median(p / v for v, p in zip(values[1:], seconds[baseline][1:], strict=True))
         each = 1e6 * statistics.median(values[1:]) / per_round
-        print(f"  {name:<44}{each:>12.3f} us/{unit}{ratio:>9.2f}x the peer")
+        print(f"  {name:<44}{each:>12.3f} us/{unit}{ratio:>9.2f}x the baseline")
 
 
 def write_corpus(prefix: Path, documents: int, seed: int = 0) -> str:
@@ -118,7 +118,7 @@ def samples(prefix: str, folder: Path, count: int, rounds: int) -> None:
     predicted = np.bincount(np.concatenate([ours.sample(n)[1:] for n in range(len(theirs))]), minlength=VOCABULARY)
     expected = np.bincount(
         torch.cat([theirs[n]["labels"] for n in range(len(theirs))]).numpy(), minlength=VOCABULARY
-    )  # but for the ids that the peer takes for padding
+    )  # but for the ids that the baseline takes for padding
     assert np.abs(predicted - expected).sum() <= 2 * LENGTH + 64, "the two do not predict the same tokens"
     count = min(count, len(theirs)) // MICRO_BATCH * MICRO_BATCH
 
@@ -155,7 +155,7 @@ def blending(size: int, corpora: int, rounds: int) -> None:
         assert np.array_equal(own_numbers[mixed == corpus], np.arange(counts[corpus])), corpus
     for part in (size // 7, size // 2, size - 1):
         off = [np.abs(np.bincount(of[:part], minlength=corpora) - counts / size * part).max() for of in (mixed, index)]
-        assert off[0] <= max(2.0, off[1]), f"shares are off by {off[0]:.1f} samples, the peer's by {off[1]:.1f}"
+        assert off[0] <= max(2.0, off[1]), f"shares are off by {off[0]:.1f} samples, the baseline's by {off[1]:.1f}"
     ways: Ways = {
         "Interleave: the first 4,096 positions": lambda: Interleave(counts, (7,)).slice(0, 4096),
         "Interleave: all positions": ours,

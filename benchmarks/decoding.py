@@ -36,7 +36,7 @@ def build(mode: str, arguments: argparse.Namespace) -> SteelForCausalLM:
         num_hidden_layers=arguments.layers,
         num_attention_heads=4,
         routing_mode=mode,
-        routing_mix="raw",
+        slot_input="raw",
         routing_block_length=arguments.block_length,
         initializer_range=arguments.hidden**-0.5,
     )

@@ -49,7 +49,7 @@ WORKERS = 2
 
 
 def pieces() -> list[str]:
-    """Sentences and lines to put texts together from."""
+    """Sentences and lines to build texts from."""
     found = []
     for path in sorted((ROOT / "examples/quickstart/corpus").glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():

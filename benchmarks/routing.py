@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help=f"the shape {QUICK_SHAPE} instead: does it run?")
-    parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)  # what the processes for memory are told
+    parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)  # for processes that measure memory
     parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not kernels.available():

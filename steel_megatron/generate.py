@@ -151,13 +151,15 @@ def _read_checkpoint(path: Path) -> CheckpointInfo:
 
 def _load_checkpoint(info: CheckpointInfo) -> NextLogits:
     """The library's own model in a single process."""
+    from steel_megatron.model.megatron_fields import without_ineffective_fields
     from steel_megatron.model.spec import build_model
     from steel_megatron.train import checkpoint
 
     checkpoint.verify(info.path)
     topology = initialize_alone("generate")
-    stage = build_model(info.model, topology)
-    checkpoint.load_weights(stage, info, info.model)
+    model = without_ineffective_fields(info.model)
+    stage = build_model(model, topology)
+    checkpoint.load_weights(stage, info, model)
     stage.eval()
 
     @torch.no_grad()

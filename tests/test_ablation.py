@@ -43,7 +43,7 @@ def test_every_asked_variant_is_there() -> None:
         if model.ffn == "soft_moe":
             mode = {"sequence": "sequence", "block": "block_causal", "token": "token", "merged": "merged"}
             assert model.routing_mode == mode[re.match(r"[a-z]+", name).group()]  # type: ignore[union-attr]
-            assert model.routing_mix == ("normalized" if name.endswith("normalized") else "raw")
+            assert model.slot_input == ("normalized" if name.endswith("normalized") else "raw")
             lengths = re.findall(r"^(?:block|merged)(\d+)", name)
             assert not lengths or model.block_length == int(lengths[0])
 

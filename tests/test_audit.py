@@ -221,7 +221,7 @@ def write_settings(folder: Path, **model: Any) -> Path:
 @pytest.mark.slow
 def test_settings_in_every_mode(tmp_path: Path) -> None:
     paths = [
-        write_settings(tmp_path, routing_mode=mode, routing_mix=mix, ffn=ffn)
+        write_settings(tmp_path, routing_mode=mode, slot_input=mix, ffn=ffn)
         for mode, mix, ffn in [(mode, "raw", "soft_moe") for mode in MODES] + [("sequence", "normalized", "dense")]
     ]
     reports = run_distributed(audit_all, 1, paths)[0]
@@ -242,8 +242,13 @@ def test_baselines_without_an_exported_form(tmp_path: Path) -> None:
         write_settings(tmp_path, ffn="none", routing_mode=None),
         write_settings(tmp_path, ffn="top_k_moe", ffn_activation="swiglu", routing_mode=None),
     ]
-    for report in run_distributed(audit_all, 1, paths)[0]:
+    further = write_settings(tmp_path, routing_mode="merged", megatron={"softmax_scale": 0.1})
+    reports = run_distributed(audit_all, 1, [*paths, further])[0]
+    for report in reports:
         assert report.passed and report.exported is None and report.library.movements[-1].std > 0.1
+    assert "alone, without decoding: the exported model code does not know model.megatron.softmax_scale = 0.1" in (
+        reports[-1].to_text()
+    )
 
 
 @pytest.mark.slow
@@ -273,7 +278,23 @@ def train_and_audit(folder: Path) -> dict[str, Any]:
         train(run, last=2, save=True)
         reports[mode] = audit_all([run.checkpoints_dir / "step_00000002"])[0]
         reports[f"{mode}, two layers"] = audit_all([run.checkpoints_dir / "step_00000002"], layers=2)[0]
+    reports["earlier version"] = audit_all([as_an_earlier_version(run.checkpoints_dir / "step_00000002")])[0]
     return reports
+
+
+def as_an_earlier_version(path: Path) -> Path:
+    """With a field of megatron-core that nothing reads, and old names of settings."""
+    from steel_megatron.train import checkpoint
+
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text(encoding="utf-8"))
+    model = manifest["model"]
+    model["megatron"] = {"qk_layernorm": True}
+    model |= {old: model.pop(new) for old, new in ModelConfig.RENAMED.items()}
+    manifest["sha256"] = checkpoint._manifest_checksum(manifest)
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    info = checkpoint.read_info(path)
+    checkpoint.check_model(info, dataclasses.replace(info.model, megatron={}), resumes=True)
+    return path
 
 
 @pytest.mark.slow
@@ -281,6 +302,8 @@ def test_checkpoints(tmp_path: Path) -> None:
     reports = run_distributed(train_and_audit, 1, tmp_path)[0]
     assert reports["merged"].verdict == "causal" and reports["merged"].kind == "checkpoint"
     assert reports["sequence"].verdict.startswith("leaks (")
+    earlier = reports["earlier version"]
+    assert earlier.library == reports["sequence"].library and earlier.model.megatron == {}
     for mode in ("merged", "sequence"):
         whole, part = (reports[name].library.movements for name in (mode, f"{mode}, two layers"))
         assert len(whole) == 5 and len(part) == 3

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -129,9 +130,52 @@ def test_a_list_in_a_file_must_be_one(
     assert "'a.jsonl' is not a list; write [a.jsonl]" in said and "job.yaml" in said
 
 
-def test_a_list_of_a_run_is_written_in_brackets(capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(capsys, "pretrain", "--data.train", "data/corpus")
-    assert "data.train" in said and "a list is written '[A, B]'" in said
+LIST = "a list of str"
+SETS = "a list of str or a dictionary with keys of type str, each a list of str"
+BRACKETS = "; on the command line a list is written '[A, B]'"
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "message"),
+    [
+        ("", ["--data.train", "a"], f"--data.train is a; it must be {LIST}{BRACKETS}"),
+        ("", ["--data.validation", "5"], f"--data.validation is 5; it must be {SETS}{BRACKETS}"),
+        ("", ["--data.validation.zh", "z"], f"--data.validation.zh is 'z'; it must be {LIST}{BRACKETS}"),
+        ("data: {validation: 5}", [], f"data.validation in FILE is 5; it must be {SETS}"),
+        ("data: {validation: [v]}", ["--data.validation", "5"], f"--data.validation is 5; it must be {SETS}{BRACKETS}"),
+        ("model: {num_query_groups: x}", [], "model.num_query_groups in FILE is x; it must be of type int or null"),
+        ("model: {hidden_size: 8}", ["--model.hidden_size", "x"], "--model.hidden_size is x; it must be of type int"),
+        ("model: {hiden_size: 8}", [], "does not accept option 'model.hiden_size'; settings from FILE"),
+        ("model: {hidden_size: 8}", ["--model.hiden_size", "8"], "unrecognized arguments: --model.hiden_size 8"),
+        ("", ["--training.precision", "half"], "--training.precision is half; it must be one of float32, bfloat16"),
+    ],
+)
+def test_wrong_values_are_named_with_their_origin(
+    content: str,
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    file = tmp_path_factory.mktemp("config") / "run.yaml"
+    file.write_text(content or "{}")
+    for given in (["--config", str(file), *words], [f"--config={file}", *words]):
+        line = refused(capsys, "pretrain", *given)
+        assert line.endswith(f"{message.replace('FILE', str(file))} (steel-megatron pretrain --help lists the options)")
+
+
+def test_lists_of_a_run_on_the_command_line() -> None:
+    Path("FILE").write_text("data: {train: [a], validation: {zh: [z], code: [c]}}\n")
+
+    def data(*words: str) -> dict[str, Any]:
+        options: dict[str, Any] = _parse(["pretrain", "--config", "FILE", *words])[1]["data"]
+        return options
+
+    assert data("--data.train", "[x]", "--data.train", "[y]")["train"] == ["y"]
+    assert data("--data.train+", "x", "--data.train+", "y")["train"] == ["a", "x", "y"]
+    assert data("--data.validation.zh", "[y]")["validation"] == {"zh": ["y"], "code": ["c"]}
+    assert data("--data.validation.new", "[y]")["validation"] == {"zh": ["z"], "code": ["c"], "new": ["y"]}
+    assert data("--data.validation", "{new: [y]}")["validation"] == {"new": ["y"]}
 
 
 def test_settings_out_of_range(capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from steel_megatron.cli import _parse
 from steel_megatron.config import (
     CheckpointConfig,
     CleanConfig,
@@ -20,6 +22,8 @@ from steel_megatron.config import (
     TrainingConfig,
     dump_yaml,
     from_dict,
+    to_dict,
+    warn_of_old_name,
 )
 from steel_megatron.errors import ConfigError
 
@@ -214,3 +218,36 @@ def test_only_sequence_mode_is_not_causal() -> None:
     assert MODEL.causal and MODEL.loss_name == "loss"
     assert ModelConfig(routing_mode="sequence").loss_name == "loss (non-causal)"
     assert ModelConfig(ffn="dense").causal
+
+
+def test_old_names_of_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In Python, in a file, on the command line, and alone in what an earlier version saved."""
+    new = ModelConfig(routing_mode="token", slot_input="normalized", identical_expert_init=True)
+
+    def warnings() -> list[str]:
+        messages = [record.getMessage().split(" is now")[0] for record in caplog.records]
+        caplog.clear()
+        warn_of_old_name.cache_clear()
+        return sorted(messages)
+
+    warnings()
+    old: dict[str, Any] = {"routing_mix": "normalized", "experts_alike": True}
+    assert ModelConfig(routing_mode="token", **old) == new
+    assert warnings() == ["experts_alike", "routing_mix"]
+    assert dataclasses.replace(new, num_layers=2) == dataclasses.replace(ModelConfig(**to_dict(new)), num_layers=2)
+    assert from_dict(ModelConfig, {"routing_mode": "token", **old}, "steel.json") == new
+    assert warnings() == [] and not old.keys() & to_dict(new).keys()
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {routing_mode: token, routing_mix: normalized}")
+    for words in (["--model.experts_alike", "true"], ["--model.identical_expert_init", "true"]):
+        name, options = _parse(["pretrain", "--config", str(file), *words])
+        assert from_dict(RunConfig, options, name).model == new
+    assert warnings() == ["experts_alike", "routing_mix"]
+    with pytest.raises(
+        ConfigError, match=r"--model\.slot_input is given and so is its old name, model\.routing_mix = norm"
+    ):
+        _parse(["pretrain", "--config", str(file), "--model.slot_input", "raw"])
+    with pytest.raises(ConfigError, match="routing_mix is 'raw' and slot_input is 'normalized'; give only slot_input"):
+        ModelConfig(routing_mode="token", slot_input="normalized", routing_mix="raw")
+    with pytest.raises(ConfigError, match="slot_input is 'both'; it must be one of normalized, raw"):
+        from_dict(ModelConfig, {"routing_mode": "token", "routing_mix": "both"}, "")

@@ -11,7 +11,7 @@ from steel_megatron.model.flops import training_flops_per_token
 
 EXPERTS = 6
 INNER = 128
-"""Inner width of the dense double SwiGLU, and of one expert where nothing else is said."""
+"""Inner width of the dense double SwiGLU, and of one expert by default."""
 BASE: dict[str, Any] = {
     "num_layers": 3,
     "hidden_size": 64,
@@ -89,7 +89,7 @@ def _baselines() -> list[Variant]:
         Variant("none", "no FFN", "baseline", _model(ffn="none")),
         Variant("dense-swiglu", "dense SwiGLU", "baseline", _at_equal_flops(ffn="dense", ffn_activation="swiglu")),
         Variant("dense-double", "dense double SwiGLU", "baseline", _model(ffn="dense")),
-        # As wide as the shared expert beside block_causal K=16: what the rest of that model adds.
+        # As wide as the shared expert of block_causal K=16: what the rest of that model adds.
         Variant(
             "dense-narrow", "dense double SwiGLU, inner width 71", "baseline", _model(ffn="dense", ffn_hidden_size=71)
         ),
@@ -108,14 +108,14 @@ def _baselines() -> list[Variant]:
 def _modes() -> list[Variant]:
     variants = []
     for mix in ("raw", "normalized"):
-        model = _model(routing_mode="sequence", routing_mix=mix)
+        model = _model(routing_mode="sequence", slot_input=mix)
         variants.append(Variant(f"sequence-{mix}", f"sequence, {mix}", "mode", model))
         for length in LENGTHS:
             for shared in (False, True):
                 name = f"block{length}{'-shared' if shared else ''}-{mix}"
                 title = f"block_causal K={length}{' + shared' if shared else ''}, {mix}"
-                variants.append(Variant(name, title, "mode", _block_causal(length, shared, routing_mix=mix)))
-        model = _at_equal_flops(routing_mode="token", routing_mix=mix)
+                variants.append(Variant(name, title, "mode", _block_causal(length, shared, slot_input=mix)))
+        model = _at_equal_flops(routing_mode="token", slot_input=mix)
         variants.append(Variant(f"token-{mix}", f"token, {mix}", "mode", model))
     for length in LENGTHS:
         model = _at_equal_flops(routing_mode="merged", block_length=length)
@@ -205,7 +205,7 @@ def _alike() -> list[Variant]:
         many = experts != EXPERTS
         name = f"merged{length}-s{scale}{f'-e{experts}' if many else ''}-alike"
         title = f"merged K={length}, scale {scale}{f', {experts} experts' if many else ''}, experts alike"
-        settings = {"routing_scale_init": float(scale), "num_experts": experts, "experts_alike": True}
+        settings = {"routing_scale_init": float(scale), "num_experts": experts, "identical_expert_init": True}
         model = _at_equal_flops(routing_mode="merged", block_length=length, **settings)
         variants.append(Variant(name, title, "attempt", model))
     return variants
@@ -214,7 +214,7 @@ def _alike() -> list[Variant]:
 def _swiglu() -> list[Variant]:
     """The best of each causal mode with SwiGLU experts, which trained for longer are the better dense network."""
     swiglu = {"ffn_activation": "swiglu", "ffn_hidden_size": INNER * 4 // 3}
-    alike = {**swiglu, "routing_mode": "merged", "routing_scale_init": 8.0, "experts_alike": True}
+    alike = {**swiglu, "routing_mode": "merged", "routing_scale_init": 8.0, "identical_expert_init": True}
     token = {**swiglu, "routing_mode": "token", "expert_init_method_std": BASE["init_method_std"] * 1.6}
     models = {
         "block16-shared-swiglu-raw": (
@@ -223,7 +223,7 @@ def _swiglu() -> list[Variant]:
         ),
         "block16-shared-swiglu-normalized": (
             "block_causal K=16 + shared, normalized, SwiGLU",
-            _block_causal(16, True, **swiglu, routing_mix="normalized"),
+            _block_causal(16, True, **swiglu, slot_input="normalized"),
         ),
         "token-swiglu-i1.6": ("token, SwiGLU, init x 1.6", _at_equal_flops(**token)),
     }

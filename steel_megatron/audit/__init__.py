@@ -1,6 +1,6 @@
 """The causality audit of a model on disk: a checkpoint, a Hugging Face folder, or settings alone."""
 
-from steel_megatron.audit.report import AuditReport, Difference, Travelling
+from steel_megatron.audit.report import AuditReport, Difference, ExportedAudit
 from steel_megatron.audit.run import audit
 
-__all__ = ["AuditReport", "Difference", "Travelling", "audit"]
+__all__ = ["AuditReport", "Difference", "ExportedAudit", "audit"]

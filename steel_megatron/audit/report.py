@@ -1,4 +1,4 @@
-"""What an audit found, and how it is said."""
+"""The result of an audit, and its report as text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from steel_megatron.config import ModelConfig
+from steel_megatron.hf.mapping import why_not_exportable
 from steel_megatron.model.causality import Causality
 
 Kind = Literal["checkpoint", "Hugging Face folder", "settings"]
@@ -58,8 +59,8 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Travelling:
-    """What the code that travels with exported weights computes.
+class ExportedAudit:
+    """The audit of the exported model code.
 
     Attributes:
         causality: its own audit.
@@ -98,7 +99,7 @@ class AuditReport:
     positions: tuple[int, ...]
     seed: int
     library: Causality
-    exported: Travelling | None
+    exported: ExportedAudit | None
 
     @property
     def leaks(self) -> bool:
@@ -150,14 +151,14 @@ class AuditReport:
             lines.append(f"  {ours.name:<26}{ours.largest:>12.3g}{ours.std:>8.3g}{theirs}")
         if self.library.leaks:
             lines += ["", f"{'changed token, logits moved':<28}{'alone':>12}{'with all after it':>22}"]
-            for position, (alone, together) in self.library.movements[-1].by_position.items():
-                lines.append(f"  {position:<26}{alone:>12.3g}{together:>22.3g}")
+            for position, (alone, with_rest) in self.library.movements[-1].by_position.items():
+                lines.append(f"  {position:<26}{alone:>12.3g}{with_rest:>22.3g}")
         lines += ["", *self._decoding_lines(), f"verdict: {self.verdict}"]
         return "\n".join(lines) + "\n"
 
     def _decoding_lines(self) -> list[str]:
         if self.exported is None:
-            return [f"{feed_forward_of(self.model)} has no exported form, so there is no decoding to check"]
+            return [f"audited the library's own model alone, without decoding: {why_not_exportable(self.model)}"]
         prompts = ", ".join(map(str, self.exported.prompts))
         return [
             f"exported code against the library: {self.exported.agreement.figure}",

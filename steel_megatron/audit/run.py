@@ -1,7 +1,7 @@
 """The audit itself.
 
-A model is computed in two ways: by the library's own stage, which trains it, and by the code that travels with
-exported weights, which decodes it. Both are audited layer by layer (:mod:`steel_megatron.model.causality`), their
+A model is computed in two ways: by the library's own stage, which trains it, and by the exported
+model code, which decodes it. Both are audited layer by layer (:mod:`steel_megatron.model.causality`), their
 logits are compared, and decoding with a cache is held to the full forward. Everything runs in float32 on one
 process, whatever the weights were saved in: what is audited is the function, not the type it runs in.
 """
@@ -18,7 +18,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from steel_megatron.audit.decoding import DECODED, cached_decoding, difference, prompts_for, published_decoding
-from steel_megatron.audit.report import TEXTS, AuditReport, Travelling, blocks_of
+from steel_megatron.audit.report import TEXTS, AuditReport, ExportedAudit, blocks_of
 from steel_megatron.audit.sources import Subject, open_subject
 from steel_megatron.config import ModelConfig
 from steel_megatron.errors import ConfigError, SteelError
@@ -28,8 +28,8 @@ from steel_megatron.hf.mapping import (
     Tensors,
     config_to_hf,
     from_hf,
-    has_exported_form,
     published_shapes,
+    why_not_exportable,
 )
 from steel_megatron.hf.modeling_steel import SteelForCausalLM
 from steel_megatron.model.causality import (
@@ -136,7 +136,7 @@ def _build(
     names = published_shapes(model)
     weights = {name: tensor.float() for name, tensor in subject.load().items() if name in names}
     _set_weights(stage, from_hf(weights, model, str(path)))
-    if not has_exported_form(model):
+    if why_not_exportable(model) is not None:
         return stage.eval(), None
     # The exported code around these very tensors.
     with torch.device("meta"):
@@ -157,7 +157,7 @@ def _audit_exported(
     length: int,
     seed: int,
     topology: Topology,
-) -> Travelling:
+) -> ExportedAudit:
     def full(ids: torch.Tensor) -> torch.Tensor:
         return exported(input_ids=ids, use_cache=False).logits
 
@@ -165,7 +165,7 @@ def _audit_exported(
     ids = ids.to(topology.device)
     prompts = prompts_for(model, length)
     with torch.no_grad():
-        return Travelling(
+        return ExportedAudit(
             causality=measure(watch(full, exported.model.layers)),
             agreement=difference([full(ids)], [library(ids)[LOGITS]]),
             decoding=(cached_decoding if model.causal else published_decoding)(exported, ids, prompts),

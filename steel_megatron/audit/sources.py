@@ -19,6 +19,7 @@ from steel_megatron.errors import ConfigError
 from steel_megatron.files import disk_errors
 from steel_megatron.hf.convert import is_exported, read_config, read_weights
 from steel_megatron.hf.mapping import Tensors, check_tensors, config_from_hf, published_shapes, rules, to_hf
+from steel_megatron.model.megatron_fields import without_ineffective_fields
 from steel_megatron.model.weights import initialize_weights
 from steel_megatron.train import checkpoint
 
@@ -70,6 +71,7 @@ def open_subject(path: Path, seed: int) -> Subject:
 
         return Subject("Hugging Face folder", model, load, fill=_never)
     info = checkpoint.read_info(path)
+    model = without_ineffective_fields(info.model)
 
     def load_checkpoint() -> Tensors:
         checkpoint.verify(path)
@@ -77,9 +79,9 @@ def open_subject(path: Path, seed: int) -> Subject:
 
     def fill(stage: GPTModel) -> None:
         checkpoint.verify(path)
-        checkpoint.load_weights(stage, info, info.model)
+        checkpoint.load_weights(stage, info, model)
 
-    return Subject("checkpoint", info.model, load_checkpoint, fill)
+    return Subject("checkpoint", model, load_checkpoint, fill)
 
 
 def _never(stage: GPTModel) -> None:
@@ -125,7 +127,7 @@ def _random_weights(model: ModelConfig, seed: int) -> Tensors:
             drawn.zero_()
         elif name.endswith("_proj.weight") or name == "lm_head.weight":
             # What enters routed experts has length 1 where routing mixes normalized tokens; all else has entries of 1.
-            reads_unit = ".experts." in name and "down_proj" not in name and model.routing_mix == "normalized"
+            reads_unit = ".experts." in name and "down_proj" not in name and model.slot_input == "normalized"
             drawn /= 1.0 if reads_unit else math.sqrt(shape[1])
         weights[name] = drawn
     return weights

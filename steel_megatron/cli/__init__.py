@@ -17,7 +17,8 @@ import jsonargparse
 
 from steel_megatron.cli import corpora, ledgers, models
 from steel_megatron.cli.options import REQUIRED, Option, options_of
-from steel_megatron.config import from_dict
+from steel_megatron.cli.wrong_options import explain, refuse_old_and_new_name
+from steel_megatron.config import RunConfig, from_dict
 from steel_megatron.errors import ConfigError
 from steel_megatron.log import exit_code
 
@@ -168,37 +169,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         the exit code: 0, 1 if the command itself reports a failure, or 2 for an error that the user can fix.
     """
-    said = None
+    code = None
 
     def command() -> None:
-        nonlocal said
+        nonlocal code
         name, options = _parse(sys.argv[1:] if arguments is None else arguments)
         called = COMMANDS[name]
         if called.config is not None:
-            said = called.function(from_dict(called.config, options, f"the options of {name}"))
+            code = called.function(from_dict(called.config, options, f"the options of {name}"))
         else:
-            said = called.function(**options)
+            code = called.function(**options)
 
-    return exit_code(command) or said or 0
+    return exit_code(command) or code or 0
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The command's name and its options."""
     try:
         parsed = build_parser().parse_args(list(arguments))
     except (ArgumentError, UnicodeDecodeError) as error:
-        message = " ".join(str(error).split())  # jsonargparse messages span several lines
-        if "Expected a <class 'list'>" in message:
-            message += "; a list is written '[A, B]'"
-        if "--config" in arguments[:-1]:
-            message += f"; settings from {arguments[arguments.index('--config') + 1]}"
-        raise ConfigError(f"{message} (steel-megatron COMMAND --help lists the options)") from None
+        words = " ".join(arguments[: 2 if set(arguments[:1]) & set(GROUPS) else 1])
+        kinds = {option.name: option.kind for option in COMMANDS[words].options()} if words in COMMANDS else {}
+        message = explain(_one_line(error), arguments, kinds, _failure)
+        name = words if words in COMMANDS else "COMMAND"
+        raise ConfigError(f"{message} (steel-megatron {name} --help lists the options)") from None
     name = parsed["command"]
     chosen = parsed[name]
     if name in GROUPS:
         name, chosen = f"{name} {chosen['command']}", chosen[chosen["command"]]
     options = chosen.as_dict()
     options.pop("config", None)
+    if COMMANDS[name].config is RunConfig:
+        refuse_old_and_new_name(options, arguments)
     return name, options
+
+
+def _failure(arguments: list[str]) -> str | None:
+    try:
+        build_parser().parse_args(arguments)
+    except (ArgumentError, UnicodeDecodeError) as error:
+        return _one_line(error)
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    """jsonargparse's messages span several lines."""
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The settings of a run, and of the jobs that make its corpora: frozen dataclasses, checked when they are built.
 
 One YAML file holds a run; every field can be overridden on the command line by its dotted name
-(``--model.hidden_size 256``). Nothing is changed after it is built, and the resolved run is written beside
+(``--model.hidden_size 256``). Nothing is changed after it is built, and the resolved run is written next to
 every checkpoint, which is enough to run it again.
 """
 
@@ -16,7 +16,14 @@ from steel_megatron.config.data import (
 )
 from steel_megatron.config.execution import ExecutionConfig, ExecutorName
 from steel_megatron.config.loading import dump_yaml, from_dict, to_dict
-from steel_megatron.config.model import Activation, FeedForward, ModelConfig, RoutingMix
+from steel_megatron.config.model import (
+    Activation,
+    FeedForward,
+    ModelConfig,
+    SlotInput,
+    take_old_names,
+    warn_of_old_name,
+)
 from steel_megatron.config.optimizer import OptimizerConfig
 from steel_megatron.config.parallel import ParallelConfig, check_layout
 from steel_megatron.config.preprocess import PreprocessConfig
@@ -46,9 +53,9 @@ __all__ = [
     "ParallelConfig",
     "Precision",
     "PreprocessConfig",
-    "RoutingMix",
     "RoutingModeFacts",
     "RunConfig",
+    "SlotInput",
     "TokenizerEngine",
     "TokenizerKind",
     "TrainingConfig",
@@ -60,5 +67,7 @@ __all__ = [
     "refuse_unknown_routing_code",
     "routing_facts",
     "routing_mode_names",
+    "take_old_names",
     "to_dict",
+    "warn_of_old_name",
 ]

@@ -12,7 +12,7 @@ from steel_megatron.errors import ConfigError
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain dictionaries and lists, as it stands in YAML."""
+    """A config as plain dictionaries and lists, as in YAML."""
     return dataclasses.asdict(config)
 
 
@@ -29,8 +29,13 @@ def from_dict(kind: type, values: dict[str, Any], origin: str) -> Any:
     """
     fields = [field.name for field in dataclasses.fields(kind)]
     hints, where, built = get_type_hints(kind), f"{origin}: " if origin else "", {}
-    for name, value in values.items():
-        if name not in fields:
+    old_names = {name: hint.type for name, hint in hints.items() if isinstance(hint, dataclasses.InitVar)}
+    hints |= old_names
+    renamed: dict[str, str] = getattr(kind, "RENAMED", {})
+    for given, value in values.items():
+        # Settings saved by an earlier version have the old name alone. The command line gives both, one of them unset.
+        name = renamed[given] if given in renamed and renamed[given] not in values else given
+        if name not in fields and name not in old_names:
             raise ConfigError(f"{where}unknown key {name!r} in {kind.__name__}; it has {', '.join(fields) or 'none'}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint) and isinstance(value, dict):

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import logging
+from dataclasses import InitVar, dataclass, field
+from functools import cache
+from typing import Any, ClassVar, Literal
 
 from steel_megatron.config.checks import at_least, divides, one_of, typed
+from steel_megatron.config.megatron import changes_the_result
 from steel_megatron.config.routing import RoutingModeFacts, routing_facts, routing_mode_names
 from steel_megatron.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 FeedForward = Literal["soft_moe", "dense", "none", "top_k_moe"]
 Activation = Literal["double_swiglu", "swiglu"]
-RoutingMix = Literal["normalized", "raw"]
+SlotInput = Literal["normalized", "raw"]
 
 
-HOW_NOT_WHAT = (
-    "recompute_",
-    "cpu_offloading",
-    "distribute_saved_activations",
-    "deallocate_",
-    "overlap_",
-    "batch_p2p_",
-    "tp_comm_",
-)
-"""Beginnings of megatron-core's settings that change how a model is computed, and not what."""
+def take_old_names(owner: object, **old: object) -> None:
+    """Set the fields of ``owner`` (a config or a layer) that were given under old names; None stands for not given.
+
+    Raises:
+        ConfigError: both names were given, with different values.
+    """
+    for name, value in old.items():
+        if value is None:
+            continue
+        new = ModelConfig.RENAMED[name]
+        warn_of_old_name(name)
+        if getattr(owner, new) not in (value, ModelConfig.__dataclass_fields__[new].default):
+            raise ConfigError(f"{name} is {value!r} and {new} is {getattr(owner, new)!r}; give only {new}")
+        object.__setattr__(owner, new, value)
+
+
+@cache
+def warn_of_old_name(name: str) -> None:
+    """Log the new name of a model's setting, once in a process."""
+    new = ModelConfig.RENAMED[name]
+    logger.warning(f"{name} is now called {new}; the next version no longer accepts the old name")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The network (Steel-LLM, section 3 and table 1)."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"routing_mix": "slot_input", "experts_alike": "identical_expert_init"}
 
     num_layers: int = 4
     """Transformer layers."""
@@ -51,7 +69,7 @@ class ModelConfig:
     routing_mode: str | None = None
     """How tokens reach experts; a Soft-MoE run must say which: sequence (the only one that is not causal), token,
     block_causal, merged, or module:name of a mode of your own (docs/new_routing_mode.md)."""
-    routing_mix: RoutingMix = "raw"
+    slot_input: SlotInput = "raw"
     """What is mixed into slots: the tokens as they are, or scaled to length 1 (the published weights)."""
     block_length: int = 64
     """Tokens between two refreshes of the slots (block_causal), or of one segment (merged)."""
@@ -78,16 +96,21 @@ class ModelConfig:
     expert_init_method_std: float | None = None
     """The same for experts, or for the dense network; none means init_method_std. Merging E experts evenly divides the
     deviation by sqrt(E), which init_method_std * sqrt(E) makes up for."""
-    experts_alike: bool = False
+    identical_expert_init: bool = False
     """Start the experts of a layer as copies of one (sparse upcycling); routing then makes them different."""
     megatron: dict[str, Any] = field(default_factory=dict)
-    """Further fields of megatron-core's TransformerConfig, by name."""
+    """Further fields of megatron-core's TransformerConfig, by name (docs/extending.md lists them)."""
+    routing_mix: InitVar[SlotInput | None] = None
+    """Old name of slot_input; the next version no longer accepts it."""
+    experts_alike: InitVar[bool | None] = None
+    """Old name of identical_expert_init; the next version no longer accepts it."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, routing_mix: SlotInput | None, experts_alike: bool | None) -> None:
+        take_old_names(self, routing_mix=routing_mix, experts_alike=experts_alike)
         typed(self)
         one_of(("soft_moe", "dense", "none", "top_k_moe"), self, "ffn")
         one_of(("double_swiglu", "swiglu"), self, "ffn_activation")
-        one_of(("normalized", "raw"), self, "routing_mix")
+        one_of(("normalized", "raw"), self, "slot_input")
         at_least(1, self, "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
         at_least(1, self, "num_experts", "slots_per_expert", "block_length", "vocab_size", "sequence_length")
         at_least(1, self, "make_vocab_size_divisible_by", "rotary_base", "moe_top_k")
@@ -146,8 +169,8 @@ class ModelConfig:
 
     @property
     def megatron_computing(self) -> dict[str, Any]:
-        """The further settings of megatron-core that may change what the model computes."""
-        return {name: value for name, value in self.megatron.items() if not name.startswith(HOW_NOT_WHAT)}
+        """The further fields of megatron-core that change what the model computes."""
+        return {name: value for name, value in self.megatron.items() if changes_the_result(name)}
 
     @property
     def loss_name(self) -> str:

@@ -42,7 +42,7 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """The gradient's global norm is scaled down to this; 0 for no clipping."""
     megatron: dict[str, Any] = field(default_factory=dict)
-    """Further fields of megatron-core's OptimizerConfig, by name."""
+    """Further fields of megatron-core's OptimizerConfig, by name (docs/extending.md lists them)."""
 
     def __post_init__(self) -> None:
         typed(self)

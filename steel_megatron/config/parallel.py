@@ -23,7 +23,7 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Whether tensor-parallel processes also share the tokens between attention and matrices (needs 2 or more)."""
     context_parallel_size: int = 1
-    """Processes that share each sequence: process r has pieces r and 2 * size - 1 - r of 2 * size."""
+    """Processes that share each sequence: process r has chunks r and 2 * size - 1 - r of 2 * size."""
 
     def __post_init__(self) -> None:
         typed(self)
@@ -98,9 +98,9 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def _check_pieces(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raise a ConfigError when sequences cannot be cut into the pieces of context and sequence parallelism."""
+    """Raise a ConfigError when sequences cannot be cut into the chunks of context and sequence parallelism."""
     context, sharing = parallel.context_parallel_size, parallel.sequence_parallel_size
-    cuts = []  # numbers of equal pieces that sequences are cut into, with their names
+    cuts = []  # numbers of equal chunks that sequences are cut into, with their names
     if context > 1:
         cuts.append((2 * context, f"2 x context_parallel_size = {2 * context}"))
     if sharing > 1:

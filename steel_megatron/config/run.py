@@ -77,11 +77,11 @@ class RunConfig:
     def num_micro_batches(self, world_size: int) -> int:
         """Micro batches of one step on each data-parallel process, for a launch of ``world_size`` processes."""
         data_parallel = self.parallel.data_parallel_size(world_size)
-        together = self.training.micro_batch_size * data_parallel
-        if self.training.global_batch_size % together:
+        samples_per_pass = self.training.micro_batch_size * data_parallel
+        if self.training.global_batch_size % samples_per_pass:
             raise ConfigError(
                 f"training.global_batch_size = {self.training.global_batch_size} is not divisible by "
                 f"micro_batch_size x data-parallel size = {self.training.micro_batch_size} x {data_parallel} "
-                f"= {together}"
+                f"= {samples_per_pass}"
             )
-        return self.training.global_batch_size // together
+        return self.training.global_batch_size // samples_per_pass

@@ -1,1 +1,1 @@
-"""Hugging Face models: the code that travels with exported weights, the table of names, conversion."""
+"""Hugging Face models: the exported model code, the table of names, conversion."""

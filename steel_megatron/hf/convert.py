@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,7 @@ def export_hf(
     checkpoint_path, output = checkpoint_path.resolve(), output.resolve()
     _check_output(output, overwrite, checkpoint_path, EXPORT_MARK)
     loaded = load_tokenizer(*tokenizer) if tokenizer else None
-    info, tensors = read_checkpoint(checkpoint_path)
+    info, tensors = read_checkpoint(checkpoint_path, lambda lacks: f"{checkpoint_path} cannot be exported: {lacks}")
     if loaded is not None and loaded.vocab_size > info.model.vocab_size:
         raise CheckpointError(
             f"the tokenizer {tokenizer} has {loaded.vocab_size:,} ids; the model {checkpoint_path} was trained with "
@@ -100,18 +100,24 @@ def is_exported(path: Path) -> bool:
     return False
 
 
-def read_checkpoint(path: Path) -> tuple[CheckpointInfo, dict[str, torch.Tensor]]:
+def read_checkpoint(path: Path, refusal: Callable[[str], str]) -> tuple[CheckpointInfo, dict[str, torch.Tensor]]:
     """A checkpoint and its weights under the published names.
 
+    Args:
+        path: the checkpoint's folder.
+        refusal: makes the message from what the exported model code lacks to compute the model.
+
     Raises:
-        CheckpointError: it is not whole, or the exported code computes no such model.
+        CheckpointError: it is not complete, or the exported model code cannot compute the model.
         ConfigError: the launch has more than one process.
     """
     prepare()  # before megatron-core is imported
     from steel_megatron.train import checkpoint
 
     info = checkpoint.read_info(path)
-    mapping.check_exportable(info.model)
+    lacks = mapping.why_not_exportable(info.model)
+    if lacks is not None:
+        raise CheckpointError(refusal(lacks))
     checkpoint.verify(path)
     with alone("a conversion"):
         own = checkpoint.read_tensors(info, [rule.key for rule in mapping.rules(info.model)])
@@ -171,7 +177,7 @@ def _partial_folder(output: Path) -> Iterator[Path]:
         yield partial
         replace_folder(partial, output)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not write {output}: {error}; nothing is left of it") from error
+        raise CheckpointError(f"could not write {output}: {error}; no partial output was kept") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

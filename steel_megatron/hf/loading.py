@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,13 @@ from steel_megatron.hf.convert import is_exported, read_checkpoint, read_config,
 
 if TYPE_CHECKING:
     from steel_megatron.hf.modeling_steel import SteelForCausalLM
+
+
+def _refusal(path: Path, lacks: str) -> str:
+    return (
+        f"{path} cannot be loaded as a transformers model: {lacks}. steel-megatron generate and audit run this "
+        "checkpoint on the library's own model"
+    )
 
 
 def load_model(path: str | Path) -> SteelForCausalLM:
@@ -37,7 +45,7 @@ def load_model(path: str | Path) -> SteelForCausalLM:
         weights = read_weights(path)
         mapping.check_tensors(weights, settings, str(path))
     else:
-        info, weights = read_checkpoint(path)
+        info, weights = read_checkpoint(path, partial(_refusal, path))
         settings = info.model
     # Without transformers' own loading, which fills what is missing with random numbers.
     model: Any = SteelForCausalLM(SteelConfig(**mapping.config_to_hf(settings)))

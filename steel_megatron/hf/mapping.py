@@ -33,7 +33,7 @@ class Rule:
         shape: its shape (of one slice).
         names: the published names, with ``{layer}`` for the layer's number.
         split: cuts it into the published tensors, in the order of ``names``.
-        join: puts them together again.
+        join: the inverse.
     """
 
     key: str
@@ -95,32 +95,18 @@ def _networks(key: str, prefixes: list[str], matrices: tuple[str, ...], shape: t
     )
 
 
-def _check_expressible(model: ModelConfig) -> None:
+def why_not_exportable(model: ModelConfig) -> str | None:
+    """What the exported model code lacks to compute a model; None if it lacks nothing."""
     if model.ffn not in FFN_TYPES.values():
-        raise CheckpointError(
-            f"a model with ffn = {model.ffn} has no published form; only ffn = {' and '.join(FFN_TYPES.values())} "
-            "can be exported (the others are there to compare with)"
+        return f"the exported model code has no ffn = {model.ffn}; it has {' and '.join(FFN_TYPES.values())}"
+    if model.routing is not None and model.routing.name not in ROUTING_MODES:
+        return (
+            f"the exported model code has no routing_mode = {model.routing_mode}; it has {', '.join(ROUTING_MODES)} "
+            "(docs/new_routing_mode.md says how to add one)"
         )
     for name, value in model.megatron_computing.items():
-        raise CheckpointError(
-            f"a model with model.megatron.{name} = {value!r} has no published form: the "
-            "exported code does not know megatron-core's settings, and may compute something else"
-        )
-
-
-def has_exported_form(model: ModelConfig) -> bool:
-    """Whether the code that travels with exported weights computes such a model."""
-    return model.ffn in FFN_TYPES.values() and (model.routing is None or model.routing.name in ROUTING_MODES)
-
-
-def check_exportable(model: ModelConfig) -> None:
-    """Raise a CheckpointError unless the code that travels with exported weights computes such a model."""
-    _check_expressible(model)
-    if not has_exported_form(model):
-        raise CheckpointError(
-            f"a model with routing_mode = {model.routing_mode} cannot be exported: the code that travels with exported "
-            f"weights has {', '.join(ROUTING_MODES)} (docs/new_routing_mode.md says how it gets another)"
-        )
+        return f"the exported model code does not know model.megatron.{name} = {value!r}"
+    return None
 
 
 def _feed_forward(key: str, prefixes: list[str], inner: int, model: ModelConfig) -> list[Rule]:
@@ -134,12 +120,8 @@ def _feed_forward(key: str, prefixes: list[str], inner: int, model: ModelConfig)
 
 
 def rules(model: ModelConfig) -> list[Rule]:
-    """The table for a model.
-
-    Raises:
-        CheckpointError: the published form has no such feed-forward layer.
-    """
-    _check_expressible(model)
+    """The table of a model with ``ffn: soft_moe`` or ``dense``."""
+    assert model.ffn in FFN_TYPES.values()
     hidden, layers, layer = model.hidden_size, "decoder.layers", "model.layers.{layer}"
     table = [
         _padded("embedding.word_embeddings.weight", model, "model.embed_tokens.weight"),
@@ -207,7 +189,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], model: ModelConfig, origi
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, belongs to no model of these settings, or has another
-            type than those it is put together with.
+            type than those it is merged with.
     """
     shapes = published_shapes(model)
     for name, shape in shapes.items():
@@ -273,7 +255,9 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: the exported code computes no such model.
     """
-    check_exportable(model)
+    lacks = why_not_exportable(model)
+    if lacks is not None:
+        raise CheckpointError(f"the model cannot be exported: {lacks}")
     ffn_type = {ours: theirs for theirs, ours in FFN_TYPES.items()}[model.ffn]
     mlp_type = {ours: theirs for theirs, ours in MLP_TYPES.items()}[model.ffn_activation]
     return {
@@ -295,7 +279,7 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
         "n_experts": model.num_experts,
         "slots_per_expert": model.slots_per_expert,
         "routing_mode": PUBLISHED_MODE if model.routing is None else model.routing.name,
-        "routing_mix": model.routing_mix,
+        "routing_mix": model.slot_input,
         "routing_block_length": model.block_length,
         "shared_expert_intermediate_size": model.shared_expert_intermediate_size,
     }
@@ -335,9 +319,9 @@ def config_from_hf(config: Mapping[str, Any], origin: str) -> ModelConfig:
             num_experts=_number(config, "n_experts", origin),
             slots_per_expert=_number(config, "slots_per_expert", origin),
             routing_mode=None if ffn == "dense" else _known(config, "routing_mode", modes, origin, PUBLISHED_MODE),
-            routing_mix=config.get("routing_mix", "normalized"),
+            slot_input=config.get("routing_mix", "normalized"),
             block_length=_number(config, "routing_block_length", origin, default=64),
-            # A dense network has no such expert beside it.
+            # A dense network has no shared expert.
             shared_expert_intermediate_size=0
             if ffn == "dense"
             else _number(config, "shared_expert_intermediate_size", origin, default=0),

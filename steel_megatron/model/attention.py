@@ -111,7 +111,7 @@ class ScaledDotProductAttention(MegatronModule):
             return self._attend(query, key, value)
         split = SequenceSplit(query.size(0) * self.cp_group.size(), self.cp_group.size())
         key, value = self._gather(torch.stack((key, value)), split)
-        held = split.pieces[self.cp_group.rank()]
+        held = split.ranges[self.cp_group.rank()]
         queries = query.split([stop - start for start, stop in held])
         outputs = [self._attend(q, key[:stop], value[:stop]) for q, (_, stop) in zip(queries, held, strict=True)]
         return torch.cat(outputs)

@@ -76,7 +76,7 @@ class Causality:
 
     @property
     def shown(self) -> Movement:
-        """The movement to speak of: the last output's, or the largest where that stood still."""
+        """The movement to report: the last output's, or the largest where that stood still."""
         last = self.movements[-1]
         if last.relative > self.tolerance or not self.leaks:
             return last
@@ -89,7 +89,7 @@ class Causality:
 
     @property
     def figure(self) -> str:
-        """The movement to speak of in words."""
+        """The movement to report, in words."""
         movement = self.shown
         return f"{movement.largest:.3g} in the {movement.name}, std {movement.std:.3g}"
 
@@ -174,13 +174,13 @@ def audit_model(
 def _finite(outputs: Outputs) -> Outputs:
     for name, values in outputs.items():
         if not values.isfinite().all():
-            raise SteelError(f"the audited model's {name} have values that are not finite; nothing can be said of it")
+            raise SteelError(f"the audited model's {name} have values that are not finite, so it cannot be audited")
     return outputs
 
 
 def _movement(name: str, std: float, sizes: Mapping[int, Sequence[tuple[float, int]]]) -> Movement:
     largest, changed, moved = max((size, first, where) for first, both in sizes.items() for size, where in both)
-    by_position = {first: (alone[0], together[0]) for first, (alone, together) in sizes.items()}
+    by_position = {first: (alone[0], with_rest[0]) for first, (alone, with_rest) in sizes.items()}
     return Movement(name, largest, std, changed, moved, by_position)
 
 

@@ -35,6 +35,19 @@ class PackedDocuments:
         self._block_plan: BlockPlan | None = None
         self._segment_plan: SegmentPlan | None = None
 
+    def keep_for_backward(self, output: torch.Tensor) -> None:
+        """Set the documents of this forward pass again when its backward pass begins.
+
+        Layers may be computed again in the backward pass (``recompute_granularity``). A pipeline stage has by then seen
+        other micro batches.
+
+        Args:
+            output: of the stage.
+        """
+        document_starts = self.document_starts
+        if document_starts is not None and output.requires_grad:
+            output.register_hook(lambda _gradient: self.set(document_starts))
+
     @property
     def attention_mask(self) -> torch.Tensor | None:
         """bool [B, 1, T, T], True where a query (row) may see a key: up to itself, within its document; None where

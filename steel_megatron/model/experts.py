@@ -25,22 +25,22 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from steel_megatron.config import Activation
-from steel_megatron.model.routing.merging import CHUNK_BYTES, merged_linear, sums_travel, swiglu
+from steel_megatron.model.routing.merging import CHUNK_BYTES, merged_linear, sums_are_sent, swiglu
 from steel_megatron.parallel.collectives import gather_rows, scatter_sums, sum_both_ways, sum_gradients
 
-Rows = Literal["copied", "own", "common"]
-"""What tensor-parallel processes bring to an expert that they share.
+TokenLayout = Literal["replicated", "sharded", "partial_gradients"]
+"""Layout of an expert's inputs over the tensor-parallel processes that share the expert.
 
-``copied``: the same vectors, and the same gradients of the results: tensor parallelism without sequence parallelism.
-``own``: each its own vectors (sequence parallelism); all are gathered before the expert, and each process gets the
-results of its own (reduce-scatter).
-``common``: the same vectors, but each process uses the results for its own tokens, so gradients are partial: nothing is
-gathered, results and their gradients are summed.
+``replicated``: the same vectors and the same gradients of the results (no sequence parallelism).
+``sharded``: each process has its own vectors (sequence parallelism). They are gathered before the expert, and the
+results are reduce-scattered.
+``partial_gradients``: the same vectors, but each process uses the results only for its own tokens. Nothing is gathered;
+the results and their gradients are summed.
 """
 
 
 class Experts(MegatronModule):
-    """E feed-forward networks, each split over tensor-parallel processes, together over expert-parallel ones.
+    """E feed-forward networks, each split over tensor-parallel processes; expert-parallel processes share them.
 
     Args:
         config: megatron-core's configuration; gives type and device of the weights.
@@ -98,18 +98,17 @@ class Experts(MegatronModule):
         setattr(weight, "allreduce", self.ep_group is None)  # noqa: B010
         return weight
 
-    def forward(self, x: torch.Tensor, rows: Rows = "copied") -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layout: TokenLayout = "replicated") -> torch.Tensor:
         """Every expert on its own vectors.
 
         Args:
             x: [E, N, d], or [1, N, d] where all experts get the same vectors.
-            rows: how the vectors of the tensor-parallel processes, which share each expert, belong together: see
-                :data:`Rows`.
+            layout: of the vectors over the tensor-parallel processes, which share each expert.
 
         Returns:
             [E, N, d]
         """
-        return self._compute(x, self.up, self.down, rows)
+        return self._compute(x, self.up, self.down, layout)
 
     def forward_merged(self, x: torch.Tensor, shares: torch.Tensor, equal_segments: bool = True) -> torch.Tensor:
         """Merge all experts by given shares and compute the merged expert: :func:`merged_experts`.
@@ -125,26 +124,26 @@ class Experts(MegatronModule):
         groups = {"tp_group": self.tp_group, "ep_group": self.ep_group}
         return merged_experts(x, shares, self.up, self.down, equal_segments=equal_segments, **groups)
 
-    def _compute(self, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, rows: Rows) -> torch.Tensor:
-        x = self._enter(x, rows).expand(up.size(0), -1, -1)
+    def _compute(self, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        x = self._enter(x, layout).expand(up.size(0), -1, -1)
         inner = swiglu(torch.bmm(x, up.flatten(1, 2).mT))
         # The gate of the way down is not linear, so both products are summed over processes before it.
-        out = self._leave(torch.bmm(inner, down.flatten(1, 2).mT), rows)
+        out = self._leave(torch.bmm(inner, down.flatten(1, 2).mT), layout)
         return swiglu(out) if self.gated_down else out
 
-    def _enter(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def _enter(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """Vectors before matrices that are cut over the tensor-parallel processes."""
-        if self.tp_group.size() == 1 or rows == "common":
+        if self.tp_group.size() == 1 or layout == "partial_gradients":
             return x
-        return gather_rows(x, self.tp_group) if rows == "own" else sum_gradients(x, self.tp_group)
+        return gather_rows(x, self.tp_group) if layout == "sharded" else sum_gradients(x, self.tp_group)
 
-    def _leave(self, partial: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def _leave(self, partial: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """The sums over the tensor-parallel processes, of the vectors that :meth:`_enter` was given."""
         if self.tp_group.size() == 1:
             return partial
-        if rows == "copied":
+        if layout == "replicated":
             return reduce_from_tensor_model_parallel_region(partial, self.tp_group)
-        return (scatter_sums if rows == "own" else sum_both_ways)(partial, self.tp_group)
+        return (scatter_sums if layout == "sharded" else sum_both_ways)(partial, self.tp_group)
 
     def sharded_state_dict(
         self,
@@ -193,14 +192,14 @@ def merged_experts(
 ) -> torch.Tensor:
     """Merge all experts by given shares and compute the merged expert, segment by segment.
 
-    Under expert parallelism each process has segments of its own and one of R parts of the experts. What travels is the
+    Under expert parallelism each process has segments of its own and one of R parts of the experts. What is sent is the
     smaller of the two, in numbers that a process sends, forward:
 
         all experts, to every process               (R - 1) / R * E * n
         every process's sums over its own experts   (R - 1) * M * n, and (R - 1) / R * M * E for the shares
 
-    Backward: the matrices once more, and as many numbers for gradients (the experts' in float32). So experts travel
-    unless all processes together have fewer segments than there are experts.
+    Backward: the matrices once more, and as many numbers for gradients (the experts' in float32). So experts are
+    sent unless the processes have fewer segments in total than there are experts.
 
     Args:
         x: [M, N, d] tokens, the same on all processes of ``tp_group``.
@@ -210,7 +209,7 @@ def merged_experts(
         tp_group: the processes that share the inner width.
         ep_group: the processes that share the experts; None where each has all of them.
         equal_segments: whether all processes of ``ep_group`` surely have the same number of segments. If not, experts
-            travel: that needs no agreement about chunks.
+            are sent: that needs no agreement about chunks.
         chunk_bytes: bound of the memory for merged matrices.
 
     Returns:
@@ -220,7 +219,7 @@ def merged_experts(
     x = sum_gradients(x, tp_group)
     shares = sum_gradients(shares, tp_group).unsqueeze(0)
     ranks = 1 if ep_group is None else ep_group.size()
-    if equal_segments and sums_travel(x.size(0), shares.size(2), ranks):
+    if equal_segments and sums_are_sent(x.size(0), shares.size(2), ranks):
         # Every process gets the shares of its own experts in all processes' segments: [R source, M, E / R].
         by_holder = shares.reshape(x.size(0), ranks, -1).transpose(0, 1).contiguous()
         shares = all_to_all(ep_group, by_holder)

@@ -16,7 +16,7 @@ def training_flops_per_token(model: ModelConfig) -> float:
 
 
 def multiplications_per_token(model: ModelConfig) -> dict[str, float]:
-    """Multiplications of one token's forward pass at the model's sequence length, all layers together, by purpose.
+    """Multiplications of one token's forward pass at the model's sequence length, summed over layers, by purpose.
 
     Returns:
         ``attention``: the four projections. ``scores``: queries by keys and weights by values, over half the sequence

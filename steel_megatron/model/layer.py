@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from steel_megatron.config import Activation, RoutingMix
+from steel_megatron.config import Activation, SlotInput, take_old_names
 from steel_megatron.config.checks import at_least, one_of
 from steel_megatron.errors import ConfigError
 from steel_megatron.model.documents import PackedDocuments
-from steel_megatron.model.routing import routing_mode
+from steel_megatron.model.routing import OldNames, routing_mode
 from steel_megatron.model.routing.merging import merged_linear, swiglu
 from steel_megatron.ops.plan import check_document_starts
 
@@ -80,7 +80,7 @@ class SharedExpert(nn.Module):
         return self.network(x.reshape(1, -1, x.size(-1))).view(x.shape)
 
 
-class SoftMoE(nn.Module):
+class SoftMoE(OldNames, nn.Module):
     """Soft mixture of experts: [B, T, d] to [B, T, d] (Soft MoE, arXiv 2308.00951, section 2.1).
 
     Tokens are mixed into slots, each expert computes its slots, and every token gets a mixture of the results; how
@@ -107,10 +107,11 @@ class SoftMoE(nn.Module):
             ``merged`` and ``token``, or ``module:name`` of a mode of your own.
         ffn_hidden_size: inner width of one expert; None for hidden_size.
         activation: what an expert computes: ``double_swiglu`` (Steel-LLM, section 3.2) or ``swiglu``.
-        routing_mix: what is mixed into slots: ``raw`` tokens, or ``normalized`` ones as in Steel-LLM.
+        slot_input: what is mixed into slots: ``raw`` tokens, or ``normalized`` ones as in Steel-LLM.
         block_length: tokens between two refreshes of the slots (block_causal), or of one segment (merged).
         shared_expert_intermediate_size: inner width of one more expert that every token passes through; 0 for none.
         routing_scale_init: initial length of the slots' keys: logits are at most this large.
+        routing_mix: old name of slot_input.
         device: of the weights.
         dtype: of the weights.
 
@@ -127,23 +128,25 @@ class SoftMoE(nn.Module):
         mode: str,
         ffn_hidden_size: int | None = None,
         activation: Activation = "double_swiglu",
-        routing_mix: RoutingMix = "raw",
+        slot_input: SlotInput = "raw",
         block_length: int = 64,
         shared_expert_intermediate_size: int = 0,
         routing_scale_init: float = 1.0,
+        routing_mix: SlotInput | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.hidden_size, self.num_experts, self.slots_per_expert = hidden_size, num_experts, slots_per_expert
         self.ffn_hidden_size = hidden_size if ffn_hidden_size is None else ffn_hidden_size
-        self.activation, self.routing_mix, self.block_length = activation, routing_mix, block_length
+        self.activation, self.slot_input, self.block_length = activation, slot_input, block_length
+        take_old_names(self, routing_mix=routing_mix)
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.routing_scale_init = routing_scale_init
         at_least(1, self, "hidden_size", "num_experts", "slots_per_expert", "ffn_hidden_size", "block_length")
         at_least(0, self, "shared_expert_intermediate_size", "routing_scale_init")
         one_of(("double_swiglu", "swiglu"), self, "activation")
-        one_of(("normalized", "raw"), self, "routing_mix")
+        one_of(("normalized", "raw"), self, "slot_input")
         self.mode = routing_mode(mode)
         self.mode.check_model(self)
         shape = (hidden_size, num_experts, slots_per_expert)

@@ -15,8 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 
 from steel_megatron.config import ModelConfig
 from steel_megatron.model.documents import PackedDocuments
-from steel_megatron.model.experts import Experts, Rows
-from steel_megatron.model.routing import SharedSequences, routing_mode
+from steel_megatron.model.experts import Experts, TokenLayout
+from steel_megatron.model.routing import OldNames, SharedSequences, routing_mode
 from steel_megatron.parallel.collectives import (
     gather_copies,
     gather_parts,
@@ -53,20 +53,20 @@ class DenseFeedForward(MegatronModule):
             groups=groups,
             expert_parallel=False,
         )
-        self.rows: Rows = "own" if config.sequence_parallel else "copied"
+        self.layout: TokenLayout = "sharded" if config.sequence_parallel else "replicated"
 
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple:
         """[T, B, d] to ([T, B, d], no bias); T are this process's tokens."""
         flat = hidden_states.reshape(1, -1, hidden_states.size(-1))
-        return self.network(flat, self.rows).reshape(hidden_states.shape), None
+        return self.network(flat, self.layout).reshape(hidden_states.shape), None
 
 
-class ParallelSoftMoE(MegatronModule):
+class ParallelSoftMoE(OldNames, MegatronModule):
     """Soft mixture of experts (Soft MoE, arXiv 2308.00951, section 2; Steel-LLM, section 3.1).
 
     Where processes share sequences, each routes its own tokens. In modes ``sequence`` and ``block_causal`` only slots
     travel. In ``token`` and ``merged`` and for the shared expert, every token passes through experts: under sequence
-    parallelism tokens travel to them as to any dense layer, under context parallelism they stay.
+    parallelism tokens are sent to them as to any dense layer, under context parallelism they stay.
 
     Args:
         config: megatron-core's configuration.
@@ -86,7 +86,7 @@ class ParallelSoftMoE(MegatronModule):
         super().__init__(config=config)
         assert model.routing_mode is not None, "checked by ModelConfig"
         self.mode = routing_mode(model.routing_mode)
-        self.routing_mix, self.block_length = model.routing_mix, model.block_length
+        self.slot_input, self.block_length = model.slot_input, model.block_length
         self.num_experts = model.num_experts
         self.documents = documents or PackedDocuments(groups.ep)
         self.ep_group, self.tp_group = groups.ep, groups.tp
@@ -154,8 +154,9 @@ class ParallelSoftMoE(MegatronModule):
         """Every expert on its own vectors: see :class:`steel_megatron.model.routing.RoutedLayer`."""
         if self.ep_group.size() > 1:
             vectors = vectors.expand(self.num_experts, -1, -1)
-        rows: Rows = ("common" if replicated else "own") if self.sequence_parallel else "copied"
-        return slots_from_experts(self.experts(slots_to_experts(vectors, self.ep_group), rows), self.ep_group)
+        sharded: TokenLayout = "partial_gradients" if replicated else "sharded"
+        layout: TokenLayout = sharded if self.sequence_parallel else "replicated"
+        return slots_from_experts(self.experts(slots_to_experts(vectors, self.ep_group), layout), self.ep_group)
 
     def run_merged_experts(
         self, segments: torch.Tensor, weights: torch.Tensor, *, equal_segments: bool = True

@@ -26,7 +26,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from steel_megatron.config import ModelConfig, ParallelConfig, Precision
 from steel_megatron.model.attention import Float32, RMSNorm, ScaledDotProductAttention
 from steel_megatron.model.documents import PackedDocuments
-from steel_megatron.model.megatron_fields import refusals, with_further_fields
+from steel_megatron.model.megatron_fields import (
+    check_recompute_modules,
+    model_fields,
+    with_further_fields,
+)
 from steel_megatron.model.soft_moe import DenseFeedForward, ParallelSoftMoE
 from steel_megatron.model.top_k_moe import TopKMoE, top_k_moe_settings
 from steel_megatron.model.weights import initialize_weights
@@ -50,8 +54,7 @@ def transformer_config(
         device: where the weights are.
 
     Raises:
-        ConfigError: ``model.megatron`` has a field that is unknown or the library's own, or a value that megatron-core
-            refuses.
+        ConfigError: ``model.megatron`` has a field that may not be set, or a value that megatron-core refuses.
     """
     dtype = DTYPES[precision]
     own = {
@@ -92,7 +95,8 @@ def transformer_config(
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
     }
-    return with_further_fields(TransformerConfig, own, model.megatron, "model.megatron")
+    check_recompute_modules(model.ffn, model.megatron)
+    return with_further_fields(TransformerConfig, own, model.megatron, "model.megatron", model_fields(model.ffn))
 
 
 def layer_spec(model: ModelConfig, groups: ProcessGroupCollection, documents: PackedDocuments) -> ModuleSpec:
@@ -168,20 +172,20 @@ def build_model(
     block = TransformerBlockSubmodules(
         layer_specs=[spec] * get_num_layers_to_build(config, pp_rank=groups.pp.rank()), layer_norm=RMSNorm
     )
-    with refusals(model.megatron, "model.megatron"):
-        stage = GPTModel(
-            config=config,
-            transformer_layer_spec=block,
-            vocab_size=model.padded_vocab_size,
-            max_sequence_length=model.sequence_length,
-            pre_process=topology.is_first_stage,
-            post_process=topology.is_last_stage,
-            share_embeddings_and_output_weights=False,
-            position_embedding_type="rope",
-            rotary_base=model.rotary_base,
-            pg_collection=groups,
-        )
+    stage = GPTModel(
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=model.sequence_length,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        pg_collection=groups,
+    )
     stage.documents = documents  # set before each forward pass, see NextToken
+    stage.register_forward_hook(lambda _stage, _inputs, output: documents.keep_for_backward(output))
     _mark_split_weights(stage)
     if seed is not None:
         initialize_weights(stage, model, seed)

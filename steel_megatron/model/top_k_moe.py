@@ -22,7 +22,7 @@ from steel_megatron.config import ModelConfig
 
 
 def top_k_moe_settings(model: ModelConfig) -> dict[str, Any]:
-    """What megatron-core's TransformerConfig needs to know beside what all models have; nothing for other models."""
+    """Fields of megatron-core's TransformerConfig that only this layer needs; none for other models."""
     if model.ffn != "top_k_moe":
         return {}
     return {
@@ -61,7 +61,8 @@ class TopKMoE(MoELayer):
     ) -> dict[str, ShardedTensor]:
         """The weights for megatron-core's checkpoints, whole.
 
-        megatron-core would store gate and value of an expert's way up apart, so that they can be cut; here nothing is.
+        megatron-core would store gate and value of an expert's up projection separately, so that they can be sharded.
+        Here nothing is sharded.
 
         Args:
             prefix: of the weights' names, with its dot.

@@ -30,8 +30,8 @@ def initialize_weights(stage: GPTModel, model: ModelConfig, seed: int) -> None:
 
     Matrices are normal with standard deviation ``init_method_std`` (the published model's way: no scaling by depth)
     or, in experts, ``expert_init_method_std``; norms are 1, the routing scale is ``routing_scale_init``, biases are 0.
-    ``phi`` is only used by its direction. Rows of the padded vocabulary are 0. With ``experts_alike`` all experts of
-    a layer get the first one's.
+    ``phi`` is only used by its direction. Rows of the padded vocabulary are 0. With ``identical_expert_init`` all
+    experts of a layer get the first one's.
 
     Args:
         stage: this process's part of the model.
@@ -63,7 +63,7 @@ def _fill(sharded: ShardedTensor, name: str, model: ModelConfig, seed: int) -> N
     if model.expert_init_method_std is not None and (".mlp.experts." in name or ".mlp.network." in name):
         std = model.expert_init_method_std
     whole = torch.empty(sharded.global_shape[prepended:]).normal_(0.0, std, generator=generator)
-    if model.experts_alike and ".mlp.experts." in name:
+    if model.identical_expert_init and ".mlp.experts." in name:
         whole[1:] = whole[0].clone()
     if whole.size(0) == model.padded_vocab_size:
         whole[model.vocab_size :] = 0.0

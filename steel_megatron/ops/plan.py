@@ -141,7 +141,7 @@ class SegmentPlan:
         starts: int64 [B, S], position of the first token.
         lengths: int64 [B, S], number of tokens; 0 where there is no segment.
         follows: bool [B, S], whether the segment before belongs to the same document.
-        total: M, segments of all sequences together.
+        total: M, segments of all sequences.
         longest: tokens of the longest segment.
         place_of_token: int64 [B, T], where each token is among the M * longest places of the M segments of all
             sequences, one segment after the other.

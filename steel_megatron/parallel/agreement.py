@@ -1,4 +1,4 @@
-"""Failing together: what goes wrong on one process is raised on all of them, instead of leaving the others waiting."""
+"""Errors on one process are raised on all of them, so that the others do not wait."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def raise_if_any_rank_failed(action: Callable[[], Result]) -> Result:
     if own is not None:
         raise own
     if failed.item() < world_size:
-        raise SteelError(f"process {int(failed.item())} could not go on; its message says why")
+        raise SteelError(f"process {int(failed.item())} failed; see its own message")
     return result  # type: ignore[return-value]
 
 
@@ -56,9 +56,9 @@ def any_rank(condition: bool) -> bool:
 
 def broadcast_from_rank0(number: int) -> int:
     """The first process's ``number``, on every process."""
-    said = torch.tensor([number], device=probe().device)
-    dist.broadcast(said, src=0)
-    return int(said.item())
+    value = torch.tensor([number], device=probe().device)
+    dist.broadcast(value, src=0)
+    return int(value.item())
 
 
 def first_process_bytes(content: bytes) -> bytes:

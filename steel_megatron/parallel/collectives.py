@@ -1,6 +1,6 @@
 """Autograd collectives on slots, and on tokens where a dense layer needs them.
 
-Slots travel, tokens do not: expert parallelism sends each expert's slots to the process that holds the expert
+Slots are sent, not tokens: expert parallelism sends each expert's slots to the process that holds the expert
 and brings the results back. Sizes are equal and known beforehand, so no counts are exchanged and nothing is
 dropped.
 
@@ -46,8 +46,8 @@ def slots_from_experts(results: torch.Tensor, group: dist.ProcessGroup | None) -
     ranks = 1 if group is None else dist.get_world_size(group)
     if ranks == 1:
         return results
-    local, together, width = results.shape
-    count = together // ranks
+    local, total, width = results.shape
+    count = total // ranks
     outgoing = results.view(local, ranks, count, width).transpose(0, 1).reshape(ranks * local, count, width)
     return all_to_all(group, outgoing.contiguous())  # rank order is expert order
 

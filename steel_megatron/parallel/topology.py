@@ -34,7 +34,7 @@ class Launch:
         rank: its number among all processes.
         world_size: number of processes.
         local_rank: its number on this machine.
-        origin: who said so: ``torchrun``, ``slurm`` or ``alone``.
+        origin: where this was read from: ``torchrun``, ``slurm`` or ``alone``.
     """
 
     rank: int
@@ -212,14 +212,14 @@ class Topology:
 
     @property
     def context_parallel_rank(self) -> int:
-        """This process's number among those that read different pieces of the same samples."""
+        """This process's number among those that read different chunks of the same samples."""
         from megatron.core import parallel_state
 
         return parallel_state.get_context_parallel_rank()
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is rank 0 of the launch, which speaks and writes for all."""
+        """Whether this is rank 0 of the launch, which logs and writes for all."""
         return self.launch.rank == 0
 
     @property

@@ -63,10 +63,10 @@ class Batches:
         """The last ones are filled up with samples that do not count, so that none is left out."""
         training = self._run.training
         count = min(len(samples), training.eval_steps * training.global_batch_size)
-        together = training.micro_batch_size * self._topology.data_parallel_size
+        samples_per_pass = training.micro_batch_size * self._topology.data_parallel_size
         first = self._topology.data_parallel_rank * training.micro_batch_size
         batches = []
-        for start in range(first, count + first, together):
+        for start in range(first, count + first, samples_per_pass):
             own = range(start, start + training.micro_batch_size)
             numbers = [min(number, count - 1) for number in own]
             counts = torch.tensor([[float(number < count)] for number in own])

@@ -54,10 +54,10 @@ filesystem_async._results_queue = queue.Queue()
 
 FORMAT = 1
 MANIFEST = "steel.json"
-NOT_COMPUTED = {"sequence_length", "init_method_std", "expert_init_method_std", "experts_alike", "routing_scale_init"}
-NOT_COMPUTED |= {"moe_aux_loss_coeff"}
+NOT_COMPUTED = {"sequence_length", "init_method_std", "expert_init_method_std", "routing_scale_init"}
+NOT_COMPUTED |= {"moe_aux_loss_coeff", "identical_expert_init"}
 """Settings of a model that do not change what given weights compute: these may always differ from a checkpoint's."""
-ROUTING = {"routing_mode", "routing_mix", "block_length", "moe_top_k"}
+ROUTING = {"routing_mode", "slot_input", "block_length", "moe_top_k"}
 """How tokens reach experts: a new run may choose it anew for the weights it begins with."""
 
 

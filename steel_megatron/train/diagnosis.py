@@ -88,6 +88,6 @@ def _layer_number(stage: GPTModel, name: str) -> int:
 
 def _earliest(found: list[tuple[int, str]]) -> str:
     """The first of what all processes found."""
-    together: list[tuple[int, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(together, min(found, default=None))
-    return min((one for one in together if one is not None), default=(0, ""))[1]
+    of_all_ranks: list[tuple[int, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all_ranks, min(found, default=None))
+    return min((one for one in of_all_ranks if one is not None), default=(0, ""))[1]

@@ -1,4 +1,4 @@
-"""One optimizer step under any layout: megatron-core's DDP, schedules and distributed optimizer, put together."""
+"""One optimizer step under any layout: megatron-core's DDP, schedules and distributed optimizer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from steel_megatron.config import RunConfig
+from steel_megatron.config.megatron import OPTIMIZER_FIELDS
 from steel_megatron.errors import TrainingError
-from steel_megatron.model.megatron_fields import refusals, with_further_fields
+from steel_megatron.model.megatron_fields import with_further_fields
 from steel_megatron.model.spec import DTYPES, build_model
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.diagnosis import where_backward_fails, where_forward_fails
@@ -116,9 +117,10 @@ class Engine:
             "params_dtype": dtype,
             "use_distributed_optimizer": True,
         }
-        config = with_further_fields(MegatronOptimizerConfig, own, settings.megatron, "optimizer.megatron")
-        with refusals(settings.megatron, "optimizer.megatron"):
-            optimizer = get_megatron_optimizer(config, [self.model])
+        config = with_further_fields(
+            MegatronOptimizerConfig, own, settings.megatron, "optimizer.megatron", OPTIMIZER_FIELDS
+        )
+        optimizer = get_megatron_optimizer(config, [self.model])
         allocate_state(optimizer)
         return optimizer
 
@@ -178,13 +180,13 @@ class Engine:
                 f"nothing was changed. Nearest to the loss: {where_backward_fails(self.stage)}"
             )
         self.scheduler.step(increment=1)  # so that step n uses the rate of step n, not of step n - 1
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        lr = max(group["lr"] for group in self.optimizer.param_groups if group["default_config"])  # not decoupled_lr
         self.optimizer.step()
         self.step_number = step
         return StepResult(step=step, terms=terms, grad_norm=norm, lr=lr)
 
     def resume_at(self, step: int, optimizer_state: OptimizerState) -> None:
-        """Go on after ``step`` steps, with the optimizer state that a checkpoint held."""
+        """Resume after ``step`` steps, with the optimizer state that a checkpoint held."""
         load_state(self.optimizer, optimizer_state, step)
         self.step_number = step
         self.scheduler.num_steps = step

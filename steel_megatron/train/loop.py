@@ -64,7 +64,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         callbacks: what is called around the loop's steps, after the library's own.
 
     Raises:
-        SteelError: settings, data, checkpoints or the loss do not allow to go on, or another run is under way in this
+        SteelError: settings, data, checkpoints or the loss are not usable, or another run is under way in this
             process.
     """
     if not _UNDER_WAY.acquire(blocking=False):
@@ -126,7 +126,7 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
                 for callback in callbacks:
                     callback.after_save(view, saved)
             if stopping:
-                logger.warning(f"asked to stop: step {result.step} is saved; the same command goes on from there")
+                logger.warning(f"asked to stop: step {result.step} is saved; the same command resumes from there")
                 break
     assert saved is not None, "a run has at least one step, done now or before"
     return TrainingSummary(
@@ -192,7 +192,7 @@ def _find(run: RunConfig) -> checkpoint.CheckpointInfo | None:
     if info is None and any(run.checkpoints_dir.glob("step_*")):
         raise CheckpointError(
             f"no checkpoint in {run.checkpoints_dir} is whole, so there is nothing to resume from and nothing is begun "
-            "anew over them; mend or remove them, or choose another checkpoint.directory"
+            "anew over them; fix or remove them, or choose another checkpoint.directory"
         )
     if info is not None and not run.checkpoint.resume:
         raise CheckpointError(

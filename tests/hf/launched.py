@@ -110,7 +110,7 @@ def library_logits(models: list[ModelConfig], tokens: torch.Tensor) -> list[tupl
                 layer.mlp.scale.fill_(4.0)
                 # Vectors of different lengths, so that scaling them to length 1 makes a difference.
                 layer.pre_mlp_layernorm.weight.copy_(torch.linspace(0.2, 3.0, model.hidden_size))
-                if model.routing_mix == "normalized":  # short vectors; the experts are cubic
+                if model.slot_input == "normalized":  # short vectors; the experts are cubic
                     layer.mlp.experts.up.mul_(4.0)
                     layer.mlp.experts.down.mul_(4.0)
             results.append((stage(tokens, positions, None), pieces(stage, lambda weight: weight.detach().clone())))

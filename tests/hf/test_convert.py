@@ -97,7 +97,7 @@ MODES = ("sequence", "block_causal", "token", "merged")
 def test_the_exported_code_computes_what_the_library_trains() -> None:
     base = dataclasses.replace(BASE, block_length=6, init_method_std=0.3)
     models = [
-        dataclasses.replace(base, routing_mode=mode, routing_mix=mix) for mode in MODES for mix in ("raw", "normalized")
+        dataclasses.replace(base, routing_mode=mode, slot_input=mix) for mode in MODES for mix in ("raw", "normalized")
     ]
     tokens = torch.randint(0, BASE.vocab_size, (2, 23), generator=torch.Generator().manual_seed(0))
     results = run_distributed(launched.library_logits, 1, models, tokens)[0]

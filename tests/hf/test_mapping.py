@@ -70,7 +70,7 @@ def test_random_settings_are_exact_in_both_directions(seed: int) -> None:
         num_experts=choose.randint(1, 5),
         slots_per_expert=choose.randint(1, 3),
         routing_mode=None if dense else choose.choice(["sequence", "token", "block_causal", "merged"]),
-        routing_mix=choose.choice(["raw", "normalized"]),
+        slot_input=choose.choice(["raw", "normalized"]),
         shared_expert_intermediate_size=0 if dense else choose.choice([0, 5]),
         vocab_size=choose.randint(1, 300),
         make_vocab_size_divisible_by=choose.choice([1, 8, 128]),
@@ -178,11 +178,11 @@ def test_settings_in_other_words() -> None:
     assert mapping.config_from_hf({**wide, "expert_intermediate_size": 10}, "here").ffn_hidden_size == 10
     plain = {key: value for key, value in published.items() if not key.startswith(("routing", "shared"))}
     model = mapping.config_from_hf({**plain, "num_key_value_heads": None}, "here")
-    assert (model.routing_mode, model.routing_mix) == ("sequence", "normalized")
+    assert (model.routing_mode, model.slot_input) == ("sequence", "normalized")
     assert model.query_groups == 4 and model.shared_expert_intermediate_size == 0
 
 
 def test_settings_that_the_exported_code_does_not_know() -> None:
-    with pytest.raises(CheckpointError, match=r"model\.megatron\.qk_layernorm = True has no published form"):
-        mapping.config_to_hf(dataclasses.replace(BASE, megatron={"qk_layernorm": True}))
+    with pytest.raises(CheckpointError, match=r"code does not know model\.megatron\.softmax_scale = 0\.1"):
+        mapping.config_to_hf(dataclasses.replace(BASE, megatron={"softmax_scale": 0.1}))
     mapping.config_to_hf(dataclasses.replace(BASE, megatron={"recompute_granularity": "full"}))

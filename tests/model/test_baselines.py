@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from steel_megatron.config import ModelConfig, ParallelConfig, RunConfig
 from steel_megatron.errors import CheckpointError, ConfigError
-from steel_megatron.hf.mapping import config_to_hf, rules
+from steel_megatron.hf.mapping import config_to_hf
 from tests.distributed import run_distributed
 from tests.train.small_run import LAYOUTS, PROCESSES, compare, small_run, train
 
@@ -134,9 +134,8 @@ def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
 def test_they_are_causal_and_have_no_published_form(model: dict[str, Any]) -> None:
     settings = small_run(ParallelConfig(), **model).model
     assert settings.causal and settings.loss_name == "loss"
-    for refused in (rules, config_to_hf):
-        with pytest.raises(CheckpointError, match=f"ffn = {settings.ffn} has no published form"):
-            refused(settings)
+    with pytest.raises(CheckpointError, match=f"has no ffn = {settings.ffn}; it has soft_moe and dense"):
+        config_to_hf(settings)
 
 
 def scales(run: RunConfig) -> list[float]:
@@ -189,7 +188,7 @@ def experts_of_first_layer(run: RunConfig) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_experts_may_begin_as_copies_of_one() -> None:
-    alone, parallel = (small_run(layout, experts_alike=True) for layout in (ParallelConfig(), LAYOUTS["ep2"]))
+    alone, parallel = (small_run(layout, identical_expert_init=True) for layout in (ParallelConfig(), LAYOUTS["ep2"]))
     whole = run_distributed(experts_of_first_layer, 1, alone)[0]
     assert all(torch.equal(one, whole[0]) for one in whole) and whole.std() > 0.05
     assert torch.equal(torch.cat(run_distributed(experts_of_first_layer, 2, parallel)), whole)

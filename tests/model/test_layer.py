@@ -25,7 +25,7 @@ from tests.distributed import run_distributed
 MODES = ("sequence", "block_causal", "token", "merged")
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
-    {"activation": "swiglu", "routing_mix": "normalized", "shared_expert_intermediate_size": 6},
+    {"activation": "swiglu", "slot_input": "normalized", "shared_expert_intermediate_size": 6},
 )
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 STARTS = torch.tensor([[0] * 4 + [4] * 7, [0] + [1] * 9 + [10]])
@@ -231,12 +231,14 @@ def test_misuse_is_named() -> None:
         ({"mode": "blocks"}, "routing_mode is 'blocks'; it must be one of sequence"),
         ({"num_experts": 0}, r"SoftMoE\.num_experts is 0; it must be at least 1"),
         ({"block_length": 0}, r"SoftMoE\.block_length is 0"),
-        ({"routing_mix": "both"}, r"SoftMoE\.routing_mix is 'both'; it must be one of normalized, raw"),
+        ({"slot_input": "both"}, r"SoftMoE\.slot_input is 'both'; it must be one of normalized, raw"),
+        ({"routing_mix": "both"}, r"SoftMoE\.slot_input is 'both'; it must be one of normalized, raw"),
         ({"activation": "relu"}, r"SoftMoE\.activation is 'relu'; it must be one of double_swiglu, swiglu"),
     ):
         with pytest.raises(ConfigError, match=message):
             SoftMoE(**{"hidden_size": 8, "num_experts": 2, "mode": "token", **arguments})  # type: ignore[arg-type]
     layer, x = build("merged"), tokens()
+    assert layer.routing_mix == "raw"  # the old name
     for call, message in (
         ((x[0],), r"got \[11, 8\] on cpu; it needs \[B, T >= 1, 8\]"),
         ((x[:, :0],), r"SoftMoE got \[2, 0, 8\]"),

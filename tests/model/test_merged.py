@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from steel_megatron.config import ParallelConfig
 from steel_megatron.errors import ConfigError
-from steel_megatron.model.routing.merging import CHUNK_BYTES, merged_linear, sums_travel
+from steel_megatron.model.routing.merging import CHUNK_BYTES, merged_linear, sums_are_sent
 from steel_megatron.ops import merge_weights
 from steel_megatron.ops.plan import segment_plan
 from tests.distributed import run_distributed
@@ -310,7 +310,7 @@ def test_expert_parallel_equals_one_process_and_sends_the_lesser_bytes(layout: s
     sent.pop("all_reduce", 0)  # of tensor parallelism
     numbers = 4 * INNER * WIDTH // parallel.tensor_model_parallel_size
     if few:  # R * M < E: every process sums its experts for all
-        assert sums_travel(segments, EXPERTS, ranks)
+        assert sums_are_sent(segments, EXPERTS, ranks)
         matrices = 8 * (ranks - 1) * segments * numbers
         shares = 8 * (ranks - 1) * segments * EXPERTS // ranks
         assert sent == {
@@ -319,7 +319,7 @@ def test_expert_parallel_equals_one_process_and_sends_the_lesser_bytes(layout: s
             "all_gather_into_tensor": matrices,  # of the gradient
         }
     else:
-        assert not sums_travel(segments, EXPERTS, ranks)
+        assert not sums_are_sent(segments, EXPERTS, ranks)
         experts = 8 * EXPERTS * numbers * (ranks - 1) // ranks
         assert sent == {"all_gather_into_tensor": 2 * experts, "reduce_scatter_tensor": experts}
 
@@ -355,7 +355,7 @@ def trained_alone(block_length: int) -> list[tuple[float, float]]:
 @pytest.mark.parametrize("layout", ["ep2", "tp2 ep2"])
 def test_training_equals_one_process(layout: str, case: str) -> None:
     parallel, processes = LAYOUTS[layout]
-    assert sums_travel(2 * 24 // SEGMENTS[case], 8, 2) == (case == "sums travel")
+    assert sums_are_sent(2 * 24 // SEGMENTS[case], 8, 2) == (case == "sums travel")
     run = small_run(parallel, steps=3, block_length=SEGMENTS[case], **MERGED)
     compare(run_distributed(train, processes, run), trained_alone(SEGMENTS[case]))
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from steel_megatron import load_model
 from steel_megatron.cli import _parse, main
 from steel_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, from_dict, routing
 from steel_megatron.errors import CheckpointError, ConfigError
@@ -54,10 +55,13 @@ def train_and_audit(run: RunConfig, leaky: Path) -> dict[str, Any]:
     from steel_megatron.hf.convert import export_hf
 
     path = run.checkpoints_dir / "step_00000002"
-    with pytest.raises(
-        CheckpointError, match=f"routing_mode = {CAUSAL} cannot be exported.*has sequence, block_causal"
-    ):
+    lacks = f"the exported model code has no routing_mode = {CAUSAL}; it has sequence, block_causal"
+    with pytest.raises(CheckpointError, match=f"{path} cannot be exported: {lacks}"):
         export_hf(path, path.parent / "exported")
+    with pytest.raises(
+        CheckpointError, match=f"{path} cannot be loaded as a transformers model: {lacks}.*generate and audit run this"
+    ):
+        load_model(path)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main(["audit", str(leaky)]) == 1
     found = {"whole": whole, "others": others, "parts": before[:-1] + after}
@@ -88,7 +92,10 @@ def test_the_page_s_mode_trains_resumes_and_is_audited(lab: Path) -> None:
         assert abs(other[0].loss - losses[0]) > 1e-5
     report = found["audit"]
     assert report.verdict == "causal" and report.exported is None
-    assert f"routing mode {CAUSAL} has no exported form" in report.to_text()
+    assert (
+        f"the library's own model alone, without decoding: the exported model code has no routing_mode = {CAUSAL}"
+        in (report.to_text())
+    )
     assert f"routing mode {LEAKY}\n" in found["leaky"]
     assert re.search(r"^verdict: leaks \(1\.\d+ in the logits, std 1", found["leaky"], re.MULTILINE)
     refused, audited = run_distributed(audit_in_a_fresh_process, 1, run.checkpoints_dir / "step_00000002")[0]

@@ -11,14 +11,14 @@ from steel_megatron.parallel.sequence import SequenceSplit
 
 
 def test_context_parallelism_gives_each_process_an_early_and_a_late_piece() -> None:
-    assert SequenceSplit(16, context_size=2).pieces == (((0, 4), (12, 16)), ((4, 8), (8, 12)))
+    assert SequenceSplit(16, context_size=2).ranges == (((0, 4), (12, 16)), ((4, 8), (8, 12)))
 
 
 def test_sequence_parallelism_cuts_what_a_process_holds() -> None:
-    assert SequenceSplit(6, tensor_size=2).pieces == (((0, 3),), ((3, 6),))
+    assert SequenceSplit(6, tensor_size=2).ranges == (((0, 3),), ((3, 6),))
     # Two tensor-parallel processes halve the two pieces of each context-parallel process; three cut through them.
-    assert SequenceSplit(16, 2, 2).pieces == (((0, 4),), ((12, 16),), ((4, 8),), ((8, 12),))
-    assert SequenceSplit(12, 2, 3).pieces[:3] == (((0, 2), (2, 2)), ((2, 3), (9, 10)), ((10, 12), (12, 12)))
+    assert SequenceSplit(16, 2, 2).ranges == (((0, 4),), ((12, 16),), ((4, 8),), ((8, 12),))
+    assert SequenceSplit(12, 2, 3).ranges[:3] == (((0, 2), (2, 2)), ((2, 3), (9, 10)), ((10, 12), (12, 12)))
 
 
 @pytest.mark.parametrize("context_size", [1, 2, 3])

@@ -136,7 +136,7 @@ def test_any_split_equals_whole_sequences(data: st.DataObject) -> None:
     values = inputs(length, data.draw(st.sampled_from([0.5, 3.0, 60.0])), data.draw(st.integers(0, 9)))
     split = SequenceSplit(length, context, tensor)
     ours = played(values, case, split, data.draw(st.booleans()))
-    assert all(plan.sent.size(1) <= 2 * len(split.pieces[0]) for plan in plans(case, split))
+    assert all(plan.sent.size(1) <= 2 * len(split.ranges[0]) for plan in plans(case, split))
     assert_equal(ours, whole(values, case), 1e-9)
 
 

@@ -74,4 +74,4 @@ def one_fails(failing: int) -> str:
 def test_what_fails_on_one_process_is_raised_on_all() -> None:
     messages = run_distributed(one_fails, 2, 1)
     assert messages[1] == "this file is not here"
-    assert messages[0].startswith("process 1 could not go on")
+    assert messages[0].startswith("process 1 failed")

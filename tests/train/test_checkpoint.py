@@ -393,5 +393,5 @@ def save_with_a_first_process_that_cannot(directory: str) -> str:
 @pytest.mark.slow
 def test_a_save_that_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
     messages = run_distributed(save_with_a_first_process_that_cannot, 2, str(tmp_path), timeout=50)
-    assert "No space left on device" in messages[0] and "process 0 could not go on" in messages[1]
+    assert "No space left on device" in messages[0] and "process 0 failed" in messages[1]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == []

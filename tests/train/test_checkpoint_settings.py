@@ -39,7 +39,7 @@ MAY_DIFFER: dict[str, tuple[Any, int]] = {
     "num_experts": (2, NEVER),
     "slots_per_expert": (1, NEVER),
     "routing_mode": ("merged", WHEN_BEGUN),
-    "routing_mix": ("normalized", WHEN_BEGUN),
+    "slot_input": ("normalized", WHEN_BEGUN),
     "block_length": (4, WHEN_BEGUN),
     "routing_scale_init": (2.0, ALWAYS),
     "moe_top_k": (1, WHEN_BEGUN),
@@ -52,8 +52,8 @@ MAY_DIFFER: dict[str, tuple[Any, int]] = {
     "norm_epsilon": (1e-5, NEVER),
     "init_method_std": (0.02, ALWAYS),
     "expert_init_method_std": (0.03, ALWAYS),
-    "experts_alike": (True, ALWAYS),
-    "megatron": ({"qk_layernorm": True}, NEVER),
+    "identical_expert_init": (True, ALWAYS),
+    "megatron": ({"softmax_scale": 0.1}, NEVER),
 }
 
 

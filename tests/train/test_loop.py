@@ -346,7 +346,7 @@ def test_a_log_that_cannot_be_written_is_said(corpora: DataConfig, tmp_path: Pat
     (tmp_path / "run").mkdir()
     (tmp_path / "run/tensorboard").write_text("not a folder")
     messages = run_distributed(outcome, 2, run)
-    assert "cannot write" in messages[0] and "process 0 could not go on" in messages[1]
+    assert "cannot write" in messages[0] and "process 0 failed" in messages[1]
 
 
 def without_curves(run: RunConfig) -> list[str]:

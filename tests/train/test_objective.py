@@ -121,6 +121,18 @@ def refusals(runs: list[RunConfig]) -> list[str]:
     return messages
 
 
+REFUSED = {
+    "qk_layernorm": True,
+    "window_size": [4, 0],
+    "layernorm_zero_centered_gamma": True,
+    "fp8": "hybrid",
+    "mtp_num_layers": 1,
+    "multi_latent_attention": True,
+    "cpu_offloading": True,
+}
+"""Fields that no module of the library reads, or that break a run."""
+
+
 def test_settings_of_megatron_core() -> None:
     base = small_run(ALONE, num_layers=1)
 
@@ -130,32 +142,46 @@ def test_settings_of_megatron_core() -> None:
     def optimizer(**fields: Any) -> RunConfig:
         return dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, megatron=fields))
 
-    unknown, own, fine, type_, refused, late, of_optimizer, another_type, fine_too, objective = run_distributed(
-        refusals,
-        1,
-        [
+    full: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform"}
+    expected = [
+        (
             model(no_such_field=1),
-            model(hidden_size=3),
-            model(qk_layernorm=False, window_size=[4, 0], moe_layer_freq=1, softmax_scale=1, fp8=None),
-            model(recompute_num_layers="one"),
+            "model.megatron.no_such_field = 1: TransformerConfig has no such field; model.megatron takes "
+            "recompute_granularity, ",
+        ),
+        *(
+            (model(**{name: value}), f"model.megatron.{name} = {value!r}: the library's modules do not read this field")
+            for name, value in REFUSED.items()
+        ),
+        (model(hidden_size=3), "model.megatron.hidden_size = 3: the library sets this field itself, to 32; use"),
+        (model(moe_z_loss_coeff=0.1), "model.megatron.moe_z_loss_coeff = 0.1: only models with ffn = top_k_moe"),
+        (model(recompute_num_layers="one"), "model.megatron.recompute_num_layers = 'one'; it must be of type int"),
+        (
+            model(recompute_num_layers=1),
+            "model.megatron.recompute_num_layers = 1 has no effect without model.megatron.recompute_granularity = full",
+        ),
+        (
+            model(recompute_granularity="selective", recompute_modules=["layernorm"]),
+            "model.megatron.recompute_modules has 'layernorm'; with ffn = soft_moe it takes core_attn, mlp",
+        ),
+        (
             model(recompute_granularity="full", recompute_method=None),
-            model(cpu_offloading=True, cpu_offloading_num_layers=0),
-            optimizer(lr=1.0),
-            optimizer(log_num_zeros_in_grad="x"),
-            optimizer(decoupled_weight_decay=True),
+            "megatron-core refuses model.megatron with recompute_granularity = 'full', recompute_method = None: ",
+        ),
+        (model(no_rope_freq=[1, 0]), "megatron-core refuses model.megatron with no_rope_freq = [1, 0]: "),
+        (model(softmax_scale=1, **full, recompute_num_layers=1), "no error"),
+        (optimizer(lr=1.0), "optimizer.megatron.lr = 1.0: the library sets this field itself"),
+        (optimizer(fp16=True), "optimizer.megatron.fp16 = True: the library's modules do not read this field or do"),
+        (optimizer(decoupled_weight_decay="x"), "optimizer.megatron.decoupled_weight_decay = 'x'; it must be of type"),
+        (optimizer(decoupled_min_lr=0.1), "optimizer.megatron.decoupled_min_lr = 0.1 has no effect without optimizer"),
+        (
             dataclasses.replace(base, training=dataclasses.replace(base.training, objective="nothing")),
-        ],
-    )[0]
-    assert unknown.startswith("model.megatron.no_such_field = 1: TransformerConfig has no such field; it has ")
-    assert "recompute_granularity" in unknown and " hidden_size," not in unknown
-    assert own == "model.megatron.hidden_size = 3: the library sets this field itself, to 32; use its own option"
-    assert fine == fine_too == "no error"
-    assert type_ == "model.megatron.recompute_num_layers = 'one'; it must be of type int or null"
-    assert refused.startswith("megatron-core refuses model.megatron with recompute_granularity = 'full', ")
-    assert late.startswith("megatron-core refuses model.megatron with cpu_offloading = True, ") and "TE" in late
-    assert another_type == "optimizer.megatron.log_num_zeros_in_grad = 'x'; it must be of type bool"
-    assert of_optimizer.startswith("optimizer.megatron.lr = 1.0: the library sets this field itself")
-    assert objective == "training.objective is 'nothing'; it must be one of next_token"
+            "training.objective is 'nothing'; it must be one of next_token",
+        ),
+    ]
+    runs = [run for run, _ in expected]
+    for (_, beginning), message in zip(expected, run_distributed(refusals, 1, runs)[0], strict=True):
+        assert message.startswith(beginning), message
 
 
 @pytest.mark.slow

@@ -125,16 +125,16 @@ ALONE = {
         optimizer={"warmup_steps": 2, "decay_steps": 1},
     ),
     "swiglu, warm-up longer than the run": make_case(
-        routing_mix="normalized", ffn_activation="swiglu", optimizer={"warmup_steps": 5}
+        slot_input="normalized", ffn_activation="swiglu", optimizer={"warmup_steps": 5}
     ),
     "normalized, no course at all": make_case(
-        routing_mix="normalized", optimizer={"warmup_steps": 0, "decay_steps": 0, "epsilon": 1e-6}
+        slot_input="normalized", optimizer={"warmup_steps": 0, "decay_steps": 0, "epsilon": 1e-6}
     ),
     "packed block_causal": make_case(packed=True),
     "packed sequence": make_case(packed=True, routing_mode="sequence"),
     "packed merged": make_case(packed=True, routing_mode="merged"),
     "another seed": dataclasses.replace(make_case(1, seed=4321), batches=[], kept=()),
-    "experts alike": dataclasses.replace(make_case(1, experts_alike=True), batches=[], kept=()),
+    "experts alike": dataclasses.replace(make_case(1, identical_expert_init=True), batches=[], kept=()),
     "bfloat16": make_case(20, precision="bfloat16", optimizer={"lr": 0.005}),
 }
 

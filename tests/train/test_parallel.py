@@ -17,7 +17,7 @@ from tests.train.test_loop import make_run, outcome, write_corpus
 VARIANTS: dict[str, dict[str, Any]] = {
     "block_causal": {},
     # Tokens of length 1 take large weights: the experts are cubic.
-    "sequence normalized": {"routing_mode": "sequence", "routing_mix": "normalized", "expert_init_method_std": 0.5},
+    "sequence normalized": {"routing_mode": "sequence", "slot_input": "normalized", "expert_init_method_std": 0.5},
     "token": {"routing_mode": "token", "slots_per_expert": 1},
     "merged": {"routing_mode": "merged"},
     "swiglu": {"ffn_activation": "swiglu", "shared_expert_intermediate_size": 0},

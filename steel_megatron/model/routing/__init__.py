@@ -7,9 +7,9 @@ merges experts. docs/new_routing_mode.md adds a mode.
 
 from steel_megatron.config import routing_facts
 from steel_megatron.model.routing import block_causal, merged, sequence, token  # noqa: F401 (they register themselves)
-from steel_megatron.model.routing.mode import RoutedLayer, RoutingMode, SharedSequences, register_routing_mode
+from steel_megatron.model.routing.mode import OldNames, RoutedLayer, RoutingMode, SharedSequences, register_routing_mode
 
-__all__ = ["RoutedLayer", "RoutingMode", "SharedSequences", "register_routing_mode", "routing_mode"]
+__all__ = ["OldNames", "RoutedLayer", "RoutingMode", "SharedSequences", "register_routing_mode", "routing_mode"]
 
 
 def routing_mode(mode: str) -> RoutingMode:

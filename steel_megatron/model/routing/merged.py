@@ -27,7 +27,7 @@ class Merged(MergedFacts, RoutingMode):
 
     def forward(self, layer: RoutedLayer, x: torch.Tensor) -> torch.Tensor:
         block = min(layer.block_length, x.size(1))
-        shares = merge_weights(x, layer.phi, layer.scale, mix=layer.routing_mix, block_length=block)
+        shares = merge_weights(x, layer.phi, layer.scale, mix=layer.slot_input, block_length=block)
         return self._compute(layer, x, shares, block)
 
     def forward_documents(self, layer: RoutedLayer, x: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
@@ -36,7 +36,7 @@ class Merged(MergedFacts, RoutingMode):
         Args: as for :meth:`RoutingMode.forward_documents`.
         """
         plan = documents.segment_plan(layer.block_length)
-        shares = merge_weights_of_documents(x, layer.phi, layer.scale, layer.routing_mix, plan)
+        shares = merge_weights_of_documents(x, layer.phi, layer.scale, layer.slot_input, plan)
         results = layer.run_merged_experts(plan.to_segments(x), shares, equal_segments=False)
         return plan.from_segments(results)
 
@@ -45,7 +45,7 @@ class Merged(MergedFacts, RoutingMode):
 
         Args: as for :meth:`RoutingMode.forward_split`.
         """
-        block, mix = layer.block_length, layer.routing_mix
+        block, mix = layer.block_length, layer.slot_input
         shares = merge_weights_split(x, layer.phi, layer.scale, mix=mix, block_length=block, shared=shared)
         return self._compute(layer, x, shares, block)
 
@@ -78,7 +78,7 @@ def merge_weights_split(
     """
     mixed = mixed_tokens(reference.upcast(x), mix)
     means = mixed.unflatten(1, (-1, block_length)).mean(2)
-    held = shared.split.pieces[shared.rank]
+    held = shared.split.ranges[shared.rank]
     offsets, total = [], 0
     for start, stop in held:
         offsets.append(total)
@@ -100,5 +100,5 @@ def merge_weights_split(
 
 def _ending_at(position: int, split: SequenceSplit) -> int:
     """The number of the chunk that ends at a position, counted over all processes; one past the last for position 0."""
-    ends = [stop if start < stop else -1 for held in split.pieces for start, stop in held]
+    ends = [stop if start < stop else -1 for held in split.ranges for start, stop in held]
     return ends.index(position) if position else len(ends)

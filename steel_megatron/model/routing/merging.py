@@ -43,7 +43,7 @@ def swiglu(pair: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * value
 
 
-def sums_travel(segments: int, experts: int, ranks: int) -> bool:
+def sums_are_sent(segments: int, experts: int, ranks: int) -> bool:
     """Whether merging at the holders of the experts moves less than gathering the experts: M R < E.
 
     Both costs are given in :func:`steel_megatron.model.experts.merged_experts`; that of the shares is left out.
@@ -67,14 +67,14 @@ def merged_linear(
 
     Args:
         x: tokens.
-        shares: [1, M, E], shares of all experts in this process's segments: experts travel. Or [R, M, E / R], shares of
-            this process's experts in the segments of each process of the group: sums travel.
+        shares: [1, M, E], shares of all experts in this process's segments: experts are sent. Or [R, M, E / R], shares
+            of this process's experts in the segments of each process of the group: sums are sent.
         weight: [E / R, out, in], in the type of ``x``.
         ep_group: the processes that share the experts.
         chunk_bytes: bound of the memory for merged matrices.
     """
     assert x.dtype == weight.dtype, f"tokens are {x.dtype}, experts {weight.dtype}"
-    # Where sums travel, a process holds those of all R processes' segments and what it receives.
+    # Where sums are sent, a process holds those of all R processes' segments and what it receives.
     copies = shares.size(0) + 1 if shares.size(0) > 1 else 1
     each = copies * weight[0].numel() * weight.element_size()
     enough = max(2 * shares.size(2), ENOUGH_BYTES // each)
@@ -100,7 +100,7 @@ class _MergedLinear(torch.autograd.Function):
         Args:
             ctx: autograd's context.
             x: [M, N, in] tokens.
-            shares: [1, M, E], or [R, M, E / R] where sums travel.
+            shares: [1, M, E], or [R, M, E / R] where sums are sent.
             weight: [E / R, out, in], in the type of ``x``.
             group: the processes that share the experts; None where each has all of them.
             at_once: segments of the largest chunk.
@@ -152,12 +152,12 @@ class _SharedExperts:
     ) -> None:
         self.group = group
         self.local = weight  # [E / R, out, in]
-        self.sums_travel = shares.size(0) > 1
-        self.weight = weight.flatten(1) if self.sums_travel else _gathered(weight.flatten(1), group)  # [E, n]
+        self.sums_are_sent = shares.size(0) > 1
+        self.weight = weight.flatten(1) if self.sums_are_sent else _gathered(weight.flatten(1), group)  # [E, n]
         self.shares = shares  # [1, M, E]
         # One piece of memory for all chunks: getting new memory takes longer than filling it.
         self.buffer = weight.new_empty(shares.size(0), at_once, self.weight.size(1))
-        self.received = self.buffer.new_empty(self.buffer.shape[1:]) if self.sums_travel else self.buffer[0]
+        self.received = self.buffer.new_empty(self.buffer.shape[1:]) if self.sums_are_sent else self.buffer[0]
         self.wide = torch.promote_types(weight.dtype, torch.float32)
         self.grad_weight = torch.zeros(0)
         self.grad_shares = torch.zeros(0)
@@ -171,7 +171,7 @@ class _SharedExperts:
         shares = self.shares[:, rows].to(self.weight.dtype).flatten(0, 1)
         sums = self.buffer.flatten(0, 1)[: shares.size(0)]
         torch.mm(shares, self.weight, out=sums)
-        if self.sums_travel:
+        if self.sums_are_sent:
             dist.reduce_scatter_tensor(self.received[: rows.stop - rows.start], sums, group=self.group)
         return self.chunk(rows)
 
@@ -182,7 +182,7 @@ class _SharedExperts:
             self.grad_shares = torch.zeros_like(self.shares, dtype=self.wide)
         shares = self.shares[:, rows].to(self.wide).flatten(0, 1)
         grad = grad_merged.flatten(1)
-        if self.sums_travel:
+        if self.sums_are_sent:
             everyones = self.buffer.flatten(0, 1)[: shares.size(0)]
             dist.all_gather_into_tensor(everyones, grad, group=self.group)
             grad = everyones
@@ -200,7 +200,7 @@ class _SharedExperts:
     def weight_gradient(self) -> torch.Tensor:
         """[E / R, out, in], the gradient of this process's experts, in their type."""
         grad = self.grad_weight
-        if self.group is not None and not self.sums_travel:
+        if self.group is not None and not self.sums_are_sent:
             grad = grad.new_empty(self.local.size(0), grad.size(1))
             dist.reduce_scatter_tensor(grad, self.grad_weight, group=self.group)
         return grad.to(self.local.dtype).view_as(self.local)

@@ -13,10 +13,22 @@ from typing import Any, Protocol
 
 import torch
 
-from steel_megatron.config import ModelConfig, RoutingMix, RoutingModeFacts, add_routing_mode
+from steel_megatron.config import ModelConfig, RoutingModeFacts, SlotInput, add_routing_mode, warn_of_old_name
 from steel_megatron.errors import ConfigError
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.parallel.sequence import SequenceSplit
+
+
+class OldNames:
+    """Attributes of a layer under the names of the version before."""
+
+    slot_input: SlotInput
+
+    @property
+    def routing_mix(self) -> SlotInput:
+        """Old name of ``slot_input``."""
+        warn_of_old_name("routing_mix")
+        return self.slot_input
 
 
 class RoutedLayer(Protocol):
@@ -25,14 +37,14 @@ class RoutedLayer(Protocol):
     Attributes:
         phi: [d, E, P], directions of the slots' keys.
         scale: [1], length of the slots' keys.
-        routing_mix: what is mixed into slots: ``raw`` tokens, or ``normalized`` ones.
+        slot_input: what is mixed into slots: ``raw`` tokens, or ``normalized`` ones.
         block_length: tokens of a block.
         num_experts: E, over all processes.
     """
 
     phi: torch.nn.Parameter
     scale: torch.nn.Parameter
-    routing_mix: RoutingMix
+    slot_input: SlotInput
     block_length: int
     num_experts: int
 
@@ -67,7 +79,7 @@ class RoutedLayer(Protocol):
 
 @dataclass(frozen=True)
 class SharedSequences:
-    """Sequences that several processes hold together.
+    """Sequences that several processes share.
 
     Attributes:
         split: who holds which tokens.
@@ -86,7 +98,7 @@ class RoutingMode(RoutingModeFacts, ABC):
     """How tokens reach experts. Register a subclass with :func:`register_routing_mode`.
 
     A subclass has ``name`` and ``causal``, and computes at least whole sequences. That it can compute sequences which
-    processes share, or keep packed documents apart, is said by overriding ``forward_split`` or ``forward_documents``;
+    processes share, or keep packed documents apart, is stated by overriding ``forward_split`` or ``forward_documents``;
     runs that need what a mode does not override are refused.
     """
 

@@ -39,7 +39,7 @@ class SlotRouting(RoutingMode):
 
     def forward(self, layer: RoutedLayer, x: torch.Tensor) -> torch.Tensor:
         plan = block_plan(x.size(1), self.refresh_length(layer.block_length), x.device)
-        return self._compute(layer, *dispatch_blocks(x, layer.phi, layer.scale, layer.routing_mix, plan))
+        return self._compute(layer, *dispatch_blocks(x, layer.phi, layer.scale, layer.slot_input, plan))
 
     def forward_documents(self, layer: RoutedLayer, x: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
         """Slots are means over tokens of one document.
@@ -47,17 +47,17 @@ class SlotRouting(RoutingMode):
         Args: as for :meth:`RoutingMode.forward_documents`.
         """
         plan = documents.block_plan(self.refresh_length(layer.block_length))
-        return self._compute(layer, *dispatch_blocks(x, layer.phi, layer.scale, layer.routing_mix, plan))
+        return self._compute(layer, *dispatch_blocks(x, layer.phi, layer.scale, layer.slot_input, plan))
 
     def forward_split(self, layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences) -> torch.Tensor:
-        """Slots are means over the tokens of all processes: partial means travel, tokens do not.
+        """Slots are means over the tokens of all processes: partial means are sent, not tokens.
 
         Args: as for :meth:`RoutingMode.forward_split`.
         """
         plan = split_plan_of_one_document(
             shared.split, shared.rank, self.refresh_length(layer.block_length), shared.equal_blocks, x.device
         )
-        return self._compute(layer, *dispatch_split(x, layer.phi, layer.scale, layer.routing_mix, plan, shared.gather))
+        return self._compute(layer, *dispatch_split(x, layer.phi, layer.scale, layer.slot_input, plan, shared.gather))
 
     def _compute(self, layer: RoutedLayer, slots: torch.Tensor, routing: Routing) -> torch.Tensor:
         batch, blocks, experts, per_expert, width = slots.shape

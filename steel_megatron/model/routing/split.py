@@ -1,4 +1,4 @@
-"""Slots of sequences that several processes share: partial slots travel and are merged, tokens stay where they are.
+"""Slots of sequences that several processes share: partial slots are sent and merged, tokens are not.
 
 The slots of a block are a softmax-weighted mean over the tokens of an interval. Cut at the borders of the chunks that
 processes hold, it is a mean of the spans' means, weighted by the spans' sums of exponentials (as flash attention merges

@@ -11,7 +11,7 @@ arithmetic on positions, the same on all processes, and made on the CPU.
 
 A chunk sends at most two spans of a sequence (``block_causal``: the tail of the last document, and what of it a block
 holds that ends here but is read further on; where blocks end with chunks these are the same), so that S * (d + 1)
-numbers travel for a chunk, whatever its number of tokens.
+numbers are sent for a chunk, whatever its number of tokens.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 
 from steel_megatron.ops.plan import BlockPlan, block_plan
-from steel_megatron.parallel.sequence import Piece, SequenceSplit
+from steel_megatron.parallel.sequence import SequenceSplit, TokenRange
 
-Span = Piece
+Span = TokenRange
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class _CutSequence:
         self.spans: list[list[Span]] = []  # by chunk, ascending
         self.sent: list[list[Span]] = []
         self.spans_of_block: dict[int, list[tuple[int, Span, bool]]] = {k: [] for k in self.intervals}
-        for chunk, (start, stop) in enumerate(piece for held in split.pieces for piece in held):
+        for chunk, (start, stop) in enumerate(piece for held in split.ranges for piece in held):
             spans, all_sent = set(), set()
             for k, (low, high) in self.intervals.items():
                 span = (max(low, start), min(high, stop))
@@ -78,7 +78,7 @@ class _CutSequence:
             self.spans.append(sorted(spans))
             self.sent.append(sorted(all_sent))
 
-    def blocks_of(self, held: tuple[Piece, ...]) -> list[int]:
+    def blocks_of(self, held: tuple[TokenRange, ...]) -> list[int]:
         """The blocks that the tokens of some chunks read, ascending."""
         read = [self.read[start:stop].unique().tolist() for start, stop in held if start < stop]
         return sorted({k for blocks in read for k in blocks})
@@ -95,8 +95,8 @@ def split_plan(plan: BlockPlan, split: SequenceSplit, rank: int, *, equal_blocks
     """
     cut = [_CutSequence(plan, number, split) for number in range(len(plan.starts))]
     per_chunk = max(len(sent) for row in cut for sent in row.sent)
-    held = split.pieces[rank]
-    counts = [len(row.blocks_of(chunks)) for row in cut for chunks in (split.pieces if equal_blocks else [held])]
+    held = split.ranges[rank]
+    counts = [len(row.blocks_of(chunks)) for row in cut for chunks in (split.ranges if equal_blocks else [held])]
     blocks = max(counts)
     spans = max(1, max(sum(map(len, _held(row.spans, split, rank))) for row in cut))
     rows = [_row_of_rank(row, split, rank, per_chunk, spans) for row in cut]
@@ -136,12 +136,12 @@ class _RowOfRank:
 
 def _held(by_chunk: list[list[Span]], split: SequenceSplit, rank: int) -> list[list[Span]]:
     """The entries of this process's chunks."""
-    each = len(split.pieces[rank])
+    each = len(split.ranges[rank])
     return by_chunk[rank * each : (rank + 1) * each]
 
 
 def _row_of_rank(cut: _CutSequence, split: SequenceSplit, rank: int, per_chunk: int, none: int) -> _RowOfRank:
-    held = split.pieces[rank]
+    held = split.ranges[rank]
     index: dict[Span, int] = {}  # spans of this process
     starts: list[int] = []
     ends: list[int] = []

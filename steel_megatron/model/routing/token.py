@@ -20,7 +20,7 @@ class Token(TokenFacts, RoutingMode):
         return model.num_experts * network, keys + model.num_experts * model.hidden_size
 
     def forward(self, layer: RoutedLayer, x: torch.Tensor) -> torch.Tensor:
-        mixed = mixed_tokens(x, layer.routing_mix).reshape(1, -1, x.size(-1))
+        mixed = mixed_tokens(x, layer.slot_input).reshape(1, -1, x.size(-1))
         results = layer.run_experts(mixed)
         by_expert = expert_weights(x, layer.phi, layer.scale)
         return torch.einsum("bte,ebtd->btd", by_expert.to(x.dtype), results.reshape(layer.num_experts, *x.shape))

@@ -43,7 +43,7 @@ class Callback:
     """Base of all callbacks; every hook does nothing.
 
     Hooks run on every process, in the order of the callbacks. A hook may use collectives as long as all processes
-    do, except in :meth:`start`, whose errors are raised on all processes together.
+    do, except in :meth:`start`, whose errors are raised on all processes.
     """
 
     def start(self, run: RunView) -> None:

@@ -142,7 +142,7 @@ def _memory(device: torch.device) -> float:
 
 
 def _leak(run: RunView) -> str:
-    """What a short audit of the model measures as it stands; only where this process holds all of it."""
+    """The figures of a short audit of the current model; only on a process that holds the whole model."""
     cut, model = run.config.parallel, run.config.model
     degrees = (cut.tensor_model_parallel_size, cut.pipeline_model_parallel_size, cut.expert_model_parallel_size)
     if max(*degrees, cut.context_parallel_size) > 1 or model.sequence_length < 2:

@@ -30,7 +30,7 @@ class Term(NamedTuple):
 
 
 class Objective(Protocol):
-    """What a run minimises. The engine, the loop and the metrics know nothing else of it.
+    """What a run minimises. The engine, the loop and the metrics use only this interface.
 
     A batch is whatever :meth:`batch` makes and :meth:`forward_step` takes. The engine sums the reports of all micro
     batches over all processes, so an objective reports sums and counts, never means: the loss then does not depend on

@@ -63,7 +63,7 @@ class NextToken:
         loss_name: what its loss is called in a report.
         vocab_size: ids from here on are padding of the embedding matrix and get no probability.
         groups: the process groups.
-        documents: what the stage's modules look at to keep packed documents apart.
+        documents: read by the stage's modules to keep packed documents apart.
     """
 
     def __init__(
