@@ -16,6 +16,9 @@ class CheckpointConfig:
     """The run's folder: checkpoints/, tensorboard/, ledger.json, run.yaml."""
     save_interval: int = 1000
     """Steps between two checkpoints; the last step is always saved."""
+    async_save: bool = True
+    """Train while a checkpoint is written. It takes as much memory of the machine as the checkpoint has bytes; without
+    it training waits for the disk."""
     keep_last: int | None = None
     """Checkpoints to keep; older ones are removed once a newer one is whole. None keeps all."""
     resume: bool = True

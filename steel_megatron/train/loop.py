@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from steel_megatron.config import RunConfig, dump_yaml
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.session import LedgerSession
 from steel_megatron.data.ledger.sync import check_past
-from steel_megatron.errors import CheckpointError, ConfigError
+from steel_megatron.errors import CheckpointError, ConfigError, TrainingError
 from steel_megatron.files import exclusive_lock, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 from steel_megatron.parallel import agreement
@@ -22,6 +22,7 @@ from steel_megatron.parallel.topology import Topology, initialize, shutdown
 from steel_megatron.train import checkpoint
 from steel_megatron.train.batches import Batches
 from steel_megatron.train.callbacks import Callback, RunView, callbacks_of
+from steel_megatron.train.checkpoint_save import Saver
 from steel_megatron.train.engine import Engine, minimised
 from steel_megatron.train.stop_signal import StopSignal
 
@@ -99,9 +100,18 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
     engine = Engine(run, topology)
     consumed, saved = _start(run, topology, engine, session)
     view = RunView(run, topology, engine)
+    saver = Saver(run)
     validation: dict[str, float] = {}
     losses = array("d")
-    with _started(callbacks, view), StopSignal() as signal:
+
+    def note(path: Path | None) -> None:
+        nonlocal saved
+        if path is not None:
+            saved = path
+            for callback in callbacks:
+                callback.after_save(view, path)
+
+    with _started(callbacks, view), _ended(saver, note), StopSignal() as signal:
         if engine.step_number >= training.last_step:
             asked = "train_steps" if training.stop_after_step is None else "stop_after_step"
             done = engine.step_number
@@ -114,6 +124,7 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
             losses.append(result.loss)
             for callback in callbacks:
                 callback.after_step(view, result)
+            note(saver.poll())
             stopping = any_rank(signal.received)
             is_last = result.step == training.last_step
             if batches.validation_sets and (result.step % training.eval_interval == 0 or is_last):
@@ -122,9 +133,9 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
                     callback.after_validation(view, validation)
             if result.step % run.checkpoint.save_interval == 0 or is_last or stopping:
                 (session.release if stopping or is_last else session.sync)(result.step, consumed)
-                saved = checkpoint.save(engine, consumed, session.ledger)
-                for callback in callbacks:
-                    callback.after_save(view, saved)
+                note(saver.begin(engine, consumed, session.ledger))
+                if stopping or is_last or not run.checkpoint.async_save:
+                    note(saver.finish())
             if stopping:
                 logger.warning(f"asked to stop: step {result.step} is saved; the same command goes on from there")
                 break
@@ -138,6 +149,18 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
         validation_losses=validation,
         losses=losses,
     )
+
+
+@contextmanager
+def _ended(saver: Saver, note: Callable[[Path | None], None]) -> Iterator[None]:
+    """Finish the save under way also where training ends with an error, if all processes have that error."""
+    try:
+        yield
+    except TrainingError:
+        note(saver.finish())
+        raise
+    finally:
+        saver.give_up()
 
 
 @contextmanager
