@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +36,7 @@ from steel_megatron.config import (
     refuse_unknown_routing_code,
 )
 from steel_megatron.errors import CheckpointError
-from steel_megatron.files import sha256_of
+from steel_megatron.files import disk_errors, sha256_of, sync_folder
 from steel_megatron.log import get_logger
 from steel_megatron.model.weights import sharded_weights
 from steel_megatron.train.checkpoint_index import check_index
@@ -44,6 +47,7 @@ logger = get_logger(__name__)
 
 FORMAT = 1
 MANIFEST = "steel.json"
+HASHING_THREADS = min(8, os.cpu_count() or 1)
 NOT_COMPUTED = {"sequence_length", "init_method_std", "expert_init_method_std", "experts_alike", "routing_scale_init"}
 NOT_COMPUTED |= {"moe_aux_loss_coeff"}
 """Settings of a model that do not change what given weights compute: these may always differ from a checkpoint's."""
@@ -162,9 +166,11 @@ def verify(path: Path) -> None:
     Raises:
         CheckpointError: a file differs, or its index names something that does not belong there.
     """
-    for name, facts in _read_manifest(path)["files"].items():
-        if sha256_of(path / name) != facts["sha256"]:
-            raise CheckpointError(f"{path / name} is damaged: its checksum is not the one it was saved with")
+    files = _read_manifest(path)["files"]
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:  # hashing and reading release Python's lock
+        for name, found in zip(files, threads.map(lambda name: sha256_of(path / name), files), strict=True):
+            if found != files[name]["sha256"]:
+                raise CheckpointError(f"{path / name} is damaged: its checksum is not the one it was saved with")
     check_index(path / ".metadata")
 
 
@@ -179,6 +185,48 @@ def newest(checkpoints: Path) -> CheckpointInfo | None:
             continue
         return info
     return None
+
+
+def go_back(run: RunConfig, step: int) -> CheckpointInfo:
+    """The checkpoint of a step, with later ones set aside.
+
+    Once a run that went back has saved, it is the newest checkpoint: the same command may be started many times.
+
+    Raises:
+        CheckpointError: there is none of that step, or it is damaged. Nothing was moved.
+    """
+    path, there = path_of(run, step), sorted(run.checkpoints_dir.glob("step_*"))
+    later = [one for one in there if one.name > path.name]
+    if any(_went_back_to(one) == step for one in later) and (info := newest(run.checkpoints_dir)) is not None:
+        logger.info(f"the run went back to step {step} before; its newest checkpoint is of step {info.step}")
+        return info
+    if path not in there:
+        steps = ", ".join(str(int(one.name[5:])) for one in there if one.name[5:].isdecimal()) or "none"
+        raise CheckpointError(
+            f"checkpoint.resume_from is {step}, but {run.checkpoints_dir} has checkpoints of these steps: {steps}"
+        )
+    info = read_info(path)
+    verify(path)
+    aside = run.checkpoints_dir / "set_aside"
+    with disk_errors("set aside checkpoints in", aside, CheckpointError):
+        for one in later:
+            aside.mkdir(exist_ok=True)
+            names = (one.name + (f".{number}" if number else "") for number in itertools.count())
+            one.replace(next(aside / name for name in names if not (aside / name).exists()))
+            sync_folder(aside)
+            sync_folder(run.checkpoints_dir)
+    if later:
+        logger.warning(f"going back to step {step}; set aside in {aside}: {', '.join(one.name for one in later)}")
+    return info
+
+
+def _went_back_to(path: Path) -> int | None:
+    """The step that the run had gone back to which saved a checkpoint."""
+    try:
+        step: int | None = _read_manifest(path).get("resume_from")
+    except CheckpointError:
+        return None
+    return step
 
 
 def check_model(info: CheckpointInfo, model: ModelConfig, *, resumes: bool) -> None:

@@ -2,12 +2,14 @@
 
 A save copies the state to memory of this machine while training waits. Threads write the copy to a folder with a
 temporary name (:mod:`.checkpoint_writer`). When all processes are done, all of them together finish it between two
-steps: settings, index and checksums are written, and the folder gets its final name.
+steps: settings, index and checksums are written, and the folder gets its final name. A state with a number that is
+not finite gets none.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +63,14 @@ class Saver:
         run = self._run
         final = path_of(run, engine.step_number)
         facts = _facts(run.model, engine.step_number, consumed_samples, engine.topology.describe(), ledger)
-        self._under_way = _begin_save(sharded_engine(engine), final, facts, _texts(run, ledger), self._memory)
+        self._under_way = _begin_save(
+            sharded_engine(engine),
+            final,
+            {**facts, "resume_from": run.checkpoint.resume_from},
+            _texts(run, ledger),
+            self._memory,
+            read_back=run.checkpoint.keep_last is not None,  # an older one goes for it
+        )
         return earlier
 
     def poll(self) -> Path | None:
@@ -173,7 +182,13 @@ def _texts(run: RunConfig, ledger: Ledger | None) -> dict[str, str]:
 
 
 def _begin_save(
-    state: dict[str, Any], final: Path, facts: dict[str, Any], texts: dict[str, str], memory: HostMemory | None
+    state: dict[str, Any],
+    final: Path,
+    facts: dict[str, Any],
+    texts: dict[str, str],
+    memory: HostMemory | None,
+    *,
+    read_back: bool = False,
 ) -> _Save:
     """Make the folder and begin to write to it, from copies in ``memory`` if there is one."""
     partial = final.with_name(f".{final.name}.partial")
@@ -190,7 +205,7 @@ def _begin_save(
     on_rank0(lambda: _write_settings(partial, final, common, texts))
     if memory is not None:
         tensors = memory.copy(tensors)
-    return _Save(final, partial, facts, index, ShardWriter(partial, tensors))
+    return _Save(final, partial, facts, index, ShardWriter(partial, tensors, read_back=read_back))
 
 
 def _finish_save(save: _Save) -> None:
@@ -198,7 +213,14 @@ def _finish_save(save: _Save) -> None:
 
     def own() -> Written:
         with _disk_errors(save.final, save.partial):
-            return save.writer.result()
+            try:
+                return save.writer.result()
+            except CheckpointError as error:
+                shutil.rmtree(save.partial, ignore_errors=True)
+                step = save.facts["step"]
+                raise CheckpointError(
+                    f"no checkpoint of step {step} is made: {error}; earlier ones are untouched"
+                ) from None
 
     written: list[Any] = [None] * dist.get_world_size()
     is_rank0 = dist.get_rank() == 0
@@ -256,7 +278,8 @@ def _finish(partial: Path, final: Path, facts: dict[str, Any], index: Metadata |
         for name, facts_of_file in together.files.items():
             if found.get(name, {}).get("bytes") != facts_of_file["bytes"]:
                 raise OSError(f"{partial / name} is not there as it was written")
-        manifest = {**facts, "files": found}
+        norms = {key: math.sqrt(square) for key, square in sorted(together.squares.items())}
+        manifest = {**facts, "norms": norms, "files": found}
         content = json.dumps({**manifest, "sha256": manifest_checksum(manifest)}, indent=1)
         (partial / MANIFEST).write_text(content, encoding="utf-8")
         replace_folder(partial, final)

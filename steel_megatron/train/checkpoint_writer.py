@@ -6,7 +6,9 @@ hashing and syncing release Python's lock, so training goes on meanwhile.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import math
 import os
 import pickle
 import threading
@@ -31,11 +33,15 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.utils.serialization import config as serialization
 
 from steel_megatron.errors import CheckpointError
+from steel_megatron.files import sha256_of
 
 FILES = 2
 """Files of a process, each written by a thread."""
 INDEX = ".metadata"
 """torch's list of which tensor lies where."""
+SYNC_BYTES = 1 << 25
+"""Written before the disk is told to begin."""
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
 
 
 @dataclass
@@ -106,10 +112,13 @@ class ShardWriter:
     Args:
         folder: it must be there.
         tensors: they must stay as they are until all is written.
+        read_back: whether to read each file again from the disk, and compare.
     """
 
-    def __init__(self, folder: Path, tensors: Sequence[tuple[WriteItem, torch.Tensor]]) -> None:
-        self._given_up = threading.Event()
+    def __init__(
+        self, folder: Path, tensors: Sequence[tuple[WriteItem, torch.Tensor]], *, read_back: bool = False
+    ) -> None:
+        self._given_up, self._read_back = threading.Event(), read_back
         of_item = {item.index: tensor for item, tensor in tensors}
         shares = [share for share in _split_by_size_and_type(FILES, [item for item, _ in tensors]) if share]
         threads = ThreadPoolExecutor(FILES, "checkpoint")
@@ -132,7 +141,8 @@ class ShardWriter:
         """Wait for the end.
 
         Raises:
-            OSError, RuntimeError, CheckpointError: what the first thread that failed met.
+            OSError, RuntimeError: what the first thread that failed met.
+            CheckpointError: a tensor is not finite.
         """
         errors = [future.exception() for future in self._futures]  # waits for all
         for error in errors:
@@ -156,13 +166,39 @@ class ShardWriter:
             for item, tensor in tensors:
                 if self._given_up.is_set():
                     raise CheckpointError(f"{path} was given up")
+                written.add(Written(squares={item.index.fqn: _square(item, tensor)}))
                 start = stream.size
                 torch.save(alone_in_storage(tensor), stream)  # type: ignore[arg-type] # it only writes
+                stream.begin_sync()
                 written.places[item.index] = _StorageInfo(path.name, start, stream.size - start)
             file.flush()
             os.fsync(file.fileno())
+            if self._read_back:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+        if self._read_back and sha256_of(path) != stream.hash.hexdigest():
+            raise OSError(f"{path} reads back other than it was written")
         written.files[path.name] = {"bytes": stream.size, "sha256": stream.hash.hexdigest()}
         return written
+
+
+def _square(item: WriteItem, tensor: torch.Tensor) -> float:
+    """The sum of a tensor's squared values; that it is finite is the quickest proof that they all are.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    if not tensor.is_floating_point():
+        return 0.0
+    norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float32))
+    if not math.isfinite(norm):
+        wrong = int((~torch.isfinite(tensor)).sum())
+        if wrong:
+            at = list(item.index.offset or ())
+            raise CheckpointError(
+                f"{item.index.fqn} (the part at {at}) holds {wrong:,} of {tensor.numel():,} numbers that are not finite"
+            )
+        norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))  # the squares were too large for float32
+    return norm * norm
 
 
 def _without_crc32() -> AbstractContextManager[None]:
@@ -175,6 +211,7 @@ class _HashingFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.hash, self.size = file, hashlib.sha256(), 0
+        self._syncing = 0
 
     def write(self, content: memoryview) -> int:
         self.hash.update(content)
@@ -184,6 +221,14 @@ class _HashingFile:
 
     def flush(self) -> None:
         self._file.flush()
+
+    def begin_sync(self) -> None:
+        """Let the disk work while the next tensors are hashed; the sync at the end then has little left to do."""
+        if _sync_file_range is not None and self.size - self._syncing >= SYNC_BYTES:
+            _sync_file_range(
+                self._file.fileno(), ctypes.c_int64(self._syncing), ctypes.c_int64(self.size - self._syncing), 2
+            )
+            self._syncing = self.size
 
 
 def alone_in_storage(tensor: torch.Tensor) -> torch.Tensor:

@@ -210,7 +210,9 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSe
 
 
 def _find(run: RunConfig) -> checkpoint.CheckpointInfo | None:
-    """The newest whole checkpoint of the run's folder; None in a folder without any."""
+    """The checkpoint to resume from: the newest whole one, unless an older one is asked for; None if there is none."""
+    if run.checkpoint.resume_from is not None:
+        return checkpoint.go_back(run, run.checkpoint.resume_from)
     info = checkpoint.newest(run.checkpoints_dir)
     if info is None and any(run.checkpoints_dir.glob("step_*")):
         raise CheckpointError(

@@ -128,6 +128,13 @@ def test_damaged_checkpoints_are_passed_over(checkpoints: Path, name: str, damag
             checkpoint.read_info(file.parent)  # without reading all of it
 
 
+def test_going_back_to_a_damaged_checkpoint_moves_nothing(checkpoints: Path) -> None:
+    flip(checkpoints / "step_00000002" / "__0_0.distcp", -1)
+    with pytest.raises(CheckpointError, match=r"step_00000002/__0_0\.distcp is damaged"):
+        checkpoint.go_back(small_run(ALONE, str(checkpoints.parent)), 2)
+    assert names(checkpoints) == ["step_00000002", "step_00000004"]
+
+
 def test_unfinished_folders_are_no_checkpoints(checkpoints: Path) -> None:
     os.rename(checkpoints / "step_00000004", checkpoints / ".step_00000004.partial")
     (checkpoints / "step_00000006").mkdir()

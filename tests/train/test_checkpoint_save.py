@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -17,12 +18,12 @@ import psutil
 import pytest
 
 from steel_megatron.config import DataConfig, ParallelConfig, RunConfig
-from steel_megatron.errors import SteelError
+from steel_megatron.errors import CheckpointError, SteelError
 from steel_megatron.train.callbacks import Callback, RunView
 from steel_megatron.train.engine import StepResult
-from steel_megatron.train.loop import pretrain
+from steel_megatron.train.loop import TrainingSummary, pretrain
 from tests.distributed import run_distributed
-from tests.train.test_loop import make_run, one, write_corpus
+from tests.train.test_loop import make_run, one, outcome, write_corpus
 
 ALONE = ParallelConfig()
 
@@ -38,14 +39,14 @@ def saving_run(data: DataConfig, directory: Path, parallel: ParallelConfig = ALO
     return dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, save_interval=2, **checkpoint))
 
 
-def when_tensors_are_synced(step: int, act: Callable[[], None]) -> Any:
-    """Calls ``act`` in the middle of a save, in the thread that writes."""
+def when_tensors_are_synced(step: int, act: Callable[[Path], None]) -> Any:
+    """Calls ``act`` with each of a checkpoint's files before it is synced, in the thread that wrote it."""
     sync = os.fsync
 
     def fsync(descriptor: int) -> None:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
         if path.endswith(".distcp") and f".step_{step:08d}.partial" in path:
-            act()
+            act(Path(path))
         sync(descriptor)
 
     return mock.patch.object(os, "fsync", fsync)
@@ -54,7 +55,7 @@ def when_tensors_are_synced(step: int, act: Callable[[], None]) -> Any:
 def killed_in_a_save(run: RunConfig, notes: Path) -> None:
     """Trains until the tensors of step 4 are written, notes the processes that are there, and kills itself."""
 
-    def die() -> None:
+    def die(_: Path) -> None:
         notes.write_text(json.dumps([child.cmdline() for child in psutil.Process().children(recursive=True)]))
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -107,7 +108,7 @@ class Story(Callback):
     events: list[str] = dataclasses.field(default_factory=list)
     gate: threading.Event = dataclasses.field(default_factory=threading.Event)
 
-    def hold(self) -> None:
+    def hold(self, _: Path) -> None:
         self.gate.wait(5)
         self.events.append("written 2")
         if self.disk_is_full and threading.current_thread() is not threading.main_thread():
@@ -180,3 +181,81 @@ def test_training_goes_on_while_a_checkpoint_is_written(corpora: DataConfig, tmp
 
     # Another error does not: a process that is alone with it cannot wait for the others.
     assert "an error of this process alone" in broken[1] and broken[2] == [".step_00000002.partial"]
+
+
+class Poison(Callback):
+    """Puts a number that is not finite into the optimizer's state after step 4."""
+
+    def after_step(self, run: RunView, result: StepResult) -> None:
+        if result.step == 4:
+            next(iter(run.engine.optimizer.chained_optimizers[0].optimizer.state.values()))["exp_avg"][3] = float("nan")
+
+
+def faults(runs: list[RunConfig]) -> list[str]:
+    """The messages of runs that keep one checkpoint and whose second one cannot be trusted."""
+
+    def damage(file: Path) -> None:
+        if runs[1].checkpoints_dir in file.parents:
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+
+    said = []
+    for run, callbacks in zip(runs, ([Poison()], []), strict=True):
+        with when_tensors_are_synced(4, damage), pytest.raises(CheckpointError) as raised:
+            pretrain(run, callbacks)
+        said.append(str(raised.value))
+    return said
+
+
+def test_the_last_good_checkpoint_outlives_one_that_cannot_be_trusted(corpora: DataConfig, tmp_path: Path) -> None:
+    runs = [saving_run(corpora, tmp_path / str(number), keep_last=1) for number in range(2)]
+    poisoned, damaged = run_distributed(faults, 1, runs)[0]
+    assert re.fullmatch(
+        r"no checkpoint of step 4 is made: optimizer\.state\.exp_avg\.\S+ \(the part at \[[0-9, ]+\]\) holds 1 of "
+        r"[0-9,]+ numbers that are not finite; earlier ones are untouched",
+        poisoned,
+    )
+    assert re.search(r"step_00000004: /.*/__0_[01]\.distcp reads back other than it was written; earlier", damaged)
+    for run in runs:
+        assert list(run.checkpoints_dir.iterdir()) == steps(run, 2)
+    assert one(runs[0]).finished  # the same command resumes from it
+    assert list(runs[0].checkpoints_dir.iterdir()) == steps(runs[0], 6)
+
+
+def norms(path: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Of all tensors: as the manifest says, and as they are."""
+    from steel_megatron.parallel.topology import initialize
+    from steel_megatron.train import checkpoint
+
+    initialize(ALONE)
+    info = checkpoint.read_info(path)
+    tensors = checkpoint.read_tensors(info, [key for key in checkpoint.tensor_names(info) if key != "random.torch"])
+    said = json.loads((path / "steel.json").read_text())["norms"]
+    return said, {key: float(tensor.double().norm()) for key, tensor in tensors.items()}
+
+
+def go_back(runs: list[RunConfig]) -> list[TrainingSummary | str]:
+    return [outcome(run) for run in runs]
+
+
+def test_a_run_goes_back_on_purpose_and_loses_nothing(corpora: DataConfig, tmp_path: Path) -> None:
+    run = saving_run(corpora, tmp_path)
+    back, missing = (
+        dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, resume_from=step)) for step in (2, 3)
+    )
+    short = dataclasses.replace(back, training=dataclasses.replace(back.training, stop_after_step=4))
+    straight, refused, half, rest, again = run_distributed(go_back, 1, [run, missing, short, back, back])[0]
+    assert refused == (
+        f"checkpoint.resume_from is 3, but {run.checkpoints_dir} has checkpoints of these steps: 2, 4, 6"
+    )
+    assert half.losses == straight.losses[2:4] and rest.losses == straight.losses[4:] and len(again.losses) == 0
+    assert sorted(run.checkpoints_dir.iterdir()) == [run.checkpoints_dir / "set_aside", *steps(run, 2, 4, 6)]
+    aside = run.checkpoints_dir / "set_aside"
+    assert sorted(path.name for path in aside.iterdir()) == ["step_00000004", "step_00000006"]
+    # Back again, from a checkpoint that was saved after going back: what has the same name stays as well.
+    later = dataclasses.replace(back, checkpoint=dataclasses.replace(back.checkpoint, resume_from=4))
+    assert one(later).losses == straight.losses[4:]
+    assert sorted(path.name for path in aside.iterdir()) == ["step_00000004", "step_00000006", "step_00000006.1"]
+    said, computed = run_distributed(norms, 1, steps(run, 6)[0])[0]
+    assert said.pop("random.torch") == 0.0 and said == pytest.approx(computed, rel=1e-5)
