@@ -45,6 +45,11 @@ class Saver:
         self._memory = HostMemory() if run.checkpoint.async_save else None
         self._under_way: _Save | None = None
 
+    @property
+    def doing(self) -> str:
+        """What is under way, for a message."""
+        return f", with {self._under_way.final.name} being saved" if self._under_way else ""
+
     def begin(self, engine: Engine, consumed_samples: int, ledger: Ledger | None = None) -> Path | None:
         """Begin to save a run's state as ``checkpoints/step_...``, with its ledger.
 
@@ -85,10 +90,15 @@ class Saver:
         Raises:
             CheckpointError: it could not be written. What was there before stays.
         """
-        save, self._under_way = self._under_way, None
+        save = self._under_way
         if save is None:
             return None
-        _finish_save(save)
+        try:
+            _finish_save(save)
+        except CheckpointError:
+            self._under_way = None
+            raise
+        self._under_way = None
         if dist.get_rank() == 0:
             _remove_old(self._run, save.final)
         return save.final

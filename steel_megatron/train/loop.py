@@ -18,6 +18,7 @@ from steel_megatron.files import exclusive_lock, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 from steel_megatron.parallel import agreement
 from steel_megatron.parallel.agreement import any_rank, broadcast_from_rank0, on_rank0, raise_if_any_rank_failed
+from steel_megatron.parallel.peers import Peers
 from steel_megatron.parallel.topology import Topology, initialize, shutdown
 from steel_megatron.train import checkpoint
 from steel_megatron.train.batches import Batches
@@ -111,7 +112,11 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
             for callback in callbacks:
                 callback.after_save(view, path)
 
-    with _started(callbacks, view), _ended(saver, note), StopSignal() as signal:
+    def phase() -> str:
+        return f"step {engine.step_number + 1}{saver.doing}"
+
+    peers = Peers()
+    with _started(callbacks, view), _ended(saver, note), StopSignal() as signal, peers.named(phase):
         if engine.step_number >= training.last_step:
             asked = "train_steps" if training.stop_after_step is None else "stop_after_step"
             done = engine.step_number

@@ -23,6 +23,7 @@ from steel_megatron.train.callbacks import Callback, RunView
 from steel_megatron.train.engine import StepResult
 from steel_megatron.train.loop import TrainingSummary, pretrain
 from tests.distributed import run_distributed
+from tests.train.small_run import LAYOUTS
 from tests.train.test_loop import make_run, one, outcome, write_corpus
 
 ALONE = ParallelConfig()
@@ -95,6 +96,30 @@ def test_a_kill_in_a_save_leaves_nothing_and_the_run_resumes_at_once(corpora: Da
     of_both = run_distributed(hashes, 1, [*steps(run, 2, 4, 6), *steps(reference, 2, 4, 6)])[0]
     assert of_both[:3] == of_both[3:]
     assert len(of_both[0]) > 20 and of_both[0]["optimizer.state.exp_avg.output_layer.weight"]
+
+
+def one_of_two_is_killed_in_a_save(run: RunConfig, notes: Path) -> None:
+    """Rank 1 kills itself while its tensors of step 4 are written; rank 0 notes what it says, and how it ends."""
+
+    def die(_: Path) -> None:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with when_tensors_are_synced(4, die):
+        notes.write_text(str(outcome(run)))
+
+
+@pytest.mark.slow
+def test_who_survives_a_kill_in_a_save_says_who_was_lost(corpora: DataConfig, tmp_path: Path) -> None:
+    run, notes = saving_run(corpora, tmp_path / "run", LAYOUTS["dp2"]), tmp_path / "said"
+    with pytest.raises(AssertionError, match="rank 1 died with exit code -9"):
+        run_distributed(one_of_two_is_killed_in_a_save, 2, run, notes, timeout=50)  # the time limit of gloo is 60 s
+    assert re.fullmatch(
+        r"lost rank 1 \(process \d+ on \S+\) in step [56], with step_00000004 being saved; it was killed or has "
+        r"crashed, see its own output\. The same command resumes from the newest checkpoint",
+        notes.read_text(),
+    )
+    assert all(summary.finished for summary in run_distributed(outcome, 2, run))
 
 
 @dataclasses.dataclass
