@@ -117,10 +117,7 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
 
     peers = Peers()
     with _started(callbacks, view), _ended(saver, note), StopSignal() as signal, peers.named(phase):
-        if engine.step_number >= training.last_step:
-            asked = "train_steps" if training.stop_after_step is None else "stop_after_step"
-            done = engine.step_number
-            logger.info(f"nothing is left to do: step {done} is done, and training.{asked} is {training.last_step}")
+        _tell_if_done(run, engine.step_number)
         while engine.step_number < training.last_step:
             for callback in callbacks:
                 callback.before_step(view)
@@ -154,6 +151,13 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
         validation_losses=validation,
         losses=losses,
     )
+
+
+def _tell_if_done(run: RunConfig, done: int) -> None:
+    training = run.training
+    if done >= training.last_step:
+        asked = "train_steps" if training.stop_after_step is None else "stop_after_step"
+        logger.info(f"nothing is left to do: step {done} is done, and training.{asked} is {training.last_step}")
 
 
 @contextmanager
