@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import stat
 import time
 import uuid
@@ -122,7 +123,8 @@ def sha256_of(path: Path) -> str:
 def exclusive_lock(prefix: str | Path, error_type: type[SteelError], wait: float = 0.0) -> Iterator[None]:
     """Hold ``<prefix>.lock``, so that no second job writes under the same prefix.
 
-    The lock ends with the process, however that ends; the file is removed when the block is left.
+    The lock ends with the process, however that ends, and programs that it starts do not inherit it. Its file says who
+    holds it, and is removed when the block is left.
 
     Args:
         prefix: what is written.
@@ -137,12 +139,16 @@ def exclusive_lock(prefix: str | Path, error_type: type[SteelError], wait: float
     made = [folder for folder in path.parents if not folder.exists()]
     while (descriptor := _locked(path, error_type)) is None:
         if time.monotonic() >= until:
-            raise error_type(f"another job is writing to {prefix} (it holds {path}); wait or choose another name")
+            raise error_type(f"another job is writing to {prefix} ({_holder(path)}); wait or choose another name")
         if not told:
-            logger.info(f"waiting for another job that is writing to {prefix} (it holds {path})")
+            logger.info(f"waiting for another job that is writing to {prefix} ({_holder(path)})")
         told = True
         time.sleep(_LOCK_SECONDS)
     try:
+        with suppress(OSError):  # a full disk, or a file of another user
+            os.ftruncate(descriptor, 0)
+            started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {started},".encode())
         try:
             yield
         finally:
@@ -152,6 +158,13 @@ def exclusive_lock(prefix: str | Path, error_type: type[SteelError], wait: float
         with suppress(OSError):  # folders that were made for work that then wrote nothing
             for folder in made:
                 folder.rmdir()
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, as its file says."""
+    with suppress(OSError):
+        return f"{path.read_text(encoding='utf-8', errors='replace') or 'it'} holds {path}"
+    return f"it holds {path}"
 
 
 def is_locked(prefix: str | Path) -> bool:

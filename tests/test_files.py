@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -130,8 +131,17 @@ def test_a_hash_is_of_all_of_a_file(tmp_path: Path) -> None:
 def test_a_lock_is_seen_and_looking_at_it_refuses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = tmp_path / "run"
     assert not is_locked(prefix)
+    (tmp_path / "run.lock").write_text("process 12345678 on a machine with a long name, since yesterday, ")  # of a kill
     with exclusive_lock(prefix, DataError):
         assert is_locked(prefix)
+        since = r"since 20..-..-.. ..:..:.. .\d{4}"
+        holder = rf"\(process {os.getpid()} on {socket.gethostname()}, {since}, holds {prefix}.lock\)"
+        with pytest.raises(DataError, match=holder), exclusive_lock(prefix, DataError):
+            pass
+        # Neither a program nor another process of Python that is started meanwhile keeps it held.
+        descriptors = [link for link in Path("/proc/self/fd").iterdir() if link.exists()]
+        held = [int(link.name) for link in descriptors if link.readlink() == tmp_path / "run.lock"]
+        assert [os.get_inheritable(descriptor) for descriptor in held] == [False]
     (tmp_path / "run.lock").touch()  # left by a kill
     assert not is_locked(prefix)
     looking = os.open(tmp_path / "run.lock", os.O_RDONLY)

@@ -254,15 +254,13 @@ def import_hf(folder: Path, output: Path, *, overwrite: bool = False) -> Path:
     prepare()  # before megatron-core is imported
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    from steel_megatron.train import checkpoint
+    from steel_megatron.train.checkpoint_save import write_checkpoint
 
     topology = initialize_alone("a conversion")
     state = {key: ShardedTensor.from_rank_offsets(key, tensor, replica_id=0) for key, tensor in tensors.items()}
     with exclusive_lock(output, CheckpointError):
         _check_output(output, overwrite, folder, CHECKPOINT_MARK)  # another job may have been faster
-        checkpoint.write_checkpoint(
-            {"model": state}, output, model=model, step=0, consumed_samples=0, layout=topology.describe()
-        )
+        write_checkpoint({"model": state}, output, model=model, step=0, consumed_samples=0, layout=topology.describe())
     logger.info(f"imported {len(published)} tensors, {sum(map(_count, published.values())):,} numbers, to {output}")
     return output
 

@@ -1,8 +1,9 @@
 """Checkpoints that are either whole or not there.
 
-A checkpoint is a folder ``step_00001234`` written by megatron-core's dist_checkpointing under a temporary name,
-synced to disk, listed with sizes and checksums in ``steel.json`` and only then given its final name. It holds
-weights, optimizer state, random states, the step and the samples consumed, and loads under any TP, PP, EP and DP.
+A checkpoint is a folder ``step_00001234`` in the format of megatron-core's dist_checkpointing, written under a
+temporary name (:mod:`.checkpoint_save`), synced to disk, listed with sizes and checksums in ``steel.json`` and only
+then given its final name. It holds weights, optimizer state, random states, the step and the samples consumed, and
+loads under any TP, PP, EP and DP.
 Loading executes nothing: settings are JSON, and the one pickled index of torch's format is checked first.
 """
 
@@ -10,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
-import queue
-import shutil
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +26,28 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from steel_megatron.config import (
     ModelConfig,
     RunConfig,
-    dump_yaml,
     from_dict,
     refuse_unknown_routing_code,
-    to_dict,
 )
-from steel_megatron.data.ledger.ledger import Ledger, dumps
 from steel_megatron.errors import CheckpointError
-from steel_megatron.files import replace_folder, sha256_of
+from steel_megatron.files import disk_errors, sha256_of, sync_folder
 from steel_megatron.log import get_logger
 from steel_megatron.model.weights import sharded_weights
-from steel_megatron.parallel.agreement import on_rank0
 from steel_megatron.train.checkpoint_index import check_index
 from steel_megatron.train.engine import Engine
-from steel_megatron.train.optimizer_state import sharded_state
+from steel_megatron.train.optimizer_state import MAIN_WEIGHTS, OptimizerState
 
 logger = get_logger(__name__)
 
-# A save's results come back to the process that made it, so a queue of this process is enough. megatron-core's own is
-# in a manager process, which imports the main script again (this fails without a main guard) and outlives a killed run.
-filesystem_async._results_queue = queue.Queue()
-
 FORMAT = 1
 MANIFEST = "steel.json"
+HASHING_THREADS = min(8, os.cpu_count() or 1)
 NOT_COMPUTED = {"sequence_length", "init_method_std", "expert_init_method_std", "routing_scale_init"}
 NOT_COMPUTED |= {"moe_aux_loss_coeff", "identical_expert_init"}
 """Settings of a model that do not change what given weights compute: these may always differ from a checkpoint's."""
@@ -73,6 +67,7 @@ class CheckpointInfo:
         layout: the layout that saved it, such as ``TP2 PP1 EP1 DP1``.
         world_size: number of processes that saved it.
         has_optimizer: whether it can be resumed, or holds weights only.
+        has_main_weights: whether it holds float32 weights apart from the model's.
         data_fingerprint: of what the ledger says of those samples; empty if there was no ledger.
     """
 
@@ -83,6 +78,7 @@ class CheckpointInfo:
     layout: str
     world_size: int
     has_optimizer: bool
+    has_main_weights: bool
     data_fingerprint: str
 
 
@@ -94,15 +90,11 @@ def _sharded_random_state() -> ShardedTensor:
     )
 
 
-def _state(engine: Engine, *, is_loading: bool, with_random_state: bool) -> dict[str, Any]:
+def sharded_engine(engine: Engine) -> dict[str, Any]:
+    """All of an engine's state, where it lies in memory; every process calls it."""
     model = sharded_weights(engine.stage)
-    state = {
-        "model": model,
-        "optimizer": sharded_state(engine.optimizer, model, is_loading=is_loading),
-    }
-    if with_random_state:
-        state["random"] = _sharded_random_state()
-    return state
+    state = OptimizerState(engine.optimizer, model)
+    return {"model": model, "optimizer": state.sharded, "random": _sharded_random_state()}
 
 
 def path_of(run: RunConfig, step: int) -> Path:
@@ -110,137 +102,16 @@ def path_of(run: RunConfig, step: int) -> Path:
     return run.checkpoints_dir / f"step_{step:08d}"
 
 
-def save(engine: Engine, consumed_samples: int, ledger: Ledger | None = None) -> Path:
-    """Save a run's state as ``checkpoints/step_...``, with its ledger; every process calls it.
-
-    Args:
-        engine: the run's engine, between two steps.
-        consumed_samples: training sequences read so far.
-        ledger: the run's; None if it has none.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        CheckpointError: it cannot be written (disk full, folder read-only). What was there before stays.
-    """
-    run = engine.run
-    state = _state(engine, is_loading=False, with_random_state=True)
-    final = write_checkpoint(
-        state,
-        path_of(run, engine.step_number),
-        model=run.model,
-        step=engine.step_number,
-        consumed_samples=consumed_samples,
-        layout=engine.topology.describe(),
-        ledger=ledger,
-        run=run,
-    )
-    if engine.topology.is_rank0 and run.checkpoint.keep_last is not None:
-        # Later ones than this can only be damaged ones that a resume passed over; they do not count.
-        older = sorted(path for path in run.checkpoints_dir.glob("step_*") if path.name < final.name)
-        for path in older[: max(0, len(older) - (run.checkpoint.keep_last - 1))]:
-            shutil.rmtree(path, ignore_errors=True)  # one that cannot be removed is no reason to stop training
-    return final
-
-
-def write_checkpoint(
-    state: dict[str, Any],
-    final: Path,
-    *,
-    model: ModelConfig,
-    step: int,
-    consumed_samples: int,
-    layout: str,
-    ledger: Ledger | None = None,
-    run: RunConfig | None = None,
-) -> Path:
-    """Write a sharded state as the folder ``final``, which appears only when it is whole; every process calls it.
-
-    Args:
-        state: sharded tensors under ``model`` and, for a checkpoint to resume from, ``optimizer`` and ``random``.
-        final: the folder; replaced if it is there.
-        model: the model's settings.
-        step: optimizer steps done.
-        consumed_samples: training sequences read so far.
-        layout: the layout that saves it, such as ``TP2 PP1 EP1 DP1``.
-        ledger: saved with it; None for no ledger.
-        run: the run's settings, saved with it; None for no run.
-
-    Returns:
-        ``final``
-
-    Raises:
-        CheckpointError: it cannot be written. What was there before stays.
-    """
-    partial = final.with_name(f".{final.name}.partial")
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "consumed_samples": consumed_samples,
-        "layout": layout,
-        "world_size": dist.get_world_size(),
-        "has_optimizer": "optimizer" in state,
-        "data_fingerprint": ledger.history.fingerprint(consumed_samples) if ledger else "",
-        "model": to_dict(model),
-    }
-    # What the first process does alone fails on all of them, or the others would wait for it.
-    on_rank0(lambda: _begin(partial, final))
-    with _disk_errors(final, partial):
-        dist_checkpointing.save(state, str(partial))
-    on_rank0(lambda: _finish(partial, final, manifest, run, ledger))
-    return final
-
-
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The last line of an error: megatron-core's begin with the tracebacks of all processes."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
 
 
-@contextmanager
-def _disk_errors(final: Path, partial: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
-        raise CheckpointError(
-            f"could not write the checkpoint {final}: {_reason(error)}; earlier ones are untouched"
-        ) from error
-
-
-def _begin(partial: Path, final: Path) -> None:
-    """An empty temporary folder; what killed saves left beside it goes. (The caller holds the folder's lock.)"""
-    with _disk_errors(final, partial):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        for left in (*final.parent.glob(".step_*.partial"), *final.parent.glob(".step_*.old")):
-            if left.name != f".{final.name}.old":  # replace_folder knows what to do with that
-                shutil.rmtree(left, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-
-
-def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
     """Over everything that a manifest says, but for the checksum itself."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _finish(partial: Path, final: Path, manifest: dict[str, Any], run: RunConfig | None, ledger: Ledger | None) -> None:
-    """Settings, ledger, checksums, final name."""
-    with _disk_errors(final, partial):
-        if run is not None:
-            (partial / "run.yaml").write_text(dump_yaml(run), encoding="utf-8")
-        if ledger is not None:
-            (partial / "ledger.json").write_text(dumps(ledger.history), encoding="utf-8")
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        facts = {
-            str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
-        }
-        manifest = {**manifest, "files": facts}
-        content = json.dumps({**manifest, "sha256": _manifest_checksum(manifest)}, indent=1)
-        (partial / MANIFEST).write_text(content, encoding="utf-8")
-        replace_folder(partial, final)
 
 
 def read_info(path: Path) -> CheckpointInfo:
@@ -266,6 +137,7 @@ def read_info(path: Path) -> CheckpointInfo:
         layout=manifest["layout"],
         world_size=manifest["world_size"],
         has_optimizer=manifest["has_optimizer"],
+        has_main_weights=manifest.get("has_main_weights", manifest["has_optimizer"]),  # older ones always do
         data_fingerprint=manifest["data_fingerprint"],
     )
 
@@ -281,7 +153,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{path / MANIFEST} is not JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("sha256") != _manifest_checksum(manifest):
+    if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_checksum(manifest):
         raise CheckpointError(f"{path / MANIFEST} is damaged: its checksum is not the one it was saved with")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
@@ -294,9 +166,11 @@ def verify(path: Path) -> None:
     Raises:
         CheckpointError: a file differs, or its index names something that does not belong there.
     """
-    for name, facts in _read_manifest(path)["files"].items():
-        if sha256_of(path / name) != facts["sha256"]:
-            raise CheckpointError(f"{path / name} is damaged: its checksum is not the one it was saved with")
+    files = _read_manifest(path)["files"]
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:  # hashing and reading release Python's lock
+        for name, found in zip(files, threads.map(lambda name: sha256_of(path / name), files), strict=True):
+            if found != files[name]["sha256"]:
+                raise CheckpointError(f"{path / name} is damaged: its checksum is not the one it was saved with")
     check_index(path / ".metadata")
 
 
@@ -311,6 +185,48 @@ def newest(checkpoints: Path) -> CheckpointInfo | None:
             continue
         return info
     return None
+
+
+def go_back(run: RunConfig, step: int) -> CheckpointInfo:
+    """The checkpoint of a step, with later ones set aside.
+
+    Once a run that went back has saved, it is the newest checkpoint: the same command may be started many times.
+
+    Raises:
+        CheckpointError: there is none of that step, or it is damaged. Nothing was moved.
+    """
+    path, there = path_of(run, step), sorted(run.checkpoints_dir.glob("step_*"))
+    later = [one for one in there if one.name > path.name]
+    if any(_went_back_to(one) == step for one in later) and (info := newest(run.checkpoints_dir)) is not None:
+        logger.info(f"the run went back to step {step} before; its newest checkpoint is of step {info.step}")
+        return info
+    if path not in there:
+        steps = ", ".join(str(int(one.name[5:])) for one in there if one.name[5:].isdecimal()) or "none"
+        raise CheckpointError(
+            f"checkpoint.resume_from is {step}, but {run.checkpoints_dir} has checkpoints of these steps: {steps}"
+        )
+    info = read_info(path)
+    verify(path)
+    aside = run.checkpoints_dir / "set_aside"
+    with disk_errors("set aside checkpoints in", aside, CheckpointError):
+        for one in later:
+            aside.mkdir(exist_ok=True)
+            names = (one.name + (f".{number}" if number else "") for number in itertools.count())
+            one.replace(next(aside / name for name in names if not (aside / name).exists()))
+            sync_folder(aside)
+            sync_folder(run.checkpoints_dir)
+    if later:
+        logger.warning(f"going back to step {step}; set aside in {aside}: {', '.join(one.name for one in later)}")
+    return info
+
+
+def _went_back_to(path: Path) -> int | None:
+    """The step that the run had gone back to which saved a checkpoint."""
+    try:
+        step: int | None = _read_manifest(path).get("resume_from")
+    except CheckpointError:
+        return None
+    return step
 
 
 def check_model(info: CheckpointInfo, model: ModelConfig, *, resumes: bool) -> None:
@@ -338,7 +254,7 @@ def _loading_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointException, CheckpointingException) as error:
-        raise CheckpointError(f"could not load the checkpoint {path}: {_reason(error)}") from error
+        raise CheckpointError(f"could not load the checkpoint {path}: {reason(error)}") from error
 
 
 def load(engine: Engine, info: CheckpointInfo) -> None:
@@ -350,15 +266,25 @@ def load(engine: Engine, info: CheckpointInfo) -> None:
     check_model(info, engine.run.model, resumes=True)
     if not info.has_optimizer:
         raise CheckpointError(f"{info.path} holds weights only and cannot be resumed; use checkpoint.init_from")
+    model = sharded_weights(engine.stage)
+    state = OptimizerState(engine.optimizer, model)
+    wanted: dict[str, Any] = {"optimizer": state.sharded}
     # Random states belong to processes; with another number of them there is nothing to give them back to.
-    same_world = info.world_size == dist.get_world_size()
-    wanted = _state(engine, is_loading=True, with_random_state=same_world)
+    if info.world_size == dist.get_world_size():
+        wanted["random"] = _sharded_random_state()
+    main, later = state.main_weights, {}
+    if info.has_main_weights and not main:  # saved by a run in bfloat16: its weights are rounded
+        model = {name: replace(one, key=MAIN_WEIGHTS + one.key) for name, one in model.items()}
+    elif main and not info.has_main_weights:  # saved by a run in float32, which needs no copies
+        wanted["optimizer"] = {name: one for name, one in state.sharded.items() if name not in main}
+        later = {name: replace(one, key=one.key.removeprefix(MAIN_WEIGHTS)) for name, one in main.items()}
     with _loading_errors(info.path):
-        state = dist_checkpointing.load(wanted, str(info.path), validate_access_integrity=False)
-    _set_weights(engine.stage, state["model"])
-    if same_world:
-        torch.set_rng_state(state["random"][0])
-    engine.resume_at(info.step, state["optimizer"])
+        for tensors in ({"model": model, **wanted}, {"main": later}):  # they are filled where they lie
+            if any(tensors.values()):
+                dist_checkpointing.load(tensors, str(info.path), validate_access_integrity=False)
+    if "random" in wanted:
+        torch.set_rng_state(wanted["random"].data[0])
+    engine.resume_at(info.step, state)
 
 
 def load_weights(stage: GPTModel, info: CheckpointInfo, model: ModelConfig) -> None:
@@ -381,6 +307,11 @@ def _set_weights(stage: GPTModel, tensors: dict[str, torch.Tensor]) -> None:
     outcome = stage.load_state_dict(tensors, strict=False)
     missing = [name for name in outcome.missing_keys if not name.endswith("_extra_state")]
     assert not missing and not outcome.unexpected_keys, (missing, outcome.unexpected_keys)
+
+
+def tensor_names(info: CheckpointInfo) -> list[str]:
+    """The names of all tensors of a checkpoint."""
+    return list(dist_checkpointing.load_tensors_metadata(str(info.path)))
 
 
 def read_tensors(info: CheckpointInfo, keys: list[str]) -> dict[str, torch.Tensor]:

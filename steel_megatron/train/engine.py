@@ -25,7 +25,7 @@ from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.diagnosis import where_backward_fails, where_forward_fails
 from steel_megatron.train.objective import Term
 from steel_megatron.train.objective.base import objective_of
-from steel_megatron.train.optimizer_state import OptimizerState, allocate_state, load_state
+from steel_megatron.train.optimizer_state import OptimizerState, allocate_state
 
 _DECAY_STYLES = {
     "cosine": "cosine",
@@ -186,8 +186,8 @@ class Engine:
         return StepResult(step=step, terms=terms, grad_norm=norm, lr=lr)
 
     def resume_at(self, step: int, optimizer_state: OptimizerState) -> None:
-        """Resume after ``step`` steps, with the optimizer state that a checkpoint held."""
-        load_state(self.optimizer, optimizer_state, step)
+        """Resume after ``step`` steps, with an optimizer state that was filled from a checkpoint."""
+        optimizer_state.loaded(step)
         self.step_number = step
         self.scheduler.num_steps = step
         self.scheduler.step(increment=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +13,17 @@ from steel_megatron.config import RunConfig, dump_yaml
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.session import LedgerSession
 from steel_megatron.data.ledger.sync import check_past
-from steel_megatron.errors import CheckpointError, ConfigError
+from steel_megatron.errors import CheckpointError, ConfigError, TrainingError
 from steel_megatron.files import exclusive_lock, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 from steel_megatron.parallel import agreement
 from steel_megatron.parallel.agreement import any_rank, broadcast_from_rank0, on_rank0, raise_if_any_rank_failed
+from steel_megatron.parallel.peers import Peers
 from steel_megatron.parallel.topology import Topology, initialize, shutdown
 from steel_megatron.train import checkpoint
 from steel_megatron.train.batches import Batches
 from steel_megatron.train.callbacks import Callback, RunView, callbacks_of
+from steel_megatron.train.checkpoint_save import Saver
 from steel_megatron.train.engine import Engine, minimised
 from steel_megatron.train.stop_signal import StopSignal
 
@@ -99,13 +101,23 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
     engine = Engine(run, topology)
     consumed, saved = _start(run, topology, engine, session)
     view = RunView(run, topology, engine)
+    saver = Saver(run)
     validation: dict[str, float] = {}
     losses = array("d")
-    with _started(callbacks, view), StopSignal() as signal:
-        if engine.step_number >= training.last_step:
-            asked = "train_steps" if training.stop_after_step is None else "stop_after_step"
-            done = engine.step_number
-            logger.info(f"nothing is left to do: step {done} is done, and training.{asked} is {training.last_step}")
+
+    def note(path: Path | None) -> None:
+        nonlocal saved
+        if path is not None:
+            saved = path
+            for callback in callbacks:
+                callback.after_save(view, path)
+
+    def phase() -> str:
+        return f"step {engine.step_number + 1}{saver.doing}"
+
+    peers = Peers()
+    with _started(callbacks, view), _ended(saver, note), StopSignal() as signal, peers.named(phase):
+        _tell_if_done(run, engine.step_number)
         while engine.step_number < training.last_step:
             for callback in callbacks:
                 callback.before_step(view)
@@ -114,6 +126,7 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
             losses.append(result.loss)
             for callback in callbacks:
                 callback.after_step(view, result)
+            note(saver.poll())
             stopping = any_rank(signal.received)
             is_last = result.step == training.last_step
             if batches.validation_sets and (result.step % training.eval_interval == 0 or is_last):
@@ -122,9 +135,9 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
                     callback.after_validation(view, validation)
             if result.step % run.checkpoint.save_interval == 0 or is_last or stopping:
                 (session.release if stopping or is_last else session.sync)(result.step, consumed)
-                saved = checkpoint.save(engine, consumed, session.ledger)
-                for callback in callbacks:
-                    callback.after_save(view, saved)
+                note(saver.begin(engine, consumed, session.ledger))
+                if stopping or is_last or not run.checkpoint.async_save:
+                    note(saver.finish())
             if stopping:
                 logger.warning(f"asked to stop: step {result.step} is saved; the same command resumes from there")
                 break
@@ -138,6 +151,25 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
         validation_losses=validation,
         losses=losses,
     )
+
+
+def _tell_if_done(run: RunConfig, done: int) -> None:
+    training = run.training
+    if done >= training.last_step:
+        asked = "train_steps" if training.stop_after_step is None else "stop_after_step"
+        logger.info(f"nothing is left to do: step {done} is done, and training.{asked} is {training.last_step}")
+
+
+@contextmanager
+def _ended(saver: Saver, note: Callable[[Path | None], None]) -> Iterator[None]:
+    """Finish the save under way also where training ends with an error, if all processes have that error."""
+    try:
+        yield
+    except TrainingError:
+        note(saver.finish())
+        raise
+    finally:
+        saver.give_up()
 
 
 @contextmanager
@@ -187,7 +219,9 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSe
 
 
 def _find(run: RunConfig) -> checkpoint.CheckpointInfo | None:
-    """The newest whole checkpoint of the run's folder; None in a folder without any."""
+    """The checkpoint to resume from: the newest whole one, unless an older one is asked for; None if there is none."""
+    if run.checkpoint.resume_from is not None:
+        return checkpoint.go_back(run, run.checkpoint.resume_from)
     info = checkpoint.newest(run.checkpoints_dir)
     if info is None and any(run.checkpoints_dir.glob("step_*")):
         raise CheckpointError(

@@ -1,23 +1,31 @@
 """The optimizer's state as tensors that fit any layout.
 
-megatron-core's distributed optimizer can give its state in the shape of the model's parameters, which loads under
-other parallel sizes. Only those tensors are kept: everything else in its state dictionary (learning rate, decay,
-step) follows from the run's settings and the step number.
+megatron-core's distributed optimizer cuts the flat parameters of a bucket over the data-parallel processes, wherever
+the cuts fall. A flat range of a tensor is a few boxes of it, and torch's checkpoints take boxes of any size, so each
+process saves and loads what it holds, in place: nothing is gathered. Everything else in the optimizer's state
+dictionary (learning rate, decay, step) follows from the run's settings and the step number.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-OptimizerState = dict[str, Any]
-
 COUNTS_PER_PARAMETER = (torch.optim.AdamW, torch.optim.Adam)
 """Optimizers of torch, which count steps for each parameter; the fused ones have one count for a group."""
+
+MAIN_WEIGHTS = "optimizer.state.param."
+"""Before the name of a weight: its float32 copy, which a run has that computes in bfloat16."""
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes along the axes of a tensor."""
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
@@ -34,36 +42,99 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
                 values["step"] = torch.zeros((), dtype=torch.float32)
 
 
-def sharded_state(optimizer: MegatronOptimizer, model_state: ShardedStateDict, *, is_loading: bool) -> OptimizerState:
-    """Running means and float32 weights as sharded tensors, named after the model's parameters.
+def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
+    """The elements ``start`` to ``end`` of a flattened tensor as boxes of it, in order: at most ``2 * axes - 1``.
 
     Args:
-        optimizer: the run's optimizer.
-        model_state: the model's sharded state.
-        is_loading: whether the result is to be filled from a checkpoint.
+        shape: of the tensor.
+        start: the first element.
+        end: the one after the last element.
     """
-    return {
-        str(index): part.sharded_param_state_fully_reshardable(model_state, is_loading, {})
-        for index, part in enumerate(_parts(optimizer))
-    }
+    if start >= end:
+        return
+    if not shape:
+        yield (), ()
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), end // row  # rows that are there whole
+    cuts = [start, end] if first > last else sorted({start, first * row, last * row, end})
+    for begin, stop in itertools.pairwise(cuts):
+        index = begin // row
+        if begin % row == 0 and stop % row == 0:
+            yield (index, *(0 for _ in shape[1:])), ((stop - begin) // row, *shape[1:])
+            continue
+        for offsets, sizes in boxes(shape[1:], begin - index * row, stop - index * row):
+            yield (index, *offsets), (1, *sizes)
 
 
-def load_state(optimizer: MegatronOptimizer, state: OptimizerState, step: int) -> None:
-    """Put loaded tensors into the optimizer.
+def _in_boxes(key: str, flat: torch.Tensor, start: int, weight: ShardedTensor) -> Iterator[ShardedTensor]:
+    """A flat range of something in the shape of a weight, as sharded tensors that share its memory."""
+    prepended, at = weight.prepend_axis_num, 0
+    for offsets, sizes in boxes(tuple(weight.local_shape), start, start + flat.numel()):
+        size = math.prod(sizes)
+        shape = (1,) * prepended + sizes
+        inside = (0,) * prepended + offsets
+        yield ShardedTensor(
+            key=key,
+            data=flat[at : at + size].view(shape),
+            dtype=flat.dtype,
+            local_shape=shape,
+            global_shape=tuple(weight.global_shape),
+            global_offset=tuple(a + b for a, b in zip(weight.global_offset, inside, strict=True)),
+            axis_fragmentations=None,
+            replica_id=(*weight.replica_id[:-1], 0),  # the range is no other data-parallel rank's
+        )
+        at += size
+
+
+class OptimizerState:
+    """Running means and float32 weights where they lie in memory, to be saved or to be filled from a checkpoint.
+
+    A run in float32 has no second copy of its weights, and none is listed.
 
     Args:
-        optimizer: the run's, with its state allocated (:func:`allocate_state`).
-        state: what :func:`sharded_state` described, filled from a checkpoint.
-        step: optimizer steps done, for Adam's bias correction.
+        optimizer: the run's optimizer, with its state allocated (:func:`allocate_state`).
+        weights: the model's, by name; their data are the parameters that it optimizes.
+
+    Attributes:
+        sharded: the tensors by a name of their own.
     """
-    for index, part in enumerate(_parts(optimizer)):
-        own = [part.optimizer.state[p] for group in part.optimizer.param_groups for p in group["params"]]
-        for values in own:
-            values.pop("step", None)  # megatron-core's loader does not expect torch's count
-        part.load_parameter_state_from_fully_reshardable(state[str(index)])
-        if isinstance(part.optimizer, COUNTS_PER_PARAMETER):
-            for values in own:
-                values["step"] = torch.tensor(float(step), dtype=torch.float32)
-        else:
-            for group in part.optimizer.param_groups:
-                group["step"] = step
+
+    def __init__(self, optimizer: MegatronOptimizer, weights: Mapping[str, ShardedTensor]) -> None:
+        self.sharded: dict[str, ShardedTensor] = {}
+        self._optimizer = optimizer
+        self._copies: list[Callable[[], None]] = []
+        of_parameter = {sharded.data: (name, sharded) for name, sharded in weights.items()}
+        for part in _parts(optimizer):
+            for parameter in part.model_param_group_index_map:
+                tensors = part._get_main_param_and_optimizer_states(parameter)
+                if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:  # these are copies in float32
+                    self._copies.append(partial(part._set_main_param_and_optimizer_states, parameter, tensors))
+                start = part._get_model_param_range_map(parameter)["param"].start
+                name, weight = of_parameter[parameter]
+                for key, flat in tensors.items():
+                    if key == "step" or (key == "param" and _shares_memory(flat, parameter)):
+                        continue
+                    for number, box in enumerate(_in_boxes(f"optimizer.state.{key}.{weight.key}", flat, start, weight)):
+                        self.sharded[f"{key}.{name}.{number}"] = box
+
+    @property
+    def main_weights(self) -> dict[str, ShardedTensor]:
+        """The float32 copies of weights among the tensors."""
+        return {name: one for name, one in self.sharded.items() if one.key.startswith(MAIN_WEIGHTS)}
+
+    def loaded(self, step: int) -> None:
+        """The tensors were filled with the state after ``step`` steps, which Adam's bias correction needs as well."""
+        for put_back in self._copies:
+            put_back()
+        for part in _parts(self._optimizer):
+            if isinstance(part.optimizer, COUNTS_PER_PARAMETER):
+                for values in part.optimizer.state.values():
+                    values["step"] = torch.tensor(float(step), dtype=torch.float32)
+            else:
+                for group in part.optimizer.param_groups:
+                    group["step"] = step
+
+
+def _shares_memory(main: torch.Tensor, parameter: torch.Tensor) -> bool:
+    return main.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()

@@ -187,7 +187,7 @@ def train(run: RunConfig, first: int = 1, last: int | None = None, save: bool = 
     from steel_megatron.parallel.topology import initialize
 
     topology = initialize(run.parallel)
-    from steel_megatron.train import checkpoint
+    from steel_megatron.train import checkpoint, checkpoint_save
     from steel_megatron.train.engine import Engine, minimised
 
     engine = Engine(run, topology)
@@ -202,5 +202,5 @@ def train(run: RunConfig, first: int = 1, last: int | None = None, save: bool = 
         results.append(Trained(result.loss, result.grad_norm, _squares(engine)))
     results.append(tuple(minimised(engine.evaluate(own_batches(run, 0, topology)))))
     if save:
-        checkpoint.save(engine, engine.step_number * run.training.global_batch_size)
+        checkpoint_save.save(engine, engine.step_number * run.training.global_batch_size)
     return results

@@ -17,7 +17,7 @@ import pytest
 from steel_megatron.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import sha256_of
-from steel_megatron.train import checkpoint
+from steel_megatron.train import checkpoint, checkpoint_save
 from tests.distributed import run_distributed
 from tests.file_system import full_disk_at, killed_before, watched
 from tests.train.small_run import LAYOUTS, MODEL, PROCESSES, compare, own_batches, small_run, train
@@ -75,7 +75,7 @@ def save_twice(run: RunConfig) -> None:
     for step in (1, 2, 3, 4):
         engine.step(own_batches(run, step, topology))
         if step % 2 == 0:
-            checkpoint.save(engine, step * run.training.global_batch_size)
+            checkpoint_save.save(engine, step * run.training.global_batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,13 @@ def test_damaged_checkpoints_are_passed_over(checkpoints: Path, name: str, damag
             checkpoint.read_info(file.parent)  # without reading all of it
 
 
+def test_going_back_to_a_damaged_checkpoint_moves_nothing(checkpoints: Path) -> None:
+    flip(checkpoints / "step_00000002" / "__0_0.distcp", -1)
+    with pytest.raises(CheckpointError, match=r"step_00000002/__0_0\.distcp is damaged"):
+        checkpoint.go_back(small_run(ALONE, str(checkpoints.parent)), 2)
+    assert names(checkpoints) == ["step_00000002", "step_00000004"]
+
+
 def test_unfinished_folders_are_no_checkpoints(checkpoints: Path) -> None:
     os.rename(checkpoints / "step_00000004", checkpoints / ".step_00000004.partial")
     (checkpoints / "step_00000006").mkdir()
@@ -169,7 +176,7 @@ def test_an_index_that_would_execute_something_is_refused(checkpoints: Path, con
     (folder / ".metadata").write_bytes(content)
     manifest = json.loads((folder / "steel.json").read_text())
     manifest["files"][".metadata"] = {"bytes": len(content), "sha256": sha256_of(folder / ".metadata")}
-    manifest["sha256"] = checkpoint._manifest_checksum(manifest)
+    manifest["sha256"] = checkpoint.manifest_checksum(manifest)
     (folder / "steel.json").write_text(json.dumps(manifest))
     assert checkpoint.read_info(folder).step == 4
     with pytest.raises(CheckpointError, match=r"asks for .*system, which no checkpoint"):
@@ -211,7 +218,7 @@ def message_of(action: Callable[[], Any]) -> str:
 
 
 def failure_of_save(engine: Any) -> str:
-    return message_of(lambda: checkpoint.save(engine, 0))
+    return message_of(lambda: checkpoint_save.save(engine, 0))
 
 
 def read_with_a_flipped_bit(run: RunConfig, folder: Path) -> dict[str, str]:
@@ -267,7 +274,7 @@ def save_and_load(run: RunConfig) -> dict[str, Any]:
             (folder / f".step_00000099.{left}").mkdir()
             (folder / f".step_00000099.{left}" / "x").touch()
         with watched(folder) as watch:
-            checkpoint.save(engine, 16)
+            checkpoint_save.save(engine, 16)
         seen[name] = (watch.faults, watch.order()[-1], names(folder))
     failures = []
     for number in range(1, 1000):
@@ -279,7 +286,7 @@ def save_and_load(run: RunConfig) -> dict[str, Any]:
     torch.manual_seed(5)
     torch.rand(3)
     state = torch.get_rng_state()
-    checkpoint.save(engine, 24)
+    checkpoint_save.save(engine, 24)
     torch.rand(3)
     info = checkpoint.newest(folder)
     assert info is not None and info.consumed_samples == 24
@@ -319,7 +326,7 @@ def test_what_saves_and_loads_do(tmp_path: Path) -> None:
 def test_a_save_begins_in_an_empty_folder(tmp_path: Path) -> None:
     """Under any name: an import may be called otherwise than a run's checkpoints."""
     (tmp_path / ".start.partial" / "inner").mkdir(parents=True)
-    checkpoint._begin(tmp_path / ".start.partial", tmp_path / "start")
+    checkpoint_save._begin(tmp_path / ".start.partial", tmp_path / "start")
     assert list((tmp_path / ".start.partial").iterdir()) == []
 
 
@@ -332,11 +339,11 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(saved: Path, tmp_path: Pa
     manifest = {key: value for key, value in manifest.items() if key not in ("files", "sha256")} | {"step": step}
 
     def save() -> None:
-        checkpoint._begin(partial, final)
+        checkpoint_save._begin(partial, final)
         for file in whole.iterdir():
             if file.name != "steel.json":
                 shutil.copy(file, partial)
-        checkpoint._finish(partial, final, manifest, None, None)
+        checkpoint_save._finish(partial, final, manifest, None, [])
 
     for number in itertools.count(1):
         shutil.rmtree(tmp_path)
@@ -386,7 +393,7 @@ def save_with_a_first_process_that_cannot(directory: str) -> str:
         def fail(*args: object) -> None:
             raise OSError(28, "No space left on device")
 
-        checkpoint.replace_folder = fail  # type: ignore[assignment]
+        checkpoint_save.replace_folder = fail  # type: ignore[assignment]
     return failure_of_save(engine)
 
 

@@ -22,6 +22,7 @@ INFO = checkpoint.CheckpointInfo(
     layout="TP1 PP1 EP1 DP1",
     world_size=1,
     has_optimizer=True,
+    has_main_weights=False,
     data_fingerprint="",
 )
 

@@ -227,7 +227,7 @@ def interrupted(run: RunConfig, at_step: int, on_rank: int) -> TrainingSummary:
 def test_a_preempted_job_saves_and_goes_on(finished: tuple[RunConfig, TrainingSummary], tmp_path: Path) -> None:
     run = make_run(finished[0].data, tmp_path, LAYOUTS["dp2"])
     run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, save_interval=2))
-    summaries = run_distributed(interrupted, 2, run, 3, 1)  # after a first save, which leaves a helper process
+    summaries = run_distributed(interrupted, 2, run, 3, 1)  # after a first save
     assert [summary.step for summary in summaries] == [3, 3]
     assert summaries[0].checkpoint.name == "step_00000003"
     assert run_distributed(outcome, 2, run)[0].finished

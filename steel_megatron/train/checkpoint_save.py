@@ -1,0 +1,304 @@
+"""Saves that are either whole or not there, and that training need not wait for.
+
+A save copies the state to memory of this machine while training waits. Threads write the copy to a folder with a
+temporary name (:mod:`.checkpoint_writer`). When all processes are done, all of them together finish it between two
+steps: settings, index and checksums are written, and the folder gets its final name. A state with a number that is
+not finite gets none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from torch.distributed.checkpoint.metadata import Metadata
+
+from steel_megatron.config import ModelConfig, RunConfig, dump_yaml, to_dict
+from steel_megatron.data.ledger.ledger import Ledger, dumps
+from steel_megatron.errors import CheckpointError
+from steel_megatron.files import replace_folder, sha256_of
+from steel_megatron.parallel.agreement import any_rank, on_rank0, raise_if_any_rank_failed
+from steel_megatron.train.checkpoint import FORMAT, MANIFEST, manifest_checksum, path_of, reason, sharded_engine
+from steel_megatron.train.checkpoint_writer import HostMemory, ShardWriter, Written, plan, write_index
+from steel_megatron.train.engine import Engine
+
+
+class Saver:
+    """Saves of a run, one after the other; every process calls its methods together.
+
+    Args:
+        run: the run's settings.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self._run = run
+        self._memory = HostMemory() if run.checkpoint.async_save else None
+        self._under_way: _Save | None = None
+
+    @property
+    def doing(self) -> str:
+        """What is under way, for a message."""
+        return f", with {self._under_way.final.name} being saved" if self._under_way else ""
+
+    def begin(self, engine: Engine, consumed_samples: int, ledger: Ledger | None = None) -> Path | None:
+        """Begin to save a run's state as ``checkpoints/step_...``, with its ledger.
+
+        Args:
+            engine: the run's engine, between two steps.
+            consumed_samples: training sequences read so far.
+            ledger: the run's; None if it has none.
+
+        Returns:
+            the folder of an earlier save that was still under way, and was finished first.
+
+        Raises:
+            CheckpointError: it cannot be written (disk full, folder read-only). What was there before stays.
+        """
+        earlier = self.finish()
+        run = self._run
+        final = path_of(run, engine.step_number)
+        facts = _facts(run.model, engine.step_number, consumed_samples, engine.topology.describe(), ledger)
+        self._under_way = _begin_save(
+            sharded_engine(engine),
+            final,
+            {**facts, "resume_from": run.checkpoint.resume_from},
+            _texts(run, ledger),
+            self._memory,
+            read_back=run.checkpoint.keep_last is not None,  # an older one goes for it
+        )
+        return earlier
+
+    def poll(self) -> Path | None:
+        """Finish the save under way if it is written on all processes; returns its folder if so."""
+        if self._under_way is None or any_rank(not self._under_way.writer.is_done):
+            return None
+        return self.finish()
+
+    def finish(self) -> Path | None:
+        """Wait for the save under way, and give it its name; returns its folder, None if there was none.
+
+        Raises:
+            CheckpointError: it could not be written. What was there before stays.
+        """
+        save = self._under_way
+        if save is None:
+            return None
+        try:
+            _finish_save(save)
+        except CheckpointError:
+            self._under_way = None
+            raise
+        self._under_way = None
+        if dist.get_rank() == 0:
+            _remove_old(self._run, save.final)
+        return save.final
+
+    def give_up(self) -> None:
+        """Leave the save under way unfinished; this process alone may call it."""
+        if self._under_way is not None:
+            self._under_way.writer.give_up()
+            self._under_way = None
+
+
+def save(engine: Engine, consumed_samples: int, ledger: Ledger | None = None) -> Path:
+    """Save a run's state and wait for it; every process calls it.
+
+    Args:
+        engine: the run's engine, between two steps.
+        consumed_samples: training sequences read so far.
+        ledger: the run's; None if it has none.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: it cannot be written (disk full, folder read-only). What was there before stays.
+    """
+    saver = Saver(engine.run)
+    saver.begin(engine, consumed_samples, ledger)
+    path = saver.finish()
+    assert path is not None
+    return path
+
+
+def write_checkpoint(
+    state: dict[str, Any], final: Path, *, model: ModelConfig, step: int, consumed_samples: int, layout: str
+) -> Path:
+    """Write a sharded state as the folder ``final``, which appears only when it is whole; every process calls it.
+
+    Args:
+        state: sharded tensors under ``model`` and, for a checkpoint to resume from, ``optimizer`` and ``random``.
+        final: the folder; replaced if it is there.
+        model: the model's settings.
+        step: optimizer steps done.
+        consumed_samples: training sequences read so far.
+        layout: the layout that saves it, such as ``TP2 PP1 EP1 DP1``.
+
+    Returns:
+        ``final``
+
+    Raises:
+        CheckpointError: it cannot be written. What was there before stays.
+    """
+    _finish_save(_begin_save(state, final, _facts(model, step, consumed_samples, layout, None), {}, None))
+    return final
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A save whose tensors are being written.
+
+    Attributes:
+        final: the folder's name when it is whole.
+        partial: its name until then.
+        facts: what the manifest says, but for the files.
+        index: of all tensors; on the first process only.
+        writer: writes this process's tensors.
+    """
+
+    final: Path
+    partial: Path
+    facts: dict[str, Any]
+    index: Metadata | None
+    writer: ShardWriter
+
+
+def _facts(model: ModelConfig, step: int, consumed_samples: int, layout: str, ledger: Ledger | None) -> dict[str, Any]:
+    """What a manifest says of the run."""
+    return {
+        "format": FORMAT,
+        "step": step,
+        "consumed_samples": consumed_samples,
+        "layout": layout,
+        "world_size": dist.get_world_size(),
+        "data_fingerprint": ledger.history.fingerprint(consumed_samples) if ledger else "",
+        "model": to_dict(model),
+    }
+
+
+def _texts(run: RunConfig, ledger: Ledger | None) -> dict[str, str]:
+    """Files beside the tensors, by name."""
+    return {"run.yaml": dump_yaml(run)} | ({"ledger.json": dumps(ledger.history)} if ledger else {})
+
+
+def _begin_save(
+    state: dict[str, Any],
+    final: Path,
+    facts: dict[str, Any],
+    texts: dict[str, str],
+    memory: HostMemory | None,
+    *,
+    read_back: bool = False,
+) -> _Save:
+    """Make the folder and begin to write to it, from copies in ``memory`` if there is one."""
+    partial = final.with_name(f".{final.name}.partial")
+    optimizer = state.get("optimizer")
+    facts = {
+        **facts,
+        "has_optimizer": optimizer is not None,
+        "has_main_weights": any(key.startswith("param.") for key in optimizer or ()),
+    }
+    sharded, common = save_preprocess(state, validate_access_integrity=False)
+    tensors, index = plan(sharded)
+    # What the first process does alone fails on all of them, or the others would wait for it.
+    on_rank0(lambda: _begin(partial, final))
+    on_rank0(lambda: _write_settings(partial, final, common, texts))
+    if memory is not None:
+        tensors = memory.copy(tensors)
+    return _Save(final, partial, facts, index, ShardWriter(partial, tensors, read_back=read_back))
+
+
+def _finish_save(save: _Save) -> None:
+    """Wait until all processes have written, and give the folder its name."""
+
+    def own() -> Written:
+        with _disk_errors(save.final, save.partial):
+            try:
+                return save.writer.result()
+            except CheckpointError as error:
+                shutil.rmtree(save.partial, ignore_errors=True)
+                step = save.facts["step"]
+                raise CheckpointError(
+                    f"no checkpoint of step {step} is made: {error}; earlier ones are untouched"
+                ) from None
+
+    written: list[Any] = [None] * dist.get_world_size()
+    is_rank0 = dist.get_rank() == 0
+    dist.gather_object(raise_if_any_rank_failed(own), written if is_rank0 else None)
+    on_rank0(lambda: _finish(save.partial, save.final, save.facts, save.index, written))
+
+
+@contextmanager
+def _disk_errors(final: Path, partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+        raise CheckpointError(
+            f"could not write the checkpoint {final}: {reason(error)}; earlier ones are untouched"
+        ) from error
+
+
+def _begin(partial: Path, final: Path) -> None:
+    """An empty temporary folder; what killed saves left beside it goes. (The caller holds the folder's lock.)"""
+    with _disk_errors(final, partial):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for left in (*final.parent.glob(".step_*.partial"), *final.parent.glob(".step_*.old")):
+            if left.name != f".{final.name}.old":  # replace_folder knows what to do with that
+                shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+
+
+def _write_settings(partial: Path, final: Path, common: dict[str, Any], texts: dict[str, str]) -> None:
+    """All but the tensors."""
+    with _disk_errors(final, partial):
+        get_default_save_common_strategy().save_common(common, str(partial))
+        save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+
+
+def _finish(partial: Path, final: Path, facts: dict[str, Any], index: Metadata | None, written: list[Written]) -> None:
+    """Index, checksums, final name."""
+    together = Written()
+    for own in written:
+        together.add(own)
+    with _disk_errors(final, partial):
+        if index is not None:
+            write_index(partial, index, together)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        found = {
+            str(path.relative_to(partial)): {
+                "bytes": path.stat().st_size,
+                "sha256": together.files[path.name]["sha256"] if path.name in together.files else sha256_of(path),
+            }
+            for path in files
+        }
+        for name, facts_of_file in together.files.items():
+            if found.get(name, {}).get("bytes") != facts_of_file["bytes"]:
+                raise OSError(f"{partial / name} is not there as it was written")
+        norms = {key: math.sqrt(square) for key, square in sorted(together.squares.items())}
+        manifest = {**facts, "norms": norms, "files": found}
+        content = json.dumps({**manifest, "sha256": manifest_checksum(manifest)}, indent=1)
+        (partial / MANIFEST).write_text(content, encoding="utf-8")
+        replace_folder(partial, final)
+
+
+def _remove_old(run: RunConfig, final: Path) -> None:
+    if run.checkpoint.keep_last is None:
+        return
+    # Later ones than this can only be damaged ones that a resume passed over; they do not count.
+    older = sorted(path for path in run.checkpoints_dir.glob("step_*") if path.name < final.name)
+    for path in older[: max(0, len(older) - (run.checkpoint.keep_last - 1))]:
+        shutil.rmtree(path, ignore_errors=True)  # one that cannot be removed is no reason to stop training

@@ -1,0 +1,258 @@
+"""Writes one process's tensors of a checkpoint, in torch's format, in threads.
+
+No process is started: nothing is left behind when a run is killed, and no lock or socket is inherited. Writing,
+hashing and syncing release Python's lock, so training goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import os
+import pickle
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _split_by_size_and_type, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.utils.serialization import config as serialization
+
+from steel_megatron.errors import CheckpointError
+from steel_megatron.files import sha256_of
+
+FILES = 2
+"""Files of a process, each written by a thread."""
+INDEX = ".metadata"
+"""torch's list of which tensor lies where."""
+CACHED_BYTES = 1 << 19
+"""Hashed and then written while still in the processor's cache."""
+SYNC_BYTES = 1 << 25
+"""Written before the disk is told to begin."""
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
+
+
+@dataclass
+class Written:
+    """What a process wrote.
+
+    Attributes:
+        files: size and SHA-256 by name.
+        places: where each part of a tensor lies.
+        squares: the sum of the squared values of each tensor's parts, by the tensor's name.
+    """
+
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    places: dict[MetadataIndex, _StorageInfo] = field(default_factory=dict)
+    squares: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: Written) -> None:
+        """Take in what another thread or process wrote."""
+        self.files |= other.files
+        self.places |= other.places
+        for key, square in other.squares.items():
+            self.squares[key] = self.squares.get(key, 0.0) + square
+
+
+class HostMemory:
+    """Memory of this machine that keeps copies of tensors, the same memory from save to save."""
+
+    def __init__(self) -> None:
+        self._copies: dict[MetadataIndex, torch.Tensor] = {}
+
+    def copy(self, tensors: Iterable[tuple[WriteItem, torch.Tensor]]) -> list[tuple[WriteItem, torch.Tensor]]:
+        """Copies that stay as they are until the next call."""
+        copied = []
+        for item, tensor in tensors:
+            own = self._copies.get(item.index)
+            if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
+                own = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._copies[item.index] = own
+            copied.append((item, own.copy_(tensor, non_blocking=True)))
+        if any(tensor.is_cuda for _, tensor in copied):
+            torch.cuda.synchronize()
+        return copied
+
+
+def plan(state: ShardedStateDict) -> tuple[list[tuple[WriteItem, torch.Tensor]], Metadata | None]:
+    """Who writes what; every process calls it.
+
+    Args:
+        state: sharded tensors.
+
+    Returns:
+        this process's tensors, and on the first process the index of all.
+    """
+    own, _, _ = _replace_state_dict_keys_with_sharded_keys(state, keep_only_main_replica=True)
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    is_rank0 = dist.get_rank() == 0
+    planner.set_up_planner(mcore_to_pyt_state_dict(own), is_coordinator=is_rank0)
+    local = planner.create_local_plan()
+    plans: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(local, plans if is_rank0 else None)
+    index = planner.create_global_plan(plans)[1] if is_rank0 else None  # checks that they cover every tensor once
+    return [(item, planner.resolve_data(item)) for item in local.items], index
+
+
+class ShardWriter:
+    """Writes tensors as files ``__<rank>_<number>.distcp`` of a folder, in threads that begin at once.
+
+    Args:
+        folder: it must be there.
+        tensors: they must stay as they are until all is written.
+        read_back: whether to read each file again from the disk, and compare.
+    """
+
+    def __init__(
+        self, folder: Path, tensors: Sequence[tuple[WriteItem, torch.Tensor]], *, read_back: bool = False
+    ) -> None:
+        self._given_up, self._read_back = threading.Event(), read_back
+        of_item = {item.index: tensor for item, tensor in tensors}
+        shares = [share for share in _split_by_size_and_type(FILES, [item for item, _ in tensors]) if share]
+        threads = ThreadPoolExecutor(FILES, "checkpoint")
+        self._futures: list[Future[Written]] = [
+            threads.submit(
+                self._write,
+                folder / f"__{dist.get_rank()}_{number}.distcp",
+                [(item, of_item[item.index]) for item in share],
+            )
+            for number, share in enumerate(shares)
+        ]
+        threads.shutdown(wait=False)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all is written, or nothing more will be."""
+        return all(future.done() for future in self._futures)
+
+    def result(self) -> Written:
+        """Wait for the end.
+
+        Raises:
+            OSError, RuntimeError: what the first thread that failed met.
+            CheckpointError: a tensor is not finite.
+        """
+        errors = [future.exception() for future in self._futures]  # waits for all
+        for error in errors:
+            if error is not None:
+                raise error
+        together = Written()
+        for future in self._futures:
+            together.add(future.result())
+        return together
+
+    def give_up(self) -> None:
+        """End soon, with files that nobody will read."""
+        self._given_up.set()
+        for future in self._futures:
+            future.exception()
+
+    def _write(self, path: Path, tensors: Sequence[tuple[WriteItem, torch.Tensor]]) -> Written:
+        written = Written()
+        with path.open("wb") as file, _without_crc32():
+            stream = _HashingFile(file)
+            for item, tensor in tensors:
+                if self._given_up.is_set():
+                    raise CheckpointError(f"{path} was given up")
+                written.add(Written(squares={item.index.fqn: _square(item, tensor)}))
+                start = stream.size
+                torch.save(alone_in_storage(tensor), stream)  # type: ignore[arg-type] # it only writes
+                stream.begin_sync()
+                written.places[item.index] = _StorageInfo(path.name, start, stream.size - start)
+            file.flush()
+            os.fsync(file.fileno())
+            if self._read_back:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+        if self._read_back and sha256_of(path) != stream.hash.hexdigest():
+            raise OSError(f"{path} reads back other than it was written")
+        written.files[path.name] = {"bytes": stream.size, "sha256": stream.hash.hexdigest()}
+        return written
+
+
+def _square(item: WriteItem, tensor: torch.Tensor) -> float:
+    """The sum of a tensor's squared values; that it is finite is the quickest proof that they all are.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    if not tensor.is_floating_point():
+        return 0.0
+    norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float32))
+    if not math.isfinite(norm):
+        wrong = int((~torch.isfinite(tensor)).sum())
+        if wrong:
+            at = list(item.index.offset or ())
+            raise CheckpointError(
+                f"{item.index.fqn} (the part at {at}) holds {wrong:,} of {tensor.numel():,} numbers that are not finite"
+            )
+        norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))  # the squares were too large for float32
+    return norm * norm
+
+
+def _without_crc32() -> AbstractContextManager[None]:
+    """torch.save of this thread computes no checksum of its own; there is a better one over all of a file."""
+    return serialization.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
+
+
+class _HashingFile:
+    """A file that is written to, with the hash of what was."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.hash, self.size = file, hashlib.sha256(), 0
+        self._syncing = 0
+
+    def write(self, content: memoryview) -> int:
+        for start in range(0, len(content), CACHED_BYTES):
+            piece = content[start : start + CACHED_BYTES]
+            self.hash.update(piece)
+            self._file.write(piece)
+        self.size += len(content)
+        return len(content)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def begin_sync(self) -> None:
+        """Let the disk work while the next tensors are hashed; the sync at the end then has little left to do."""
+        if _sync_file_range is not None and self.size - self._syncing >= SYNC_BYTES:
+            _sync_file_range(
+                self._file.fileno(), ctypes.c_int64(self._syncing), ctypes.c_int64(self.size - self._syncing), 2
+            )
+            self._syncing = self.size
+
+
+def alone_in_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor with nothing around it, for torch.save writes all of what a tensor is a view of."""
+    tensor = tensor.detach().cpu().contiguous()
+    start = tensor.storage_offset() * tensor.element_size()
+    own = tensor.untyped_storage()[start : start + tensor.nbytes]
+    return torch.empty(0, dtype=tensor.dtype).set_(own, 0, tensor.shape, tensor.stride())
+
+
+def write_index(folder: Path, index: Metadata, written: Written) -> None:
+    """Write torch's index of a checkpoint.
+
+    Args:
+        folder: the checkpoint's.
+        index: what the tensors are.
+        written: what all processes wrote.
+    """
+    index.storage_data = written.places
+    index.version = CURRENT_DCP_VERSION
+    index.storage_meta = StorageMeta()  # where the folder lies is nothing that a checkpoint depends on
+    with (folder / INDEX).open("wb") as file:
+        pickle.dump(index, file)
