@@ -125,7 +125,8 @@ def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> Preprocess
         finished = _finished(config, job, plan, folder, outputs)
         if finished is not None:
             return finished
-        plain = _verify_engine(tokenizer, files, sources)
+        with signals.held():  # a library swallows an exception while it imports others, at its first call
+            plain = _verify_engine(tokenizer, files, sources)
         encoder = Encoder(
             tokenizer,
             token_dtype(tokenizer.vocab_size),
@@ -200,7 +201,7 @@ def _work(
         with Corpora(job, outputs, step.encoder.dtype, folder) as corpora:
             _encode(step, corpora, config, signals)
             with signals.held():
-                segments = [segment for unit in range(step.count) for segment in segments_of(folder, unit)]
+                segments = [segment for unit in range(step.count) for segment in step.segments(unit)]
                 corpora.finish(segments, corpora.folder / skipped_path(config.output_prefix).name)
         with signals.held():
             write_record(folder, corpora, report_of(corpora, time.monotonic() - started))
@@ -220,7 +221,7 @@ def _work(
 
 def _encode(step: EncodeUnits, corpora: Corpora, config: PreprocessConfig, signals: StopSignals) -> None:
     """Encode what is left of the inputs, and give the corpora everything in the order of the inputs."""
-    before, missing = [segments_of(step.folder, unit) for unit in range(step.count)], step.missing()
+    before, missing = step.begun(), step.missing()
     here = config.executor == "local" and config.tasks is None
     # One process encodes in the order of the inputs: the corpora take its results as they come, unless there is
     # something of units behind the first missing one.
@@ -233,9 +234,7 @@ def _encode(step: EncodeUnits, corpora: Corpora, config: PreprocessConfig, signa
     else:
         run_step(step, config)
     if not at_once:
-        _put_together(
-            (segment for unit in range(step.count) for segment in segments_of(step.folder, unit)), step, corpora
-        )
+        _put_together((segment for unit in range(step.count) for segment in step.segments(unit)), step, corpora)
 
 
 def _put_together(segments: Iterable[Segment], step: EncodeUnits, corpora: Corpora) -> None:
