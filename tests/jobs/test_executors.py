@@ -237,6 +237,28 @@ def test_a_marker_that_is_gone_is_believed_not_datatrove(tmp_path: Path, slurm: 
     assert step.words() == ["0", "1", "1", "2"]
 
 
+def test_a_task_that_begins_elsewhere_finds_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    execution = ExecutionConfig(executor="slurm", slurm_partition="cpu")
+    executor = cluster._executor(Words(Path("job")), execution, 1, Path("job/logs"))
+    (task,) = executor.pipeline
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    task(rank=0, world_size=1)
+    assert Words(tmp_path / "job").words() == ["0", "1", "2"]
+
+
+def test_no_ray_cluster(recipe: Path, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray  # which takes seconds, so not at the top
+
+    def refused(**_: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster\nat all")
+
+    monkeypatch.setattr(ray, "init", refused)
+    with pytest.raises(DataError, match=r"cannot use Ray .*: Failed to connect to Ray cluster$"):
+        clean_corpus(recipe, sources, tmp_path / "out", executor="ray")
+
+
 def test_no_slurm(recipe: Path, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(DataError, match="executor slurm needs Slurm's commands, and sbatch is not on this machine"):

@@ -304,7 +304,7 @@ def _own_files(prefix: str, json_keys: Sequence[str], report: str | None) -> Cal
     def own(path: Path) -> bool:
         if Path(os.path.realpath(path)).is_relative_to(works_in):
             return True
-        if name.fullmatch(path.name) and os.path.realpath(path.parent) == folder:
+        if name.fullmatch(os.path.relpath(os.path.join(os.path.realpath(path.parent), path.name), folder)):
             return True
         return reported is not None and os.path.realpath(path) == reported
 
