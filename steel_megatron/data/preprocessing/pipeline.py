@@ -46,7 +46,7 @@ from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import disk_errors, exclusive_lock, with_suffix, write_atomically
 from steel_megatron.jobs import step as in_process
-from steel_megatron.jobs.folder import matches, prepare, remove_folder
+from steel_megatron.jobs.folder import matches, prepare, remove_folder, remove_rest
 from steel_megatron.jobs.run import run_step
 from steel_megatron.jobs.slurm import was_submitted
 from steel_megatron.log import get_logger, progress
@@ -122,6 +122,7 @@ def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> Preprocess
         }
         folder, units = with_suffix(prefix, ".partial"), units_of(files)
         plan = {"format": PLAN_FORMAT, **job, "units": units}
+        remove_rest(folder)
         finished = _finished(config, job, plan, folder, outputs)
         if finished is not None:
             return finished

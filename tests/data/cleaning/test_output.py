@@ -46,6 +46,14 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(funnel, "draw", lambda report, picture: picture.write_bytes(b""))
 
 
+def test_the_rest_of_a_job_whose_removal_was_cut_short_goes(recipe: Path, raw: Path, tmp_path: Path) -> None:
+    clean_corpus(recipe, [str(raw)], tmp_path / "out")
+    (tmp_path / ".out.partial.removed" / "cleaned").mkdir(parents=True)
+    with pytest.raises(DataError, match="out exists"):
+        clean_corpus(recipe, [str(raw)], tmp_path / "out")
+    assert not (tmp_path / ".out.partial.removed").exists()
+
+
 @pytest.mark.parametrize("lost", ["output/text/000000.jsonl.zst", "done/clean/000000.json", "signatures/000000.npy"])
 @pytest.mark.parametrize("size", [None, 5])
 def test_what_a_job_has_lost_is_noticed(

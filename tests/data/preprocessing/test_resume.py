@@ -183,6 +183,14 @@ def test_damage_in_a_unit_that_is_done_is_made_good(
     assert files_in(out) == files_in(tmp_path / "whole")
 
 
+def test_the_rest_of_a_job_whose_removal_was_cut_short_goes(tmp_path: Path, sp_model: Path) -> None:
+    inputs, rest = mixed_inputs(tmp_path, 18), tmp_path / "out" / ".c.partial.removed"
+    run_with(inputs, tmp_path / "out" / "c", sp_model)
+    (rest / "segments").mkdir(parents=True)
+    run_with(inputs, tmp_path / "out" / "c", sp_model)  # is finished already
+    assert not rest.exists()
+
+
 def test_segments_lost_while_the_job_runs_are_noticed(
     tmp_path: Path, sp_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
