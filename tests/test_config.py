@@ -118,6 +118,7 @@ JOB = {"inputs": ["a.jsonl"], "output_prefix": "data/c", "tokenizer_path": "toke
         ({"valid_fraction": float("nan")}, "valid_fraction is nan"),
         ({"json_keys": []}, r"json_keys is \[\]; it needs at least 1"),
         ({"json_keys": ["a", "b", "a"]}, "and none twice"),
+        ({"json_keys": ["a/../../b"]}, "can be no part of a file's name"),
         ({"on_bad_row": "Skip"}, "on_bad_row is 'Skip'; it must be one of stop, skip"),
         ({"engine": "fast"}, "engine is 'fast'; it must be one of auto, gigatoken, tokenizers"),
         ({"tokenizer_kind": "bert"}, "tokenizer_kind is 'bert'; it must be one of huggingface, sentencepiece"),

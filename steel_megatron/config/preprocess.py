@@ -61,6 +61,12 @@ class PreprocessConfig(ExecutionConfig):
             raise ConfigError(
                 f"PreprocessConfig.json_keys is {self.json_keys}; it needs at least 1 key, and none twice"
             )
+        for key in self.json_keys:
+            if ".." in key.split("/")[1:-1] or "\0" in key:
+                raise ConfigError(
+                    f"PreprocessConfig.json_keys has {key!r}, which can be no part of a file's name, and the corpus of "
+                    "a key is PREFIX_KEY_document; rename the key in the inputs"
+                )
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise ConfigError(
                 f"PreprocessConfig.seed is a number of {self.seed.bit_length()} bits; it must be one of 64, from -2^63 "

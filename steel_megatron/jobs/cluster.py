@@ -38,6 +38,17 @@ class _Slurm(SlurmPipelineExecutor):
         pass
 
 
+class _InFolder:
+    """A step whose relative paths begin in the folder of this process: Ray's begin where their cluster was started."""
+
+    def __init__(self, step: JobStep) -> None:
+        self._step, self._folder = step, os.getcwd()
+
+    def __call__(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:
+        os.chdir(self._folder)
+        self._step(data, rank, world_size)
+
+
 def run_on_cluster(step: JobStep, execution: ExecutionConfig, tasks: int) -> None:
     """Run a step over Slurm or Ray, or wait for the Slurm job that an earlier call submitted.
 
@@ -69,7 +80,7 @@ def run_on_cluster(step: JobStep, execution: ExecutionConfig, tasks: int) -> Non
 
 
 def _executor(step: JobStep, execution: ExecutionConfig, tasks: int, logs: Path) -> PipelineExecutor:
-    common: dict[str, Any] = {"pipeline": [step], "tasks": tasks, "logging_dir": str(logs)}
+    common: dict[str, Any] = {"pipeline": [_InFolder(step)], "tasks": tasks, "logging_dir": os.path.abspath(logs)}
     if execution.executor == "slurm":
         return _Slurm(
             **common,
@@ -88,7 +99,11 @@ def _executor(step: JobStep, execution: ExecutionConfig, tasks: int, logs: Path)
     from datatrove.executor.ray import RayPipelineExecutor
 
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+        try:
+            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            found = str(error).strip().splitlines()[0]
+            raise DataError(f"executor ray cannot use Ray (RAY_ADDRESS names its cluster): {found}") from error
     return RayPipelineExecutor(**common, workers=execution.workers)
 
 

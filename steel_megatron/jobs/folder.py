@@ -51,7 +51,6 @@ def prepare(
     """
     wanted = json.dumps(plan, indent=1).encode()
     with disk_errors("write", folder, DataError):
-        shutil.rmtree(_doomed(folder), ignore_errors=True)
         if folder.exists():
             found = read_json(folder / PLAN)
             live = live_jobs(folder, job, steps)
@@ -130,9 +129,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder of ours, whose name is free at once."""
     doomed = _doomed(folder)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_rest(folder)
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
+
+
+def remove_rest(folder: Path) -> None:
+    """Remove what is left of a folder whose removal was cut short by a kill."""
+    shutil.rmtree(_doomed(folder), ignore_errors=True)
 
 
 def _doomed(folder: Path) -> Path:

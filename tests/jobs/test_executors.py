@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from steel_megatron.data.preprocessing.step import ChunkSizes
 from steel_megatron.errors import DataError
 from steel_megatron.jobs import cluster, run
 from steel_megatron.jobs.step import JobStep, marker
+from steel_megatron.signals import stop_signals
 from tests.data.cleaning.test_pipeline import content
 from tests.data.configured import clean_corpus, preprocess
 from tests.data.conftest import make_texts, write_jsonl
@@ -138,10 +140,11 @@ def test_a_controller_that_does_not_answer_is_asked_again(
 
 @dataclass(frozen=True)
 class Words(JobStep):
-    """A step of three units that write a word each."""
+    """A step of some units that write a word each."""
 
     at: Path
     broken: int | None = None
+    units: int = 3
     job_name = "spell"
     name = "write"
 
@@ -151,7 +154,7 @@ class Words(JobStep):
 
     @property
     def count(self) -> int:
-        return 3
+        return self.units
 
     def work(self, number: int) -> None:
         if number == self.broken:
@@ -175,6 +178,30 @@ def test_a_step_does_each_unit_and_resumes(tmp_path: Path, tasks: int | None, wo
     words = Words(tmp_path).words()  # a process that was ended may have done a unit and not marked it
     assert (words if workers == 1 else sorted(set(words))) == ["0", "1", "2"] and not Words(tmp_path).missing()
     run.run_step(Words(tmp_path, broken=1), execution)  # nothing is left to do
+
+
+@dataclass(frozen=True)
+class SlowWords(Words):
+    """Its units take long, and end in an orderly way when they are told to."""
+
+    def work(self, number: int) -> None:
+        with stop_signals():
+            (self.at / f"{number}.begun").touch()
+            time.sleep(3)
+
+
+def test_workers_that_are_told_to_end_begin_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool has handed out more tasks than are being done."""
+
+    def interrupted(*_: object) -> None:
+        while len(list(tmp_path.glob("*.begun"))) < 2:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_step(SlowWords(tmp_path, units=6), ExecutionConfig(workers=2))
+    assert len(list(tmp_path.glob("*.begun"))) == 2
 
 
 @pytest.mark.parametrize(("needed", "asked"), [(1, 4), (4 << 30, 4), ((4 << 30) + 1, 5)])
@@ -208,6 +235,28 @@ def test_a_marker_that_is_gone_is_believed_not_datatrove(tmp_path: Path, slurm: 
     marker(step.at, Words.name, 1).unlink()
     run.run_step(step, execution)
     assert step.words() == ["0", "1", "1", "2"]
+
+
+def test_a_task_that_begins_elsewhere_finds_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    execution = ExecutionConfig(executor="slurm", slurm_partition="cpu")
+    executor = cluster._executor(Words(Path("job")), execution, 1, Path("job/logs"))
+    (task,) = executor.pipeline
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    task(rank=0, world_size=1)
+    assert Words(tmp_path / "job").words() == ["0", "1", "2"]
+
+
+def test_no_ray_cluster(recipe: Path, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray  # which takes seconds, so not at the top
+
+    def refused(**_: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster\nat all")
+
+    monkeypatch.setattr(ray, "init", refused)
+    with pytest.raises(DataError, match=r"cannot use Ray .*: Failed to connect to Ray cluster$"):
+        clean_corpus(recipe, sources, tmp_path / "out", executor="ray")
 
 
 def test_no_slurm(recipe: Path, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

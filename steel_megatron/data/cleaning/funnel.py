@@ -85,14 +85,17 @@ UnitCounts = dict[str, FunnelCounts]
 """The counts of one unit by the label of the operator."""
 
 
-def dump_counts(counts: UnitCounts) -> bytes:
-    """The counts of a unit as JSON."""
-    return json.dumps({label: asdict(value) for label, value in counts.items()}, ensure_ascii=False).encode()
+def dump_counts(counts: UnitCounts, files: Mapping[str, int]) -> bytes:
+    """The counts of a unit, and the bytes of each file that it wrote by its path, as JSON."""
+    by_label = {label: asdict(value) for label, value in counts.items()}
+    return json.dumps({"counts": by_label, "files": files}, ensure_ascii=False).encode()
 
 
-def load_counts(content: bytes) -> UnitCounts:
-    """What :func:`dump_counts` wrote."""
-    return {label: FunnelCounts(**value) for label, value in json.loads(content).items()}
+def load_counts(content: bytes) -> tuple[UnitCounts, dict[str, int]]:
+    """What :func:`dump_counts` wrote; earlier versions wrote no files."""
+    found = json.loads(content)
+    counts, files = (found["counts"], found["files"]) if "counts" in found else (found, {})
+    return {label: FunnelCounts(**value) for label, value in counts.items()}, files
 
 
 def merge(units: Iterable[tuple[str, UnitCounts]], operators: list[dict[str, Any]]) -> dict[str, Any]:

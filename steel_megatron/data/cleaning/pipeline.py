@@ -29,7 +29,7 @@ from steel_megatron.data.reading.documents import Input, parse_inputs
 from steel_megatron.data.reading.formats import PARQUET_SUFFIX
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import disk_errors, exclusive_lock, with_suffix
-from steel_megatron.jobs.folder import prepare
+from steel_megatron.jobs.folder import prepare, remove_rest
 from steel_megatron.jobs.run import run_step
 from steel_megatron.log import get_logger
 
@@ -76,6 +76,7 @@ def clean_corpus(config: CleanConfig) -> CleaningResult:
     _check_resources(job)
     plan = plan_of(job, inputs, packages)
     with exclusive_lock(final, DataError):
+        remove_rest(job.folder)
         report = finished_report(job, plan, final)
         if report is None:
             check_replaceable(final, config.overwrite)

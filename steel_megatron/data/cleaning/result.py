@@ -22,6 +22,7 @@ from steel_megatron.data.cleaning import funnel
 from steel_megatron.data.cleaning.filters import Perplexity, tokenizer_at
 from steel_megatron.data.cleaning.job import Job
 from steel_megatron.data.cleaning.steps import CleanUnits, WriteKept
+from steel_megatron.data.cleaning.unit_files import damaged
 from steel_megatron.data.reading.documents import Input
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, replace_folder, sha256_of, write_atomically
@@ -159,7 +160,7 @@ def publish(job: Job, final: Path, overwrite: bool) -> dict[str, Any]:
         settings = {key: None if value == math.inf else value for key, value in dataclasses.asdict(operator).items()}
         operators.append({"operator": label, "settings": settings, "left_out": left_out})
     units = [
-        (unit.source, funnel.load_counts(done.read_bytes()))
+        (unit.source, _counts(job, done))
         for number, unit in enumerate(job.units)
         for step in (CleanUnits.name, WriteKept.name)
         if (done := marker(job.folder, step, number)).exists()
@@ -176,6 +177,19 @@ def publish(job: Job, final: Path, overwrite: bool) -> dict[str, Any]:
         replace_folder(job.output, final)
         remove_folder(job.folder)
     return report
+
+
+def _counts(job: Job, done: Path) -> funnel.UnitCounts:
+    """The counts in a unit's marker, once what the unit gave to the result is found to be there."""
+    try:
+        counts, files = funnel.load_counts(done.read_bytes())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise damaged(done, job.folder, error) from error
+    for name, size in files.items():
+        path = job.folder / name
+        if path.is_relative_to(job.output) and (not path.exists() or path.stat().st_size != size):
+            raise damaged(path, job.folder, f"it had {size:,} bytes")
+    return counts
 
 
 def _finished(job: Job) -> Path:

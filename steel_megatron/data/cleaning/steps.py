@@ -24,7 +24,7 @@ from steel_megatron.data.cleaning.job import CleaningStep, Job, Unit
 from steel_megatron.data.cleaning.language_model import LanguageModel
 from steel_megatron.data.cleaning.mappers import Mapper
 from steel_megatron.data.cleaning.texts import DocumentText, Lost
-from steel_megatron.data.cleaning.unit_files import UnitFiles, rows_of, save_array, storable
+from steel_megatron.data.cleaning.unit_files import UnitFiles, damaged, load_array, rows_of, save_array, storable
 from steel_megatron.data.reading.documents import Document, SkippedRow
 
 LONGEST = 2_000_000
@@ -184,8 +184,8 @@ class CleanUnits(CleaningStep):
                     signatures.append((*place, high, low, near.hash(seen) if near else 0))
             if job.deduplicates:
                 save_array(job.folder / "signatures" / f"{number:06d}.npy", np.array(signatures, dtype=SIGNATURE))
-            files.commit()
-        self.mark(number, dump_counts(cleaner.counts))
+            written = files.commit()
+        self.mark(number, dump_counts(cleaner.counts, written))
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,8 @@ class FindDuplicates(CleaningStep):
 
     def work(self, number: int) -> None:
         job = self.job
-        arrays = [np.load(job.folder / "signatures" / f"{unit:06d}.npy") for unit in range(len(job.units))]
+        paths = [job.folder / "signatures" / f"{unit:06d}.npy" for unit in range(len(job.units))]
+        arrays = [load_array(path, job.folder) for path in paths]
         sizes = [len(array) for array in arrays]
         signatures = np.concatenate(arrays)
         order = np.lexsort((signatures["row"], signatures["file"]))  # parts of one file alternate
@@ -235,12 +236,14 @@ class WriteKept(CleaningStep):
         names = {
             kind: found.name for kind, found in zip((EXACT, NEAR), job.recipe.deduplicators(), strict=True) if found
         }
-        verdicts = np.load(job.folder / "verdicts" / f"{name}.npy")
-        originals = np.load(job.folder / "originals" / f"{name}.npy")
+        verdicts = load_array(job.folder / "verdicts" / f"{name}.npy", job.folder)
+        originals = load_array(job.folder / "originals" / f"{name}.npy", job.folder)
         paths = {file: storable(path) for other in job.units for path, file in other.files.items()}
         files_of = {storable(path): file for path, file in unit.files.items()}
         counts = {label: FunnelCounts() for label in labels}
         cleaned = job.folder / "cleaned" / f"{name}.jsonl.zst"
+        if len(verdicts) and not cleaned.exists():
+            raise damaged(cleaned, job.folder, "not there")
         with UnitFiles(job.folder, name) as files:
             for place, row in enumerate(rows_of(cleaned) if len(verdicts) else ()):
                 size, kind = _size(row["text"]), int(verdicts["kind"][place])
@@ -260,8 +263,8 @@ class WriteKept(CleaningStep):
                 entry = row | {"operator": by, "value": distance, "reason": reason, "original": original}
                 files.write(f"output/quarantine/{by}", entry)
                 counts[by].drop(size, sample_of(entry, files_of[row["path"]]))
-            files.commit()
-        self.mark(number, dump_counts(counts))
+            written = files.commit()
+        self.mark(number, dump_counts(counts, written))
         cleaned.unlink(missing_ok=True)
 
 

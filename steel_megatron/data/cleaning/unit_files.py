@@ -42,18 +42,25 @@ class UnitFiles:
             self._open[folder] = raw, zstandard.ZstdCompressor(write_checksum=True).stream_writer(raw, closefd=False)
         self._open[folder][1].write(orjson.dumps(row) + b"\n")
 
-    def commit(self) -> None:
-        """Finish the files, sync them to disk and give them their names."""
+    def commit(self) -> dict[str, int]:
+        """Finish the files, sync them to disk and give them their names.
+
+        Returns:
+            the bytes of each, by its path in the job's folder.
+        """
+        sizes = {}
         for folder, (raw, stream) in self._open.items():
             stream.close()
             raw.flush()
             os.fsync(raw.fileno())
+            sizes[f"{folder}/{self._name}.jsonl.zst"] = raw.tell()
             raw.close()
             final = self._folder / folder
             final.mkdir(parents=True, exist_ok=True)
             os.replace(self._temporary / folder / f"{self._name}.jsonl.zst", final / f"{self._name}.jsonl.zst")
             sync_folder(final)
         self._open.clear()
+        return sizes
 
     def __enter__(self) -> UnitFiles:
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -81,6 +88,30 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
         for _, _, _, value in parse_chunk(chunk):
             assert isinstance(value, dict), f"{path}: {value}"
             yield value
+
+
+def damaged(path: Path, folder: Path, why: object) -> DataError:
+    """The error for a file of a unit that is done, which is lost or damaged.
+
+    Args:
+        path: the file.
+        folder: the job's folder.
+        why: what is wrong.
+    """
+    return DataError(f"{path}, which an earlier step wrote, is lost or damaged ({why}); remove {folder} to start anew")
+
+
+def load_array(path: Path, folder: Path) -> np.ndarray:
+    """Read what :func:`save_array` wrote into a job's folder.
+
+    Raises:
+        DataError: it is lost or damaged.
+    """
+    try:
+        found: np.ndarray = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise damaged(path, folder, error) from error
+    return found
 
 
 def save_array(path: Path, values: np.ndarray) -> None:

@@ -45,8 +45,8 @@ def describe(prefix: str | Path, name: str | None = None, domain: str = "default
     """
     prefix = os.path.abspath(prefix)
     name = Path(prefix).name if name is None else name
-    for value, what in ((name, "name"), (domain, "domain")):
-        NAME.check(value, f"the {what} of {prefix}")
+    for value, what in ((prefix, "prefix"), (name, "name"), (domain, "domain")):
+        NAME.check(value, f"the {what} of {prefix!r}")
     corpus = open_indexed(prefix)
     tokenizer = (corpus.manifest or {}).get("tokenizer", {}).get("fingerprint")
     fingerprint = tokenizer if NAME.holds(tokenizer) else None

@@ -30,7 +30,14 @@ def _is_mixture(value: object) -> bool:
     return all(_is_number(weight) and weight >= 0 for weight in weights) and any(weights)
 
 
-NAME = Rule(lambda value: isinstance(value, str) and value.strip() != "", "a text that is not empty")
+def _is_name(value: object) -> bool:
+    """Whether a value is a text that UTF-8 can hold; Python gives bytes of a file name that are none as surrogates."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+NAME = Rule(_is_name, "a text that is not empty, in UTF-8")
 EPOCHS = Rule(
     lambda value: value is None or (_is_number(value) and value > 0),
     f"a number above 0, or null for unlimited (at most {MOST_POSITIONS:.0e})",

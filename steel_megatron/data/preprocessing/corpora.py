@@ -95,7 +95,7 @@ class ShardedWriter:
     def _open(self) -> None:
         self._name = f"{self.prefix}_{len(self.shards):05d}" if self._shard_size else self.prefix
         self._per_input: dict[int, CorpusCounts] = {}
-        self._writer = IndexedWriter(self._folder / Path(self._name).name, self._dtype, overwrite=True)
+        self._writer = IndexedWriter(_before_named(self._folder, self._name), self._dtype, overwrite=True)
 
     def __enter__(self) -> Self:
         return self
@@ -306,6 +306,11 @@ def content_of(prefix: str) -> str | None:
     return None if manifest is None else manifest["content"]
 
 
+def _before_named(corpora: Path, prefix: str) -> Path:
+    """Where in a job's folder a corpus lies before it has its name, which has folders if a key holds slashes."""
+    return corpora / os.path.relpath(prefix, corpora.parent.parent)
+
+
 def publish(corpora: Path, shards: Mapping[str, str], outputs: Iterable[str], overwrite: bool) -> None:
     """Give complete corpora their names, the manifest of each last; run again, it completes what a kill cut short.
 
@@ -318,15 +323,16 @@ def publish(corpora: Path, shards: Mapping[str, str], outputs: Iterable[str], ov
     Raises:
         DataError: a corpus is there and may not be replaced, or the disk refuses.
     """
-    waiting = [prefix for prefix in shards if with_suffix(corpora / Path(prefix).name, BIN).exists()]
+    waiting = [prefix for prefix in shards if with_suffix(_before_named(corpora, prefix), BIN).exists()]
     earlier = [found for output in outputs for found in corpora_at(output) if found in waiting or found not in shards]
     if earlier and not overwrite:
         raise DataError(_exists(earlier[0]))
     for prefix in earlier:
         remove_corpus(prefix)
     for prefix in shards:
-        source, folder = corpora / Path(prefix).name, Path(prefix).parent
+        source, folder = _before_named(corpora, prefix), Path(prefix).parent
         with disk_errors("rename", Path(prefix), DataError):
+            folder.mkdir(parents=True, exist_ok=True)
             for suffix in SUFFIXES:
                 if suffix == MANIFEST:
                     sync_folder(folder)  # it vouches for the others, so it must not be there without them

@@ -46,7 +46,7 @@ from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import disk_errors, exclusive_lock, with_suffix, write_atomically
 from steel_megatron.jobs import step as in_process
-from steel_megatron.jobs.folder import matches, prepare, remove_folder
+from steel_megatron.jobs.folder import matches, prepare, remove_folder, remove_rest
 from steel_megatron.jobs.run import run_step
 from steel_megatron.jobs.slurm import was_submitted
 from steel_megatron.log import get_logger, progress
@@ -122,10 +122,12 @@ def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> Preprocess
         }
         folder, units = with_suffix(prefix, ".partial"), units_of(files)
         plan = {"format": PLAN_FORMAT, **job, "units": units}
+        remove_rest(folder)
         finished = _finished(config, job, plan, folder, outputs)
         if finished is not None:
             return finished
-        plain = _verify_engine(tokenizer, files, sources)
+        with signals.held():  # a library swallows an exception while it imports others, at its first call
+            plain = _verify_engine(tokenizer, files, sources)
         encoder = Encoder(
             tokenizer,
             token_dtype(tokenizer.vocab_size),
@@ -200,7 +202,7 @@ def _work(
         with Corpora(job, outputs, step.encoder.dtype, folder) as corpora:
             _encode(step, corpora, config, signals)
             with signals.held():
-                segments = [segment for unit in range(step.count) for segment in segments_of(folder, unit)]
+                segments = [segment for unit in range(step.count) for segment in step.segments(unit)]
                 corpora.finish(segments, corpora.folder / skipped_path(config.output_prefix).name)
         with signals.held():
             write_record(folder, corpora, report_of(corpora, time.monotonic() - started))
@@ -220,7 +222,7 @@ def _work(
 
 def _encode(step: EncodeUnits, corpora: Corpora, config: PreprocessConfig, signals: StopSignals) -> None:
     """Encode what is left of the inputs, and give the corpora everything in the order of the inputs."""
-    before, missing = [segments_of(step.folder, unit) for unit in range(step.count)], step.missing()
+    before, missing = step.begun(), step.missing()
     here = config.executor == "local" and config.tasks is None
     # One process encodes in the order of the inputs: the corpora take its results as they come, unless there is
     # something of units behind the first missing one.
@@ -233,9 +235,7 @@ def _encode(step: EncodeUnits, corpora: Corpora, config: PreprocessConfig, signa
     else:
         run_step(step, config)
     if not at_once:
-        _put_together(
-            (segment for unit in range(step.count) for segment in segments_of(step.folder, unit)), step, corpora
-        )
+        _put_together((segment for unit in range(step.count) for segment in step.segments(unit)), step, corpora)
 
 
 def _put_together(segments: Iterable[Segment], step: EncodeUnits, corpora: Corpora) -> None:
@@ -305,7 +305,7 @@ def _own_files(prefix: str, json_keys: Sequence[str], report: str | None) -> Cal
     def own(path: Path) -> bool:
         if Path(os.path.realpath(path)).is_relative_to(works_in):
             return True
-        if name.fullmatch(path.name) and os.path.realpath(path.parent) == folder:
+        if name.fullmatch(os.path.relpath(os.path.join(os.path.realpath(path.parent), path.name), folder)):
             return True
         return reported is not None and os.path.realpath(path) == reported
 

@@ -168,8 +168,8 @@ def write_record(folder: Path, corpora: Corpora, report: PreprocessReport) -> No
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What :func:`write_record` left; None if the corpora of the job are not complete, or were to lie elsewhere."""
-    recorded = read_json(folder / _RECORD)
-    if recorded is None or any(Path(shard).parent != folder.parent for shard in recorded["contents"]):
+    recorded, prefix = read_json(folder / _RECORD), str(folder.with_suffix(""))
+    if recorded is None or not all(str(Path(shard)).startswith(prefix) for shard in recorded["contents"]):
         return None
     return recorded
 

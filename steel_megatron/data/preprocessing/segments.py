@@ -24,6 +24,7 @@ from steel_megatron.data.reading.formats import FileOffset
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, remove, sync_folder, write_atomically
 from steel_megatron.jobs.step import marker
+from steel_megatron.log import get_logger
 
 _DOCUMENT = np.dtype([("tokens", "<i8"), ("row", "<i8"), ("input", "<i8"), ("text_bytes", "<i8")])
 """What is kept of each document besides its ids."""
@@ -38,6 +39,8 @@ STEP = "encode"
 
 Corpus = tuple[str, str]
 """Split and key."""
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,10 @@ class Segment:
 
 
 def segments_of(folder: Path, unit: int) -> list[Segment]:
-    """The closed segments of a unit, in order, up to the first one that is missing.
+    """The closed segments of a unit, in order, up to the first one that is missing or whose marker is damaged.
 
     Raises:
-        DataError: a marker is damaged.
+        DataError: a marker cannot be read.
     """
     found: list[Segment] = []
     while (path := _marker(folder, unit, len(found))).exists():
@@ -127,8 +130,9 @@ def segments_of(folder: Path, unit: int) -> list[Segment]:
             end = Position(number, FileOffset(row, offset))
             files = {name: (int(size), str(digest)) for name, (size, digest) in recorded["files"].items()}
             found.append(Segment(folder, unit, len(found), end, dict(recorded["skipped_rows"]), files))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is damaged ({error!r}); remove it and run the same command again") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _log.warning(f"{path} is damaged ({error!r}); its segment, and those behind it, are made again")
+            break
     return found
 
 

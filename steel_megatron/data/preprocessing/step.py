@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +18,14 @@ from steel_megatron.data.preprocessing.workers import encoded
 from steel_megatron.data.reading.formats import FileOffset, RawChunk, read_chunks
 from steel_megatron.data.reading.sources import Source
 from steel_megatron.errors import DataError
+from steel_megatron.files import disk_errors
 from steel_megatron.jobs import step as in_process
-from steel_megatron.jobs.step import JobStep
+from steel_megatron.jobs.folder import read_json
+from steel_megatron.jobs.step import JobStep, marker
 from steel_megatron.signals import StopSignals, stop_signals
 
+_SEGMENTS = "segments"
+"""In the marker of a unit that is done: how many segments it has."""
 UNIT_BYTES = 32 << 20
 """Files that follow each other are done together up to so many bytes, as stored; a larger file is a unit of its own."""
 
@@ -81,7 +86,40 @@ class EncodeUnits(JobStep):
 
     def work_on(self, numbers: Sequence[int]) -> None:
         with stop_signals() as signals:
+            with signals.held():  # a library swallows an exception while it imports others, at its first call
+                self.encoder.tokenizer.encode_flat(["."])
             self.encode(numbers, 1, signals)
+
+    def begun(self) -> list[list[Segment]]:
+        """The segments of each unit so far; a unit of which some were lost is no longer done."""
+        done = set(range(self.count)).difference(self.missing())  # first: tasks of an earlier call may be at work
+        found = [segments_of(self.folder, unit) for unit in range(self.count)]
+        for unit in done:
+            self._has_all(unit, found[unit])
+        return found
+
+    def segments(self, unit: int) -> list[Segment]:
+        """The segments of a unit that is done.
+
+        Raises:
+            DataError: some were lost; the unit is then to be done again.
+        """
+        found = segments_of(self.folder, unit)
+        if not self._has_all(unit, found):
+            raise DataError(
+                f"{self.folder / 'segments' / f'{unit:06d}'} has lost files; what they held is made again when the "
+                "same command is run again"
+            )
+        return found
+
+    def _has_all(self, unit: int, found: Sequence[Segment]) -> bool:
+        """Whether these are as many segments as the unit had when it was done; if not, it is to be done again."""
+        done = marker(self.folder, STEP, unit)
+        if (read_json(done) or {}).get(_SEGMENTS) == len(found):
+            return True
+        with disk_errors("remove", done, DataError):
+            done.unlink(missing_ok=True)
+        return False
 
     def encode(
         self,
@@ -193,7 +231,7 @@ class _Recorder:
         """Mark the units before this one, or all, as done."""
         while self._left and (done := next(iter(self._left))) != unit:
             self.close()
-            self._step.mark(done)
+            self._step.mark(done, json.dumps({_SEGMENTS: self._left[done]}).encode())
             del self._left[done]
 
 

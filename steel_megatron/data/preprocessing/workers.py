@@ -26,14 +26,12 @@ from typing import Any
 from steel_megatron.data.preprocessing.encoder import Encoded, Encoder, Position, Task
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors
-from steel_megatron.jobs.run import end_with_parent
+from steel_megatron.jobs.run import SIGNAL_SECONDS, end_with_parent
 
 _BYTES_PER_WORKER = 8 << 20
 """Raw bytes in flight for each worker: the task at hand and the next one."""
 _MOST_THREADS = 16
 """More would mostly wait for the one that writes; and each has a tokenizer of its own, made one after the other."""
-_SIGNAL_SECONDS = 0.3
-"""A scheduler that ends a job sends SIGTERM to the workers too: time for our own, which says more than their end."""
 _LOOK_SECONDS = 5.0
 """After so much time without a result, look whether all workers are alive."""
 
@@ -98,7 +96,7 @@ def _by_processes(tasks: Iterator[Task], encoder: Encoder, workers: int) -> Gene
         )
     except BrokenProcessPool as error:
         _kill_workers(pool)  # the pool asks them to end by SIGTERM and waits; none is to make it wait for ever
-        time.sleep(_SIGNAL_SECONDS)
+        time.sleep(SIGNAL_SECONDS)
         raise DataError(
             f"one of {workers} worker processes died (killed, perhaps for want of memory); run with fewer workers if "
             "memory is short"

@@ -46,6 +46,42 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(funnel, "draw", lambda report, picture: picture.write_bytes(b""))
 
 
+def test_the_rest_of_a_job_whose_removal_was_cut_short_goes(recipe: Path, raw: Path, tmp_path: Path) -> None:
+    clean_corpus(recipe, [str(raw)], tmp_path / "out")
+    (tmp_path / ".out.partial.removed" / "cleaned").mkdir(parents=True)
+    with pytest.raises(DataError, match="out exists"):
+        clean_corpus(recipe, [str(raw)], tmp_path / "out")
+    assert not (tmp_path / ".out.partial.removed").exists()
+
+
+@pytest.mark.parametrize("lost", ["output/text/000000.jsonl.zst", "done/clean/000000.json", "signatures/000000.npy"])
+@pytest.mark.parametrize("size", [None, 5])
+def test_what_a_job_has_lost_is_noticed(
+    recipe: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, size: int | None
+) -> None:
+    """Files of units that are done, gone or cut short between two runs."""
+    if lost.startswith("signatures"):
+        recipe.write_text("kind: text\noperators: [document_deduplicator]\n")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if lost.startswith("signatures"):
+            patch.setattr(clean.FindDuplicates, "work", killed)
+        else:
+            patch.setattr(results, "replace_folder", killed)
+        clean_corpus(recipe, [str(raw)], tmp_path / "out")
+    path = tmp_path / "out.partial" / lost
+    path.write_bytes(path.read_bytes()[:size]) if size else path.unlink()
+    if not size and lost.startswith("done"):  # the unit is done again
+        clean_corpus(recipe, [str(raw)], tmp_path / "out")
+        return
+    with pytest.raises(DataError, match=rf"{lost}.* is lost or damaged .*; remove .*out\.partial to start anew"):
+        clean_corpus(recipe, [str(raw)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("output", ["raw", "raw/0.jsonl", "keep"])
 def test_what_is_no_result_is_never_replaced(

@@ -104,7 +104,7 @@ def damaged(place: tuple[object, ...], value: object) -> str:
         (("corpora", 1, "tokens"), 5, r"/data/b: 5 tokens make no sample"),
         (("reached",), KeyError, "has no field 'reached'; it must be a whole number from 0"),
         (("corpora", 1, "documents"), -3, r"corpora\[1\]: documents is -3"),
-        (("corpora", 1, "tokenizer"), 3, "tokenizer is 3; it must be a text that is not empty, or null"),
+        (("corpora", 1, "tokenizer"), 3, "tokenizer is 3; it must be a text that is not empty, in UTF-8, or null"),
         (("corpora", 1, "colour"), 3, "unknown field 'colour'"),
         (("corpora", 2, "dropped", "sha256"), "f", r"corpora\[2\], dropped: sha256 is 'f'"),
         (
@@ -262,6 +262,8 @@ def test_the_same_corpus_is_refused_wherever_it_lies(tmp_path: Path) -> None:
         ledger.append([same], names=["x", "y"])
     with pytest.raises(DataError, match=r"the domain of .* is ''"):
         ledger.append([write(tmp_path / "b", documents(3000))], domain="")
+    with pytest.raises(DataError, match=r"the prefix of .* must be a text that is not empty, in UTF-8"):
+        ledger.append([tmp_path / "b\udcff"])  # a path of bytes that are no UTF-8
 
 
 @pytest.mark.parametrize("change", ["content", "tokens", "documents", "missing"])

@@ -42,6 +42,15 @@ def test_start_up_needs_neither_torch_nor_megatron() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_keys_with_slashes_make_folders(tmp_path: Path, sp_model: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"a/t": "one", "b/t": "two words"}\n')
+    keys = {"a/t": "c_a", "b/t": "c_b"}
+    for _ in range(2):  # the second time it is finished already, and its own files are no input
+        preprocess([str(tmp_path)], tmp_path / "c", "sentencepiece", sp_model, json_keys=tuple(keys))
+    sizes = [len(documents_of(f"{tmp_path}/{folder}/t_document")[0]) for folder in keys.values()]
+    assert sizes[0] < sizes[1] and not (tmp_path / "c.partial").exists()
+
+
 def test_ids_counts_and_entropy(tmp_path: Path, sp_model: Path, sp: SentencePieceTokenizer) -> None:
     texts = make_texts(50)
     source = write_jsonl(tmp_path / "corpus.jsonl", texts)

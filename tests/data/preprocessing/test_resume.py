@@ -156,30 +156,56 @@ def test_damage_between_two_runs_is_found_and_made_good(
     prefix, left = tmp_path / "out" / "c", files_in(tmp_path / "out")
     name = next(name for name in left if name.startswith("c.partial/segments/") and name.endswith(ending))
     (tmp_path / "out" / name).write_bytes(b"\xff" + left[name][1:])
-    message = "is damaged.*remove it" if ending == ".json" else "is not what was written .*made again"
-    with pytest.raises(DataError, match=message):
-        run_with(half_done, prefix, sp_model)
-    if ending == ".json":
-        (tmp_path / "out" / name).unlink()
+    if ending != ".json":
+        with pytest.raises(DataError, match=r"is not what was written .*made again"):
+            run_with(half_done, prefix, sp_model)
     run_with(half_done, prefix, sp_model)
     run_with(half_done, tmp_path / "whole" / "c", sp_model)
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("lost", ["000001.0.ids", "000001.json", "000000.json", "*"])
 def test_damage_in_a_unit_that_is_done_is_made_good(
-    tmp_path: Path, sp_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sp_model: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     monkeypatch.setattr(preprocess_step, "UNIT_BYTES", 1)
     inputs, out = mixed_inputs(tmp_path, 60), tmp_path / "out"
     with pytest.raises(DataError, match=r"c\.jsonl, row 21.*is kept"):
         run_with([inputs[1], inputs[2]], out / "c", sp_model, on_bad_row="stop", pace=ChunkSizes(1000, 2000))
-    damaged = out / "c.partial" / "segments" / "000000" / "000001.0.ids"
-    assert damaged.exists() and (out / "c.partial" / "done" / "encode" / "000000.json").exists()
-    damaged.unlink()
-    with pytest.raises(DataError, match=r"000001\.0\.ids is not what was written .*made again"):
-        run_with([inputs[1], inputs[2]], out / "c", sp_model)
+    assert (out / "c.partial" / "done" / "encode" / "000000.json").exists()
+    for damaged in list((out / "c.partial" / "segments" / "000000").glob(lost)):
+        damaged.unlink()
+    if lost.endswith(".ids"):
+        with pytest.raises(DataError, match=r"000001\.0\.ids is not what was written .*made again"):
+            run_with([inputs[1], inputs[2]], out / "c", sp_model)
     run_with([inputs[1], inputs[2]], out / "c", sp_model)
     run_with([inputs[1], inputs[2]], tmp_path / "whole" / "c", sp_model)
+    assert files_in(out) == files_in(tmp_path / "whole")
+
+
+def test_the_rest_of_a_job_whose_removal_was_cut_short_goes(tmp_path: Path, sp_model: Path) -> None:
+    inputs, rest = mixed_inputs(tmp_path, 18), tmp_path / "out" / ".c.partial.removed"
+    run_with(inputs, tmp_path / "out" / "c", sp_model)
+    (rest / "segments").mkdir(parents=True)
+    run_with(inputs, tmp_path / "out" / "c", sp_model)  # is finished already
+    assert not rest.exists()
+
+
+def test_segments_lost_while_the_job_runs_are_noticed(
+    tmp_path: Path, sp_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their skipped rows are read at the end."""
+    inputs, out, finish = mixed_inputs(tmp_path, 60), tmp_path / "out", pipeline._encode
+
+    def lose(*arguments: Any) -> None:
+        finish(*arguments)
+        (out / "c.partial" / "segments" / "000000" / "000000.json").unlink()
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"segments/000000 has lost files.*made again"):
+        patch.setattr(pipeline, "_encode", lose)
+        run_with(inputs, out / "c", sp_model)
+    run_with(inputs, out / "c", sp_model)
+    run_with(inputs, tmp_path / "whole" / "c", sp_model)
     assert files_in(out) == files_in(tmp_path / "whole")
 
 
@@ -407,9 +433,9 @@ def test_a_segment_and_the_result_are_on_the_disk_before_they_count(
     (tmp_path / "out").mkdir()
     mark = preprocess_step.EncodeUnits.mark
 
-    def marked(step: preprocess_step.EncodeUnits, unit: int) -> None:
+    def marked(step: preprocess_step.EncodeUnits, unit: int, content: bytes) -> None:
         assert not any((tmp_path / "out").glob("c.partial/tmp/*/*"))
-        mark(step, unit)
+        mark(step, unit, content)
 
     with watched(tmp_path / "out") as watch:
 
