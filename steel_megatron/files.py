@@ -53,6 +53,22 @@ def with_suffix(prefix: str | Path, suffix: str) -> Path:
     return Path(os.fspath(prefix) + suffix)
 
 
+def beside(recorded: str | Path, folder: Path, levels: int = 3) -> list[Path]:
+    """Where something may lie that was moved together with a folder.
+
+    Args:
+        recorded: its path before the move.
+        folder: where the folder is now.
+        levels: how many folders above it to look in, and how many of the last names of the path to keep.
+
+    Returns:
+        the last names of the path below the folder and the ones above it; the nearest and shortest first.
+    """
+    names = [name for name in Path(recorded).parts if name not in ("/", "..", ".")]
+    above = [Path(os.path.abspath(folder)), *Path(os.path.abspath(folder)).parents][: levels + 1]
+    return [base.joinpath(*names[-count:]) for base in above for count in range(1, min(levels, len(names)) + 1)]
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)

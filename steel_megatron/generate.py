@@ -17,7 +17,8 @@ import torch
 import yaml
 
 from steel_megatron.config import ModelConfig, TokenizerKind
-from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
+from steel_megatron.data.ledger.ledger import Ledger
+from steel_megatron.data.tokenizing.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from steel_megatron.errors import CheckpointError, ConfigError, DataError
 from steel_megatron.hf.convert import is_exported, read_config
 from steel_megatron.hf.loading import load_model
@@ -210,12 +211,14 @@ def _tokenizer_of_run(path: Path) -> Tokenizer:
     try:
         data = yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8"))["data"]
         kind, tokenizer_path = data["tokenizer_kind"], data["tokenizer_path"]
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError):
         kind = tokenizer_path = None
-    if kind is None or tokenizer_path is None:
+    if not isinstance(kind, str) or not isinstance(tokenizer_path, str):
         raise CheckpointError(f"{path} does not say which tokenizer it was trained with; name it with --tokenizer_path")
     try:
-        return load_tokenizer(kind, tokenizer_path)
+        ledger = path / "ledger.json"
+        fingerprint = Ledger.load(ledger).history.tokenizer if ledger.exists() else None
+        return find_tokenizer(kind, tokenizer_path, path, fingerprint)  # type: ignore[arg-type]
     except DataError as error:
         raise DataError(
             f"{error} (named in {path / 'run.yaml'}, relative to where the run was started; name it with "

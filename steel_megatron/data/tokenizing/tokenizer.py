@@ -24,6 +24,10 @@ from steel_megatron.data.tokenizing.gigatoken_engine import FlatIds
 from steel_megatron.data.tokenizing.huggingface import HuggingFaceTokenizer
 from steel_megatron.data.tokenizing.sentencepiece import SentencePieceTokenizer
 from steel_megatron.errors import DataError
+from steel_megatron.files import beside
+from steel_megatron.log import get_logger
+
+logger = get_logger(__name__)
 
 __all__ = [
     "DIALOGUE_MARKS",
@@ -32,6 +36,7 @@ __all__ = [
     "Tokenizer",
     "encode_dialogue",
     "encode_dialogues",
+    "find_tokenizer",
     "load_tokenizer",
 ]
 
@@ -122,6 +127,41 @@ def load_tokenizer(
     if engine == "gigatoken":
         assert tokenizer.engine == engine  # raises here, not hours later, when it cannot be used
     return tokenizer
+
+
+def find_tokenizer(kind: TokenizerKind, named: str, folder: Path, fingerprint: str | None) -> Tokenizer:
+    """Load the tokenizer of a run, which may have been moved.
+
+    Args:
+        kind: as for :func:`load_tokenizer`.
+        named: its path in the run's settings, relative to where the run was started.
+        folder: the checkpoint or run; a tokenizer that is not where ``named`` says is looked for around it.
+        fingerprint: of the tokenizer that made the corpora; without it, nothing is taken that is elsewhere.
+
+    Raises:
+        DataError: it is not found, or cannot be loaded; the message names what was found in its place.
+    """
+    if Path(named).exists():
+        tokenizer = load_tokenizer(kind, named)
+        if fingerprint is not None and tokenizer.fingerprint != fingerprint:
+            logger.warning(
+                f"the tokenizer {named} has the fingerprint {tokenizer.fingerprint}; the corpora were made with "
+                f"{fingerprint}"
+            )
+        return tokenizer
+    others = []
+    for place in beside(named, folder, levels=4):
+        if not place.exists():
+            continue
+        try:
+            tokenizer = load_tokenizer(kind, place)
+        except DataError:
+            continue
+        if tokenizer.fingerprint == fingerprint:
+            logger.info(f"the tokenizer {named} was moved: it is read from {place}")
+            return tokenizer
+        others.append(f"; {place} is another one ({tokenizer.fingerprint}, recorded is {fingerprint})")
+    raise DataError(f"the tokenizer {named} does not exist{''.join(others)}")
 
 
 def encode_dialogue(tokenizer: Tokenizer, text: str) -> np.ndarray:
