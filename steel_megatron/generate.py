@@ -22,7 +22,7 @@ from steel_megatron.data.tokenizing.tokenizer import Tokenizer, find_tokenizer, 
 from steel_megatron.errors import CheckpointError, ConfigError, DataError
 from steel_megatron.hf.convert import is_exported, read_config
 from steel_megatron.hf.loading import load_model
-from steel_megatron.hf.mapping import config_from_hf
+from steel_megatron.hf.mapping import FFN_TYPES, config_from_hf, to_hf
 from steel_megatron.parallel.topology import initialize_alone
 from steel_megatron.platform import prepare
 
@@ -157,6 +157,7 @@ def _load_checkpoint(info: CheckpointInfo) -> NextLogits:
     from steel_megatron.train import checkpoint
 
     checkpoint.verify(info.path)
+    _check_shapes(info)
     topology = initialize_alone("generate")
     model = without_ineffective_fields(info.model)
     stage = build_model(model, topology)
@@ -170,6 +171,23 @@ def _load_checkpoint(info: CheckpointInfo) -> NextLogits:
         return stage(tokens, positions, None)[0, -1]
 
     return next_logits
+
+
+def _check_shapes(info: CheckpointInfo) -> None:
+    """Compare a checkpoint's tensors with its settings, before a model of these takes memory.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    from steel_megatron.train import checkpoint
+
+    shapes = checkpoint.tensor_shapes(info)
+    if info.model.ffn in FFN_TYPES.values():
+        to_hf({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, info.model)
+        return
+    name, wanted = "embedding.word_embeddings.weight", (info.model.padded_vocab_size, info.model.hidden_size)
+    if shapes.get(name) != wanted:
+        raise CheckpointError(f"{info.path}: {name} has shape {shapes.get(name)}; its settings say {wanted}")
 
 
 def _load_exported(path: Path) -> NextLogits:
@@ -214,7 +232,10 @@ def _tokenizer_of_run(path: Path) -> Tokenizer:
     except (OSError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError):
         kind = tokenizer_path = None
     if not isinstance(kind, str) or not isinstance(tokenizer_path, str):
-        raise CheckpointError(f"{path} does not say which tokenizer it was trained with; name it with --tokenizer_path")
+        raise CheckpointError(
+            f"{path / 'run.yaml'} does not say which tokenizer the model was trained with; name it with "
+            "--tokenizer_path"
+        )
     try:
         ledger = path / "ledger.json"
         fingerprint = Ledger.load(ledger).history.tokenizer if ledger.exists() else None

@@ -23,7 +23,7 @@ from steel_megatron.data.tokenizing.chunking import DIALOGUE_MARKS
 from steel_megatron.data.tokenizing.gigatoken_engine import FlatIds
 from steel_megatron.data.tokenizing.huggingface import HuggingFaceTokenizer
 from steel_megatron.data.tokenizing.sentencepiece import SentencePieceTokenizer
-from steel_megatron.errors import DataError
+from steel_megatron.errors import DataError, SteelError
 from steel_megatron.files import beside
 from steel_megatron.log import get_logger
 
@@ -118,12 +118,20 @@ def load_tokenizer(
             is done; or gigatoken is asked for and cannot be used.
     """
     tokenizer: Tokenizer
-    if kind == "huggingface":
-        tokenizer = HuggingFaceTokenizer(path, eod_token, engine)
-    elif kind == "sentencepiece":
-        tokenizer = SentencePieceTokenizer(path, engine, eod_token)
-    else:
-        raise DataError(f"tokenizer kind {kind!r} is unknown; it must be huggingface or sentencepiece")
+    try:
+        if kind == "huggingface":
+            tokenizer = HuggingFaceTokenizer(path, eod_token, engine)
+        elif kind == "sentencepiece":
+            tokenizer = SentencePieceTokenizer(path, engine, eod_token)
+        else:
+            raise DataError(f"tokenizer kind {kind!r} is unknown; it must be huggingface or sentencepiece")
+    except SteelError:
+        raise
+    except BaseException as error:
+        # Crafted files reach code that does not expect them; Rust's panics are no Exceptions.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"the tokenizer {path} cannot be read: {type(error).__name__}: {error}") from error
     if engine == "gigatoken":
         assert tokenizer.engine == engine  # raises here, not hours later, when it cannot be used
     return tokenizer
