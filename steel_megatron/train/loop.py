@@ -134,6 +134,7 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
                 for callback in callbacks:
                     callback.after_validation(view, validation)
             if result.step % run.checkpoint.save_interval == 0 or is_last or stopping:
+                on_rank0(lambda: _check_folder(run, engine.step_number))
                 (session.release if stopping or is_last else session.sync)(result.step, consumed)
                 note(saver.begin(engine, consumed, session.ledger))
                 if stopping or is_last or not run.checkpoint.async_save:
@@ -151,6 +152,16 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
         validation_losses=validation,
         losses=losses,
     )
+
+
+def _check_folder(run: RunConfig, step: int) -> None:
+    """Refuse to save into a folder that was removed or moved: what is left would be half a run."""
+    folder = Path(run.checkpoint.directory)
+    if not with_suffix(folder / "run", ".lock").exists():
+        raise CheckpointError(
+            f"{folder} was removed or moved while the run was under way (its run.lock is gone), so step {step} is not "
+            "saved; where its checkpoints are kept, the run resumes from the newest one"
+        )
 
 
 def _tell_if_done(run: RunConfig, done: int) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from steel_megatron.config import DataConfig, RunConfig, dump_yaml
 from steel_megatron.data.ledger.ledger import Ledger
 from steel_megatron.data.tokenizing.sentencepiece_training import train_sentencepiece
 from steel_megatron.data.tokenizing.tokenizer import SentencePieceTokenizer
-from steel_megatron.errors import DataError
+from steel_megatron.errors import DataError, SteelError
 from steel_megatron.generate import _tokenizer_of_run
 from steel_megatron.log import setup_logging
 from tests.data.corpora import write
@@ -69,6 +70,31 @@ def _journey(root: Path) -> dict[str, list[tuple[int, float]]]:
         "../../data/appended",
     ]
     return found
+
+
+def _removed(root: Path) -> tuple[str, list[str]]:
+    """What a run says whose folder is removed after its first step, and what is there afterwards."""
+    from steel_megatron.train.callbacks import Callback
+    from steel_megatron.train.loop import pretrain
+
+    class Remover(Callback):
+        def after_step(self, run: Any, result: Any) -> None:
+            if result.step == 1:
+                shutil.rmtree(root / "run")
+
+    data = DataConfig(train=[write_corpus(root / "train", 60, 0)])
+    try:
+        pretrain(make_run(data, root / "run", train_steps=2), [Remover()])
+    except SteelError as error:
+        return str(error), sorted(path.name for path in root.glob("*"))
+    return "", []
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_removed_ends_the_run(tmp_path: Path) -> None:
+    said, left = run_distributed(_removed, 1, tmp_path)[0]
+    assert f"{tmp_path}/run was removed or moved while the run was under way" in said and "step 2 is not saved" in said
+    assert left == ["train.bin", "train.idx", "train.json"]
 
 
 @pytest.mark.slow
