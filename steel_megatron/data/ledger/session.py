@@ -173,7 +173,9 @@ class LedgerSession:
 
             def changed() -> Ledger:
                 file = locked.enter_context(edit(self._path, self._new, SYNC_SECONDS if samples else None))
-                file.ledger = file.ledger.then(change).then(found, self._path, self._named)
+                file.ledger = file.ledger.then(change)
+                if samples is None:  # later, files that are gone are no reason to stop: they are open
+                    file.ledger = file.ledger.then(found, self._path, self._named)
                 return file.ledger
 
             ledger = self._shared(processes.on_rank0(changed))
