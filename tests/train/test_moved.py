@@ -90,6 +90,30 @@ def _removed(root: Path) -> tuple[str, list[str]]:
     return "", []
 
 
+def _taken_over(root: Path) -> tuple[str, list[str]]:
+    """What a run says whose lease another machine has taken over, and its checkpoints."""
+    from steel_megatron.train.callbacks import Callback
+    from steel_megatron.train.loop import pretrain
+
+    class Taker(Callback):
+        def after_step(self, run: Any, result: Any) -> None:
+            (root / "run" / "run.lease").write_text('{"host": "node7", "process": 12}')
+
+    data = DataConfig(train=[write_corpus(root / "train", 60, 0)])
+    try:
+        pretrain(make_run(data, root / "run", train_steps=2), [Taker()])
+    except SteelError as error:
+        return str(error), [path.name for path in root.glob("run/checkpoints/*")]
+    return "", []
+
+
+@pytest.mark.slow
+def test_a_run_whose_lease_was_taken_over_ends(tmp_path: Path) -> None:
+    said, checkpoints = run_distributed(_taken_over, 1, tmp_path)[0]
+    assert f"process 12 on node7 has taken over {tmp_path}/run" in said and not checkpoints
+    assert (tmp_path / "run" / "run.lease").exists()  # the other's
+
+
 @pytest.mark.slow
 def test_a_folder_that_is_removed_ends_the_run(tmp_path: Path) -> None:
     said, left = run_distributed(_removed, 1, tmp_path)[0]
