@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test test-fast check mutants bench setup clean help
+.PHONY: demo test test-fast test-lowest check mutants bench setup clean help
 
 help:
 	@echo "make demo         the whole pipeline on two cores: corpus, tokenizer, training, Hugging Face export, text"
 	@echo "make test         all tests"
 	@echo "make test-fast    those that are not marked slow: under two minutes on two cores"
+	@echo "make test-lowest  the same with the lowest version of every dependency, in .venv-lowest; for a clean clone"
 	@echo "make check        ruff, mypy and the test of the layers"
 	@echo "make mutants      whether the tests notice small edits of the sources (ONLY=model: one list of them)"
 	@echo "make bench        the benchmarks that need no GPU"
@@ -25,6 +26,11 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# The extension is compiled in place, against this torch: not for a clone whose .venv is in use.
+test-lowest:
+	$(PYTHON) .ci/lowest_versions.py pyproject.toml > lowest.txt
+	PIP_CONSTRAINT="$(CURDIR)/lowest.txt" $(MAKE) test-fast VENV=.venv-lowest TORCH=torch
 
 check: setup
 	$(BIN)/ruff check .
@@ -54,5 +60,5 @@ $(VENV)/.ready: $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest lowest.txt build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find steel_megatron -name '*.so' -delete

@@ -9,10 +9,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import socket
 import stat
+import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -26,6 +29,10 @@ logger = get_logger(__name__)
 
 _LOCK_SECONDS = 0.05
 """Between two looks whether a lock is free."""
+LEASE_SECONDS = 60.0
+"""After which a lease that was not renewed has run out."""
+_RENEWALS = 6
+"""How often a lease is renewed in that time."""
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 """What the operating system says of a lock that another process holds."""
 
@@ -51,6 +58,22 @@ def disk_errors(action: str, path: Path, error_type: type[SteelError]) -> Iterat
 def with_suffix(prefix: str | Path, suffix: str) -> Path:
     """A path with something appended to its name."""
     return Path(os.fspath(prefix) + suffix)
+
+
+def beside(recorded: str | Path, folder: Path, levels: int = 3) -> list[Path]:
+    """Where something may lie that was moved together with a folder.
+
+    Args:
+        recorded: its path before the move.
+        folder: where the folder is now.
+        levels: how many folders above it to look in, and how many of the last names of the path to keep.
+
+    Returns:
+        the last names of the path below the folder and the ones above it; the nearest and shortest first.
+    """
+    names = [name for name in Path(recorded).parts if name not in ("/", "..", ".")]
+    above = [Path(os.path.abspath(folder)), *Path(os.path.abspath(folder)).parents][: levels + 1]
+    return [base.joinpath(*names[-count:]) for base in above for count in range(1, min(levels, len(names)) + 1)]
 
 
 def sync_folder(folder: Path) -> None:
@@ -202,3 +225,99 @@ def _locked(path: Path, error_type: type[SteelError]) -> int | None:
         return descriptor
     os.close(descriptor)
     return None
+
+
+@contextmanager
+def lease(prefix: str | Path, error_type: type[SteelError], seconds: float = LEASE_SECONDS) -> Iterator[None]:
+    """Hold ``<prefix>.lease``, a file that is renewed all the time, for file systems whose locks other machines miss.
+
+    The lease of a process that is gone from this machine is taken over at once; another one is watched: if it is
+    renewed, its job is alive, and if it runs out, it is taken over with a warning.
+
+    Args:
+        prefix: what is written.
+        error_type: the kind of error.
+        seconds: after which a lease that was not renewed has run out.
+
+    Raises:
+        SteelError: of the given type; another job renews its lease, or the file cannot be written.
+    """
+    path, token = with_suffix(prefix, ".lease"), uuid.uuid4().hex
+    _await_lease(path, prefix, error_type, seconds)
+    holder = {"host": socket.gethostname(), "process": os.getpid(), "boot": _boot_id(), "token": token}
+    write_atomically(path, json.dumps(holder).encode(), error_type)
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(seconds / _RENEWALS):
+            with suppress(OSError):  # the folder may be gone, which is not for this thread to say
+                os.utime(path)
+
+    thread = threading.Thread(target=renew, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if lease_holder(prefix).get("token") == token:
+            remove(path)
+
+
+def lease_holder(prefix: str | Path) -> dict[str, object]:
+    """Who holds :func:`lease` of ``prefix``: ``host``, ``process``, ``boot``; empty where nobody does."""
+    try:
+        found = json.loads(with_suffix(prefix, ".lease").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _await_lease(path: Path, prefix: str | Path, error_type: type[SteelError], seconds: float) -> None:
+    """Return once a lease may be taken."""
+    first: float | None = None
+    while True:
+        with disk_errors("read", path, error_type):
+            try:
+                renewed = path.stat().st_mtime
+            except FileNotFoundError:
+                return
+            age = _now_of(path.parent) - renewed
+        holder = lease_holder(prefix)
+        who = f"process {holder.get('process')} on {holder.get('host')}"
+        here = holder.get("host") == socket.gethostname() and holder.get("boot") == _boot_id()
+        process = holder.get("process")
+        if here and isinstance(process, int) and not _is_alive(process):
+            return
+        if age > seconds:
+            logger.warning(f"{path} of {who} was not renewed for {age:.0f} s; taking it over")
+            return
+        if first is None:
+            first = renewed
+            logger.info(f"{path} of {who} was renewed {age:.0f} s ago; waiting to see whether it is renewed again")
+        elif renewed != first:
+            raise error_type(f"another job is writing to {prefix} ({who} renews {path}); wait or choose another name")
+        time.sleep(min(1.0, seconds / 20))
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this machine is there, and not only waits for its parent to notice its end."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in "ZX"
+
+
+def _now_of(folder: Path) -> float:
+    """The time by the clock of a file system, which may be another machine's."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
+
+
+def _boot_id() -> str:
+    """Of this start of this machine; empty where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -17,11 +17,12 @@ import torch
 import yaml
 
 from steel_megatron.config import ModelConfig, TokenizerKind
-from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
+from steel_megatron.data.ledger.ledger import Ledger
+from steel_megatron.data.tokenizing.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from steel_megatron.errors import CheckpointError, ConfigError, DataError
 from steel_megatron.hf.convert import is_exported, read_config
 from steel_megatron.hf.loading import load_model
-from steel_megatron.hf.mapping import config_from_hf
+from steel_megatron.hf.mapping import FFN_TYPES, config_from_hf, to_hf
 from steel_megatron.parallel.topology import initialize_alone
 from steel_megatron.platform import prepare
 
@@ -156,6 +157,7 @@ def _load_checkpoint(info: CheckpointInfo) -> NextLogits:
     from steel_megatron.train import checkpoint
 
     checkpoint.verify(info.path)
+    _check_shapes(info)
     topology = initialize_alone("generate")
     model = without_ineffective_fields(info.model)
     stage = build_model(model, topology)
@@ -169,6 +171,23 @@ def _load_checkpoint(info: CheckpointInfo) -> NextLogits:
         return stage(tokens, positions, None)[0, -1]
 
     return next_logits
+
+
+def _check_shapes(info: CheckpointInfo) -> None:
+    """Compare a checkpoint's tensors with its settings, before a model of these takes memory.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    from steel_megatron.train import checkpoint
+
+    shapes = checkpoint.tensor_shapes(info)
+    if info.model.ffn in FFN_TYPES.values():
+        to_hf({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, info.model)
+        return
+    name, wanted = "embedding.word_embeddings.weight", (info.model.padded_vocab_size, info.model.hidden_size)
+    if shapes.get(name) != wanted:
+        raise CheckpointError(f"{info.path}: {name} has shape {shapes.get(name)}; its settings say {wanted}")
 
 
 def _load_exported(path: Path) -> NextLogits:
@@ -210,12 +229,17 @@ def _tokenizer_of_run(path: Path) -> Tokenizer:
     try:
         data = yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8"))["data"]
         kind, tokenizer_path = data["tokenizer_kind"], data["tokenizer_path"]
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError):
         kind = tokenizer_path = None
-    if kind is None or tokenizer_path is None:
-        raise CheckpointError(f"{path} does not say which tokenizer it was trained with; name it with --tokenizer_path")
+    if not isinstance(kind, str) or not isinstance(tokenizer_path, str):
+        raise CheckpointError(
+            f"{path / 'run.yaml'} does not say which tokenizer the model was trained with; name it with "
+            "--tokenizer_path"
+        )
     try:
-        return load_tokenizer(kind, tokenizer_path)
+        ledger = path / "ledger.json"
+        fingerprint = Ledger.load(ledger).history.tokenizer if ledger.exists() else None
+        return find_tokenizer(kind, tokenizer_path, path, fingerprint)  # type: ignore[arg-type]
     except DataError as error:
         raise DataError(
             f"{error} (named in {path / 'run.yaml'}, relative to where the run was started; name it with "

@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import json
 import os
 import shutil
 import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from steel_megatron.errors import DataError
-from steel_megatron.files import exclusive_lock, is_locked, replace_folder, sha256_of, write_atomically
+from steel_megatron.files import (
+    exclusive_lock,
+    is_locked,
+    lease,
+    lease_holder,
+    replace_folder,
+    sha256_of,
+    write_atomically,
+)
+from steel_megatron.log import setup_logging
 from tests.file_system import full_disk_at, killed_before, watched
+
+
+def happens(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Whether something comes true in time."""
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    return condition()
 
 
 def names(folder: Path) -> list[str]:
@@ -149,3 +171,79 @@ def test_a_lock_is_seen_and_looking_at_it_refuses_nobody(tmp_path: Path, monkeyp
     monkeypatch.setattr("time.sleep", lambda seconds: os.close(looking))
     with exclusive_lock(prefix, DataError):
         assert is_locked(prefix)
+
+
+def left_lease(folder: Path, **holder: object) -> Path:
+    """The lease of a process that is gone, of this machine unless something else is said."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    path = folder / "run.lease"
+    path.write_text(json.dumps({"host": socket.gethostname(), "process": 2**22 + 1, "boot": boot, **holder}))
+    return path
+
+
+def test_a_lease_is_renewed_and_given_back(tmp_path: Path) -> None:
+    path = tmp_path / "work" / "run.lease"
+    with lease(tmp_path / "work" / "run", DataError, seconds=0.2):
+        assert lease_holder(tmp_path / "work" / "run")["process"] == os.getpid()
+        os.utime(path, (1, 1))
+        assert happens(lambda: path.stat().st_mtime > 1)
+    assert names(tmp_path / "work") == []
+    with lease(tmp_path / "work" / "run", DataError, seconds=0.2):
+        left_lease(tmp_path / "work", host="other")  # which took it over
+    assert lease_holder(tmp_path / "work" / "run")["host"] == "other"
+    path.unlink()
+    with lease(tmp_path / "work" / "run", DataError, seconds=0.05):
+        shutil.rmtree(tmp_path / "work")
+        time.sleep(0.1)
+    assert names(tmp_path) == []
+
+
+def test_a_lease_of_a_process_that_is_gone_is_taken_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = subprocess.Popen(["true"])
+    assert happens(lambda: Path(f"/proc/{killed.pid}/stat").read_text().split()[2] == "Z")  # nobody waited for it
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))
+    for process in (killed.pid, 2**22 + 1):
+        left_lease(tmp_path, process=process)
+        with lease(tmp_path / "run", DataError):
+            assert lease_holder(tmp_path / "run")["process"] == os.getpid()
+    killed.wait()
+
+
+@pytest.mark.parametrize("other", [{"host": "node7"}, {"boot": "before"}, {"process": os.getppid()}, {"process": "x"}])
+def test_a_lease_that_runs_out_is_taken_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: dict[str, object]
+) -> None:
+    setup_logging()
+    path = left_lease(tmp_path, **other)
+    with lease(tmp_path / "run", DataError, seconds=0.4):
+        assert lease_holder(tmp_path / "run")["process"] == os.getpid()
+    said = capsys.readouterr().err
+    assert f"waiting to see whether it is renewed again\n{path} of process " in said and "taking it over" in said
+
+
+def test_a_lease_that_is_renewed_refuses_others(tmp_path: Path) -> None:
+    path, ended = left_lease(tmp_path, host="node7", process=12), threading.Event()
+    before = path.read_bytes()
+
+    def renew() -> None:
+        while not ended.wait(0.1):
+            os.utime(path)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        with (
+            pytest.raises(DataError, match=rf"another job is writing to {tmp_path}/run \(process 12 on node7 renews"),
+            lease(tmp_path / "run", DataError, seconds=5),
+        ):
+            pass
+    finally:
+        ended.set()
+        thread.join()
+    assert path.read_bytes() == before
+    for content in (b"", b"[]", b"[" * 100_000, b"\xff", b'{"process": null}'):
+        path.write_bytes(content)
+        os.utime(path, (1, 1))
+        with lease(tmp_path / "run", DataError):
+            assert lease_holder(tmp_path / "run")["process"] == os.getpid()
+        assert not path.exists()

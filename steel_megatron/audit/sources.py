@@ -94,7 +94,7 @@ def _read_settings(path: Path) -> ModelConfig:
         content = path.read_bytes()
     try:
         values = yaml.safe_load(content.decode("utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is neither a model's folder nor YAML: {' '.join(str(error).split())}") from None
     values = values.get("model", values) if isinstance(values, dict) else values
     if not isinstance(values, dict):
@@ -102,10 +102,9 @@ def _read_settings(path: Path) -> ModelConfig:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ModelConfig, None)
     try:
-        checked = parser.parse_object(values).as_dict()
-    except (jsonargparse.ArgumentError, TypeError) as error:
+        return from_dict(ModelConfig, parser.parse_object(values).as_dict(), "")
+    except Exception as error:  # what the parser makes of keys that are no names, or of deep nesting
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
-    return from_dict(ModelConfig, checked, str(path))
 
 
 def _random_weights(model: ModelConfig, seed: int) -> Tensors:

@@ -55,6 +55,7 @@ COMMANDS = {
     "data reweight": Command(ledgers.reweight, ("ledger", "names")),
     "data mixture": Command(ledgers.mixture, ("ledger", "weights")),
     "data cancel": Command(ledgers.cancel, ("ledger",)),
+    "data relocate": Command(ledgers.relocate, ("ledger", "old", "new")),
     "data show": Command(ledgers.show, ("ledger",)),
     "pretrain": Command(models.pretrain),
     "export-hf": Command(models.export_hf),
@@ -187,7 +188,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The command's name and its options."""
     try:
         parsed = build_parser().parse_args(list(arguments))
-    except (ArgumentError, UnicodeDecodeError) as error:
+    except (ArgumentError, ValueError, RecursionError) as error:
         words = " ".join(arguments[: 2 if set(arguments[:1]) & set(GROUPS) else 1])
         kinds = {option.name: option.kind for option in COMMANDS[words].options()} if words in COMMANDS else {}
         message = explain(_one_line(error), arguments, kinds, _failure)
@@ -207,7 +208,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
 def _failure(arguments: list[str]) -> str | None:
     try:
         build_parser().parse_args(arguments)
-    except (ArgumentError, UnicodeDecodeError) as error:
+    except (ArgumentError, ValueError, RecursionError) as error:
         return _one_line(error)
     return None
 

@@ -1,4 +1,4 @@
-"""The ledger commands: data create, append, remove, reweight, mixture, cancel, show."""
+"""The ledger commands: data create, append, remove, reweight, mixture, cancel, relocate, show."""
 
 from __future__ import annotations
 
@@ -89,6 +89,8 @@ def append(
     while True:
         # What may take hours is done without the lock: others may change the ledger, and a run may start.
         current = _released(path, Ledger.load(path), stopped)
+        if drop_duplicates:  # documents are compared with those of the ledger's corpora
+            current = _found(path, current)
         pending = current.prepare(prefixes, names or None, domain, on_duplicate, drop_duplicates)
         with edit(path) as file:
             current = _released(path, file.ledger)
@@ -156,6 +158,39 @@ def cancel(ledger: str, at: int | None = None, stopped: bool = False) -> None:
     _change(ledger, stopped, lambda old: changes.cancel(old, at))
 
 
+def relocate(ledger: str, old: str, new: str) -> None:
+    """Record that corpora were moved, after reading them at their new place and comparing their content.
+
+    Needed only where a run does not find them by itself: by data.train, or around the ledger's folder.
+
+    Args:
+        ledger: the run's ledger.json.
+        old: prefix of a corpus, or folder of several, as it was.
+        new: the same as it is now.
+    """
+    from steel_megatron.data.ledger.ledger import Ledger, edit, run_is_live
+    from steel_megatron.data.ledger.locations import relocated
+
+    path = Path(ledger)
+
+    def refuse_live() -> None:
+        if run_is_live(path):
+            raise DataError(f"a live run reads by {path}; stop it before its corpora are moved")
+
+    refuse_live()
+    while True:
+        # Reading the corpora may take hours, and is done without the lock.
+        before = Ledger.load(path)
+        changed = before.then(relocated, path, old, new)
+        with edit(path) as file:
+            refuse_live()
+            if file.ledger == before:
+                file.ledger = changed
+                break
+        logger.info(f"{path} changed while corpora were read; reading again")
+    sys.stdout.write(_summary(path, changed))
+
+
 def _weights(words: list[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for word in words:
@@ -168,6 +203,17 @@ def _weights(words: list[str]) -> dict[str, float]:
             raise ConfigError(f"weight {word!r} is not DOMAIN=WEIGHT with a number of at least 0, each domain once")
         found[domain] = value
     return found
+
+
+def _found(path: Path, ledger: Ledger) -> Ledger:
+    """The ledger with the places where its corpora lie now; those that the run's settings name are looked up."""
+    from steel_megatron.data.ledger.locations import found
+
+    data = _run_settings(path)["data"]
+    train, validation = data.get("train"), data.get("validation")
+    lists = [train, *(validation.values() if isinstance(validation, dict) else [validation])]
+    named = [prefix for one in lists if isinstance(one, list) for prefix in one if isinstance(prefix, str)]
+    return ledger.then(found, path, named)
 
 
 def _released(path: Path, ledger: Ledger, stopped: bool = False) -> Ledger:
@@ -239,7 +285,7 @@ def show(
 
     from steel_megatron.data.ledger.ledger import Ledger
     from steel_megatron.data.ledger.loader import LedgerSamples
-    from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
+    from steel_megatron.data.tokenizing.tokenizer import find_tokenizer, load_tokenizer
 
     path = Path(ledger)
     loaded = Ledger.load(path)
@@ -251,10 +297,12 @@ def show(
     if numbers is None or global_batch_size is not None:
         numbers = _numbers(path, step, sample, global_batch_size or settings["training"].get("global_batch_size"))
     data = settings["data"]
-    if tokenizer_path is None and data.get("tokenizer_path"):
-        tokenizer_path, tokenizer_kind = data["tokenizer_path"], data["tokenizer_kind"]
-    tokenizer = load_tokenizer(tokenizer_kind, tokenizer_path) if tokenizer_path else None
-    samples = LedgerSamples(loaded, cache=path.with_suffix(".cache"))
+    tokenizer, named, kind = None, data.get("tokenizer_path"), data.get("tokenizer_kind")
+    if tokenizer_path is not None:
+        tokenizer = load_tokenizer(tokenizer_kind, tokenizer_path)
+    elif isinstance(named, str) and isinstance(kind, str):
+        tokenizer = find_tokenizer(kind, named, path.parent, loaded.history.tokenizer)  # type: ignore[arg-type]
+    samples = LedgerSamples(_found(path, loaded), cache=path.with_suffix(".cache"))
     for number in numbers:
         for span in samples.documents(number):
             text = tokenizer.decode(span.ids) if tokenizer else " ".join(map(str, span.ids))
@@ -301,7 +349,7 @@ def _run_settings(ledger: Path) -> dict[str, dict[str, Any]]:
     if path.exists():
         try:
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise DataError(f"{path} cannot be read: {error}") from error
     sections = found if isinstance(found, dict) else {}
     return {name: section if isinstance(section := sections.get(name), dict) else {} for name in ("data", "training")}

@@ -26,6 +26,14 @@ def at_least(minimum: float, owner: object, *names: str) -> None:
             raise ConfigError(f"{type(owner).__name__}.{name} is {value}; it must be at least {minimum} and finite")
 
 
+def at_most(maximum: int, owner: object, *names: str) -> None:
+    """Raise a ConfigError for the first of ``owner``'s fields that is above ``maximum``."""
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and value > maximum:
+            raise ConfigError(f"{type(owner).__name__}.{name} is {str(value)[:40]}; it must be at most {maximum:,}")
+
+
 def one_of(allowed: tuple[str, ...], owner: object, name: str) -> None:
     """Check that a field has one of the allowed values.
 

@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Literal
 
-from steel_megatron.config.checks import at_least, divides, one_of, typed
+from steel_megatron.config.checks import at_least, at_most, divides, one_of, typed
 from steel_megatron.config.megatron import changes_the_result
 from steel_megatron.config.routing import RoutingModeFacts, routing_facts, routing_mode_names
 from steel_megatron.errors import ConfigError
@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 FeedForward = Literal["soft_moe", "dense", "none", "top_k_moe"]
 Activation = Literal["double_swiglu", "swiglu"]
 SlotInput = Literal["normalized", "raw"]
+MOST_LAYERS, MOST = 65_536, 2**31 - 1
+"""The most layers or experts, and the most of anything else: beyond are no models, but damaged files."""
 
 
 def take_old_names(owner: object, **old: object) -> None:
@@ -116,6 +118,11 @@ class ModelConfig:
         at_least(1, self, "make_vocab_size_divisible_by", "rotary_base", "moe_top_k")
         at_least(0, self, "shared_expert_intermediate_size", "norm_epsilon", "init_method_std")
         at_least(0, self, "routing_scale_init", "moe_aux_loss_coeff", "expert_init_method_std")
+        at_most(MOST_LAYERS, self, "num_layers", "num_experts")
+        at_most(MOST, self, "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+        at_most(MOST, self, "slots_per_expert", "block_length", "sequence_length", "make_vocab_size_divisible_by")
+        at_most(MOST, self, "moe_top_k", "shared_expert_intermediate_size")
+        at_most(2**53, self, "rotary_base")
         if self.ffn == "soft_moe" and self.routing_mode is None:
             modes = [name if routing_facts(name).causal else f"{name} (not causal)" for name in routing_mode_names()]
             raise ConfigError(

@@ -290,7 +290,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{folder} is not a model's folder: {path.name}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold an object; it holds a {type(config).__name__}")
@@ -302,7 +302,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     try:
         named = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{index} is not an index of safetensors files") from None
     for name in named:
         if not isinstance(name, str) or Path(name).name != name:
@@ -336,6 +336,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
                 raise CheckpointError(f"{path} is damaged: {error}") from None
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+            except Exception as error:  # what a crafted header asks of torch
+                raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
             twice = sorted(found.keys() & tensors.keys())
             if twice:
                 raise CheckpointError(f"{path} holds {twice[0]} a second time; another file of its folder has it too")

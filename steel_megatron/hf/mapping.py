@@ -331,7 +331,7 @@ def config_from_hf(config: Mapping[str, Any], origin: str) -> ModelConfig:
             norm_epsilon=_number(config, "rms_norm_eps", origin, whole=False),
             init_method_std=_number(config, "initializer_range", origin, default=0.02, whole=False),
         )
-    except ConfigError as error:
+    except (ConfigError, OverflowError, TypeError) as error:  # 1e400 is infinite; a list is no key of a table
         raise CheckpointError(f"{origin}: {error}") from None
 
 

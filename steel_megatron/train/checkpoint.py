@@ -35,11 +35,11 @@ from steel_megatron.config import (
     from_dict,
     refuse_unknown_routing_code,
 )
-from steel_megatron.errors import CheckpointError
+from steel_megatron.errors import CheckpointError, ConfigError, SteelError
 from steel_megatron.files import disk_errors, sha256_of, sync_folder
 from steel_megatron.log import get_logger
 from steel_megatron.model.weights import sharded_weights
-from steel_megatron.train.checkpoint_index import check_index
+from steel_megatron.train.checkpoint_manifest import check_manifest, check_metadata, content_errors
 from steel_megatron.train.engine import Engine
 from steel_megatron.train.optimizer_state import MAIN_WEIGHTS, OptimizerState
 
@@ -133,13 +133,25 @@ def read_info(path: Path) -> CheckpointInfo:
         path=path,
         step=manifest["step"],
         consumed_samples=manifest["consumed_samples"],
-        model=from_dict(ModelConfig, manifest["model"], str(path / MANIFEST)),
+        model=_model_of(manifest, path / MANIFEST),
         layout=manifest["layout"],
         world_size=manifest["world_size"],
         has_optimizer=manifest["has_optimizer"],
-        has_main_weights=manifest.get("has_main_weights", manifest["has_optimizer"]),  # older ones always do
+        # Checkpoints of earlier versions do not say it, and always do.
+        has_main_weights=manifest["has_optimizer"]
+        if manifest.get("has_main_weights") is None
+        else manifest["has_main_weights"],
         data_fingerprint=manifest["data_fingerprint"],
     )
+
+
+def _model_of(manifest: Mapping[str, Any], path: Path) -> ModelConfig:
+    try:
+        with content_errors(path):
+            model: ModelConfig = from_dict(ModelConfig, manifest["model"], "")
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return model
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -151,12 +163,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not a checkpoint: its {MANIFEST} cannot be read ({error.strerror}); name a folder step_..."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST} is not JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_checksum(manifest):
         raise CheckpointError(f"{path / MANIFEST} is damaged: its checksum is not the one it was saved with")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
+    check_manifest(manifest, path / MANIFEST)
     return manifest
 
 
@@ -166,12 +179,13 @@ def verify(path: Path) -> None:
     Raises:
         CheckpointError: a file differs, or its index names something that does not belong there.
     """
-    files = _read_manifest(path)["files"]
+    manifest = _read_manifest(path)
+    files = manifest["files"]
     with ThreadPoolExecutor(HASHING_THREADS) as threads:  # hashing and reading release Python's lock
         for name, found in zip(files, threads.map(lambda name: sha256_of(path / name), files), strict=True):
             if found != files[name]["sha256"]:
                 raise CheckpointError(f"{path / name} is damaged: its checksum is not the one it was saved with")
-    check_index(path / ".metadata")
+    check_metadata(path, manifest.get("norms", {}))
 
 
 def newest(checkpoints: Path) -> CheckpointInfo | None:
@@ -253,8 +267,13 @@ def check_model(info: CheckpointInfo, model: ModelConfig, *, resumes: bool) -> N
 def _loading_errors(path: Path) -> Iterator[None]:
     try:
         yield
+    except SteelError:
+        raise
     except (OSError, CheckpointException, CheckpointingException) as error:
         raise CheckpointError(f"could not load the checkpoint {path}: {reason(error)}") from error
+    except Exception as error:  # crafted tensor files
+        kind = type(error).__name__
+        raise CheckpointError(f"could not load the checkpoint {path}: {kind}: {reason(error)}") from error
 
 
 def load(engine: Engine, info: CheckpointInfo) -> None:
@@ -299,7 +318,9 @@ def load_weights(stage: GPTModel, info: CheckpointInfo, model: ModelConfig) -> N
         CheckpointError: the checkpoint's settings differ in one that :func:`check_model` holds equal.
     """
     check_model(info, model, resumes=False)
-    state = dist_checkpointing.load({"model": sharded_weights(stage)}, str(info.path), validate_access_integrity=False)
+    wanted = {"model": sharded_weights(stage)}
+    with _loading_errors(info.path):
+        state = dist_checkpointing.load(wanted, str(info.path), validate_access_integrity=False)
     _set_weights(stage, state["model"])
 
 
@@ -311,7 +332,14 @@ def _set_weights(stage: GPTModel, tensors: dict[str, torch.Tensor]) -> None:
 
 def tensor_names(info: CheckpointInfo) -> list[str]:
     """The names of all tensors of a checkpoint."""
-    return list(dist_checkpointing.load_tensors_metadata(str(info.path)))
+    return list(tensor_shapes(info))
+
+
+def tensor_shapes(info: CheckpointInfo) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a checkpoint by name."""
+    with _loading_errors(info.path):
+        found = dist_checkpointing.load_tensors_metadata(str(info.path))
+        return {name: tuple(tensor.global_shape) for name, tensor in found.items()}
 
 
 def read_tensors(info: CheckpointInfo, keys: list[str]) -> dict[str, torch.Tensor]:
@@ -320,9 +348,11 @@ def read_tensors(info: CheckpointInfo, keys: list[str]) -> dict[str, torch.Tenso
     Raises:
         CheckpointError: the checkpoint has no tensor of that name.
     """
-    available = dist_checkpointing.load_tensors_metadata(str(info.path))
+    with _loading_errors(info.path):
+        available = dist_checkpointing.load_tensors_metadata(str(info.path))
     missing = [key for key in keys if key not in available]
     if missing:
         raise CheckpointError(f"{info.path} has no tensor {missing[0]!r}")
     wanted = {key: available[key] for key in keys}
-    return dist_checkpointing.load(wanted, str(info.path), validate_access_integrity=False)
+    with _loading_errors(info.path):
+        return dist_checkpointing.load(wanted, str(info.path), validate_access_integrity=False)

@@ -40,13 +40,18 @@ class _IndexChecker(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_index(path: Path) -> None:
+def read_index(path: Path) -> Any:
     """Read an index with nothing but the names that a checkpoint of tensors is made of.
 
+    Returns:
+        what the pickle holds; not necessarily an index.
+
     Raises:
-        CheckpointError: it asks for something else, or is no index.
+        CheckpointError: it asks for something else, or cannot be read.
     """
     try:
-        _IndexChecker(io.BytesIO(path.read_bytes()), path).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is no index of a checkpoint: {error}") from None
+        return _IndexChecker(io.BytesIO(path.read_bytes()), path).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a pickle may make any of the allowed classes raise anything
+        raise CheckpointError(f"{path} is no index of a checkpoint: {type(error).__name__}: {error}") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +16,7 @@ from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.session import LedgerSession
 from steel_megatron.data.ledger.sync import check_past
 from steel_megatron.errors import CheckpointError, ConfigError, TrainingError
-from steel_megatron.files import exclusive_lock, with_suffix, write_atomically
+from steel_megatron.files import exclusive_lock, lease, lease_holder, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 from steel_megatron.parallel import agreement
 from steel_megatron.parallel.agreement import any_rank, broadcast_from_rank0, on_rank0, raise_if_any_rank_failed
@@ -79,6 +81,8 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         stack.callback(shutdown)
         lock = exclusive_lock(Path(run.checkpoint.directory) / "run", CheckpointError)
         on_rank0(lambda: stack.enter_context(lock))
+        held = lease(Path(run.checkpoint.directory) / "run", CheckpointError)
+        on_rank0(lambda: stack.enter_context(held))
         if run.ledger_path.parent != Path(run.checkpoint.directory):
             on_rank0(lambda: stack.enter_context(_ledger_lock(run.ledger_path)))
         return _train(run, topology, [*callbacks_of(run), *callbacks])
@@ -134,6 +138,7 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
                 for callback in callbacks:
                     callback.after_validation(view, validation)
             if result.step % run.checkpoint.save_interval == 0 or is_last or stopping:
+                on_rank0(lambda: _check_folder(run, engine.step_number))
                 (session.release if stopping or is_last else session.sync)(result.step, consumed)
                 note(saver.begin(engine, consumed, session.ledger))
                 if stopping or is_last or not run.checkpoint.async_save:
@@ -151,6 +156,22 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
         validation_losses=validation,
         losses=losses,
     )
+
+
+def _check_folder(run: RunConfig, step: int) -> None:
+    """Refuse to save into a folder that was removed or moved: what is left would be half a run."""
+    folder = Path(run.checkpoint.directory)
+    holder = lease_holder(folder / "run")
+    if holder and (holder.get("host"), holder.get("process")) != (socket.gethostname(), os.getpid()):
+        raise CheckpointError(
+            f"process {holder.get('process')} on {holder.get('host')} has taken over {folder}, as this one did not "
+            f"renew its lease in time; step {step} is not saved"
+        )
+    if not with_suffix(folder / "run", ".lock").exists():
+        raise CheckpointError(
+            f"{folder} was removed or moved while the run was under way (its run.lock is gone), so step {step} is not "
+            "saved; where its checkpoints are kept, the run resumes from the newest one"
+        )
 
 
 def _tell_if_done(run: RunConfig, done: int) -> None:

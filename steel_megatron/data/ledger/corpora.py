@@ -15,6 +15,7 @@ import numpy as np
 
 from steel_megatron.data.indexed.dataset import IndexedCorpus, content_hash, open_indexed, refuse_ids
 from steel_megatron.data.indexed.exact_duplicates import duplicate_documents
+from steel_megatron.data.ledger.locations import place_of, recorded
 from steel_megatron.data.ledger.records import NAME, Corpus, DroppedDocuments
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, sha256_of
@@ -32,17 +33,21 @@ def names_of(prefixes: Sequence[str | Path]) -> list[str]:
     return [Path(prefix).name if counts[Path(prefix).name] == 1 else str(prefix) for prefix in prefixes]
 
 
-def describe(prefix: str | Path, name: str | None = None, domain: str = "default") -> Corpus:
+def describe(
+    prefix: str | Path, name: str | None = None, domain: str = "default", folder: Path | None = None
+) -> Corpus:
     """The record of a corpus. A corpus without a manifest is read in full.
 
     Args:
         prefix: path without a suffix.
         name: its name in commands; None for the last part of the prefix.
         domain: its domain in mixtures.
+        folder: the ledger's, to which a relative prefix becomes relative; None makes it absolute.
 
     Raises:
         DataError: the corpus cannot be used, or a name is empty.
     """
+    kept = os.path.abspath(prefix) if folder is None else recorded(prefix, folder)
     prefix = os.path.abspath(prefix)
     name = Path(prefix).name if name is None else name
     for value, what in ((prefix, "prefix"), (name, "name"), (domain, "domain")):
@@ -52,7 +57,7 @@ def describe(prefix: str | Path, name: str | None = None, domain: str = "default
     fingerprint = tokenizer if NAME.holds(tokenizer) else None
     max_id = None if corpus.manifest is not None else _largest_id(corpus)
     counts = corpus.documents, corpus.tokens
-    return Corpus(name, prefix, content_hash(corpus), domain, *counts, fingerprint, max_id=max_id)
+    return Corpus(name, kept, content_hash(corpus), domain, *counts, fingerprint, max_id=max_id)
 
 
 def _largest_id(corpus: IndexedCorpus) -> int:
@@ -83,7 +88,7 @@ def open_corpus(record: Corpus, folder: Path, vocab_size: int | None = None) -> 
     Raises:
         DataError: it is missing, damaged, or not what it was.
     """
-    corpus = open_indexed(folder / record.prefix)
+    corpus = open_indexed(place_of(record, folder))
     found: dict[str, object] = {"documents": corpus.documents, "tokens": corpus.tokens}
     if corpus.manifest is not None:
         found["content"] = corpus.manifest["content"]
@@ -112,9 +117,14 @@ class ReferenceCorpus(NamedTuple):
 
 
 def without_duplicates(
-    new: Sequence[Corpus], references: Sequence[ReferenceCorpus]
+    new: Sequence[Corpus], references: Sequence[ReferenceCorpus], folder: Path
 ) -> tuple[list[Corpus], dict[str, bytes]]:
     """Drop the documents that exactly equal one of the reference corpora, or an earlier one of the new corpora.
+
+    Args:
+        new: the new corpora.
+        references: what they are compared with.
+        folder: the ledger's.
 
     Returns:
         the new corpora, and by name the files that say which documents are dropped.
@@ -124,9 +134,9 @@ def without_duplicates(
     """
     compared, reduced, files = list(references), [], {}
     for record in new:
-        corpus = open_corpus(record, Path())  # its prefix is absolute
+        corpus = open_corpus(record, folder)
         found = duplicate_documents(corpus, [(reference.corpus, reference.ignored) for reference in compared])
-        logger.info(f"{record.prefix}: {found.documents:,} of {record.documents:,} documents are dropped as duplicates")
+        logger.info(f"{corpus.prefix}: {found.documents:,} of {record.documents:,} documents are dropped as duplicates")
         if found.documents:
             buffer = io.BytesIO()
             np.save(buffer, found.bits, allow_pickle=False)

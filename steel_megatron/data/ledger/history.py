@@ -105,6 +105,11 @@ class History:
         """The corpora that events add, including removed ones."""
         return [self.corpora[number] for number in sorted(self.used)]
 
+    @property
+    def tokenizer(self) -> str | None:
+        """Fingerprint of the tokenizer that made the corpora; None if not recorded."""
+        return next((one.tokenizer for one in self.known() if one.tokenizer is not None), None)
+
     def number_of(self, name: str) -> int:
         """The number of the corpus of a name.
 

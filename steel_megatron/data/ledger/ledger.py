@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, Self
 
 from steel_megatron.data.indexed.dataset import IndexedCorpus
+from steel_megatron.data.indexed.format import IDX
 from steel_megatron.data.ledger.changes import OnDuplicate, add, new_corpora
 from steel_megatron.data.ledger.corpora import (
     ReferenceCorpus,
@@ -32,6 +33,7 @@ from steel_megatron.data.ledger.corpora import (
     without_duplicates,
 )
 from steel_megatron.data.ledger.history import FORMAT, Arguments, History
+from steel_megatron.data.ledger.locations import place_of
 from steel_megatron.data.ledger.records import Corpus
 from steel_megatron.data.sampling.packing import PackedEpoch
 from steel_megatron.data.strict_json import from_json, to_json
@@ -153,12 +155,12 @@ class Ledger:
         if names is not None and len(names) != len(prefixes):
             raise DataError(f"{len(names)} names ({', '.join(names)}) were given for {len(prefixes)} corpora")
         called = names if names is not None else names_of(prefixes)
-        new = [describe(prefix, name, domain) for prefix, name in zip(prefixes, called, strict=True)]
+        new = [describe(prefix, name, domain, self.folder) for prefix, name in zip(prefixes, called, strict=True)]
         if not drop_duplicates:
             return PendingCorpora(tuple(new), {}, None, on_duplicate)
         compared = self._compared()
         references = [found for corpus in compared if (found := self._reference(corpus)) is not None]
-        reduced, files = without_duplicates(new_corpora(self.history, new, on_duplicate), references)
+        reduced, files = without_duplicates(new_corpora(self.history, new, on_duplicate), references, self.folder)
         return PendingCorpora(tuple(reduced), files, compared, on_duplicate)
 
     def _compared(self) -> tuple[ComparedCorpus, ...]:
@@ -215,11 +217,12 @@ class Ledger:
     def check_began_with(self, prefixes: Sequence[str | Path]) -> None:
         """Raise a DataError unless corpora are in the ledger and include all that it began with and still has."""
         corpora = self.history.known()
-        known = {os.path.abspath(self.folder / corpus.prefix): corpus for corpus in corpora}
+        known = {place_of(corpus, self.folder): corpus for corpus in corpora}
         by_content = {corpus.content: corpus for corpus in corpora}
         found = set()
         for prefix in prefixes:
-            corpus = known.get(os.path.abspath(prefix)) or by_content.get(describe(prefix).content)
+            corpus = known.get(os.path.abspath(prefix)) or known.get(os.path.realpath(prefix))
+            corpus = corpus or self._moved_away(prefix) or by_content.get(describe(prefix).content)
             if corpus is None:
                 raise DataError(
                     f"{prefix} is not in the ledger, which has {', '.join(known)}; add it with steel-megatron data "
@@ -234,6 +237,14 @@ class Ledger:
                 f"the ledger began with {missing[0].name} ({missing[0].prefix}), which is not among "
                 f"{', '.join(map(str, prefixes))}; name it, or remove it with steel-megatron data remove"
             )
+
+    def _moved_away(self, prefix: str | Path) -> Corpus | None:
+        """The corpus that lay at a prefix where nothing is any more, by the last part of its path."""
+        alike = [one for one in self.history.known() if Path(one.prefix).name == Path(prefix).name]
+        if with_suffix(prefix, IDX).exists() or len(alike) != 1:
+            return None
+        logger.info(f"{prefix} is not there; the ledger has {alike[0].name} at {place_of(alike[0], self.folder)}")
+        return alike[0]
 
     def packed(self, number: int, epoch: int, corpus: IndexedCorpus, cache: Path | None = None) -> PackedEpoch:
         """The samples of one epoch of a corpus.

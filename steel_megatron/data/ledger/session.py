@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +12,7 @@ from steel_megatron.config import RunConfig
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import SYNC_SECONDS, Ledger, dumps, edit
 from steel_megatron.data.ledger.loader import LedgerSamples
+from steel_megatron.data.ledger.locations import found
 from steel_megatron.data.ledger.sync import RunPosition, check_new_run, defer_file, resume, run_position, start
 from steel_megatron.data.sampling.packing import remove_caches
 from steel_megatron.errors import ConfigError, DataError, SteelError
@@ -89,6 +91,7 @@ class LedgerSession:
     def __init__(self, run: RunConfig, processes: Processes) -> None:
         self._run, self._processes, self._path = run, processes, run.ledger_path
         self._cache = self._path.with_suffix(".cache")
+        self._named = [*run.data.train, *itertools.chain(*run.data.validation_sets.values())]
         self._restarted = (Path(run.checkpoint.directory) / "run.yaml").exists()  # written once a run has started
         self.samples: LedgerSamples | None = None
         self.end = 0
@@ -171,6 +174,8 @@ class LedgerSession:
             def changed() -> Ledger:
                 file = locked.enter_context(edit(self._path, self._new, SYNC_SECONDS if samples else None))
                 file.ledger = file.ledger.then(change)
+                if samples is None:  # later, files that are gone are no reason to stop: they are open
+                    file.ledger = file.ledger.then(found, self._path, self._named)
                 return file.ledger
 
             ledger = self._shared(processes.on_rank0(changed))

@@ -23,7 +23,11 @@ from steel_megatron.data.tokenizing.chunking import DIALOGUE_MARKS
 from steel_megatron.data.tokenizing.gigatoken_engine import FlatIds
 from steel_megatron.data.tokenizing.huggingface import HuggingFaceTokenizer
 from steel_megatron.data.tokenizing.sentencepiece import SentencePieceTokenizer
-from steel_megatron.errors import DataError
+from steel_megatron.errors import DataError, SteelError
+from steel_megatron.files import beside
+from steel_megatron.log import get_logger
+
+logger = get_logger(__name__)
 
 __all__ = [
     "DIALOGUE_MARKS",
@@ -32,6 +36,7 @@ __all__ = [
     "Tokenizer",
     "encode_dialogue",
     "encode_dialogues",
+    "find_tokenizer",
     "load_tokenizer",
 ]
 
@@ -113,15 +118,58 @@ def load_tokenizer(
             is done; or gigatoken is asked for and cannot be used.
     """
     tokenizer: Tokenizer
-    if kind == "huggingface":
-        tokenizer = HuggingFaceTokenizer(path, eod_token, engine)
-    elif kind == "sentencepiece":
-        tokenizer = SentencePieceTokenizer(path, engine, eod_token)
-    else:
-        raise DataError(f"tokenizer kind {kind!r} is unknown; it must be huggingface or sentencepiece")
+    try:
+        if kind == "huggingface":
+            tokenizer = HuggingFaceTokenizer(path, eod_token, engine)
+        elif kind == "sentencepiece":
+            tokenizer = SentencePieceTokenizer(path, engine, eod_token)
+        else:
+            raise DataError(f"tokenizer kind {kind!r} is unknown; it must be huggingface or sentencepiece")
+    except SteelError:
+        raise
+    except BaseException as error:
+        # Crafted files reach code that does not expect them; Rust's panics are no Exceptions.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"the tokenizer {path} cannot be read: {type(error).__name__}: {error}") from error
     if engine == "gigatoken":
         assert tokenizer.engine == engine  # raises here, not hours later, when it cannot be used
     return tokenizer
+
+
+def find_tokenizer(kind: TokenizerKind, named: str, folder: Path, fingerprint: str | None) -> Tokenizer:
+    """Load the tokenizer of a run, which may have been moved.
+
+    Args:
+        kind: as for :func:`load_tokenizer`.
+        named: its path in the run's settings, relative to where the run was started.
+        folder: the checkpoint or run; a tokenizer that is not where ``named`` says is looked for around it.
+        fingerprint: of the tokenizer that made the corpora; without it, nothing is taken that is elsewhere.
+
+    Raises:
+        DataError: it is not found, or cannot be loaded; the message names what was found in its place.
+    """
+    if Path(named).exists():
+        tokenizer = load_tokenizer(kind, named)
+        if fingerprint is not None and tokenizer.fingerprint != fingerprint:
+            logger.warning(
+                f"the tokenizer {named} has the fingerprint {tokenizer.fingerprint}; the corpora were made with "
+                f"{fingerprint}"
+            )
+        return tokenizer
+    others = []
+    for place in beside(named, folder, levels=4):
+        if not place.exists():
+            continue
+        try:
+            tokenizer = load_tokenizer(kind, place)
+        except DataError:
+            continue
+        if tokenizer.fingerprint == fingerprint:
+            logger.info(f"the tokenizer {named} was moved: it is read from {place}")
+            return tokenizer
+        others.append(f"; {place} is another one ({tokenizer.fingerprint}, recorded is {fingerprint})")
+    raise DataError(f"the tokenizer {named} does not exist{''.join(others)}")
 
 
 def encode_dialogue(tokenizer: Tokenizer, text: str) -> np.ndarray:
