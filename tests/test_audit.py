@@ -290,7 +290,7 @@ def as_an_earlier_version(path: Path) -> Path:
     model = manifest["model"]
     model["megatron"] = {"qk_layernorm": True}
     model |= {old: model.pop(new) for old, new in ModelConfig.RENAMED.items()}
-    manifest["sha256"] = checkpoint._manifest_checksum(manifest)
+    manifest["sha256"] = checkpoint.manifest_checksum(manifest)
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     info = checkpoint.read_info(path)
     checkpoint.check_model(info, dataclasses.replace(info.model, megatron={}), resumes=True)
