@@ -526,10 +526,17 @@ def test_tensors_are_read_however_they_were_saved(tmp_path: Path) -> None:
     from steel_megatron.train.checkpoint_reader import _Reader
 
     table = torch.arange(24.0).view(4, 6)
-    saved = {"same": table, "turned": table.t(), "wide": table.double(), "whole": table.int(), "one": torch.tensor(3.0)}
+    saved = {
+        "same": table,
+        "turned": table.t(),
+        "with gaps": table.t(),
+        "wide": table.double(),
+        "whole": table.int(),
+        "one": torch.tensor(3.0),
+    }
     dcp.save(saved, storage_writer=dcp.FileSystemWriter(tmp_path, thread_count=3), no_dist=True)
     wanted = {name: torch.zeros(tensor.shape) for name, tensor in saved.items()}
-    wanted["same"] = torch.zeros(6, 4).t()
+    wanted["same"], wanted["with gaps"] = torch.zeros(6, 4).t(), torch.zeros(4, 6).t()
     dcp.load(wanted, storage_reader=_Reader(tmp_path), no_dist=True)
     for name, tensor in saved.items():
         assert torch.equal(wanted[name], tensor.float()), name
