@@ -13,9 +13,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,18 +34,21 @@ from steel_megatron.config import (
     refuse_unknown_routing_code,
 )
 from steel_megatron.errors import CheckpointError, ConfigError, SteelError
-from steel_megatron.files import disk_errors, sha256_of, sync_folder
+from steel_megatron.files import disk_errors, sync_folder
 from steel_megatron.log import get_logger
 from steel_megatron.model.weights import sharded_weights
+from steel_megatron.train.checkpoint_checksums import compare_checksums
 from steel_megatron.train.checkpoint_manifest import check_manifest, check_metadata, content_errors
+from steel_megatron.train.checkpoint_reader import fill
 from steel_megatron.train.engine import Engine
 from steel_megatron.train.optimizer_state import MAIN_WEIGHTS, OptimizerState
 
 logger = get_logger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)
+"""Formats that can be read; the first one has SHA-256 of each file."""
 MANIFEST = "steel.json"
-HASHING_THREADS = min(8, os.cpu_count() or 1)
 NOT_COMPUTED = {"sequence_length", "init_method_std", "expert_init_method_std", "routing_scale_init"}
 NOT_COMPUTED |= {"moe_aux_loss_coeff", "identical_expert_init"}
 """Settings of a model that do not change what given weights compute: these may always differ from a checkpoint's."""
@@ -167,33 +168,36 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / MANIFEST} is not JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_checksum(manifest):
         raise CheckpointError(f"{path / MANIFEST} is damaged: its checksum is not the one it was saved with")
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
+    if manifest.get("format") not in _READABLE:
+        known = " and ".join(map(str, _READABLE))
+        raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this version reads formats {known}")
     check_manifest(manifest, path / MANIFEST)
     return manifest
 
 
-def verify(path: Path) -> None:
-    """Compare every file of a checkpoint with its checksum, and make sure that loading it executes nothing.
+def verify(path: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Compare the files of a checkpoint with their checksums, and make sure that loading it executes nothing.
+
+    Args:
+        path: the checkpoint's folder.
+        rank: of this process.
+        world_size: how many processes share the files; alone, one compares all.
 
     Raises:
         CheckpointError: a file differs, or its index names something that does not belong there.
     """
     manifest = _read_manifest(path)
-    files = manifest["files"]
-    with ThreadPoolExecutor(HASHING_THREADS) as threads:  # hashing and reading release Python's lock
-        for name, found in zip(files, threads.map(lambda name: sha256_of(path / name), files), strict=True):
-            if found != files[name]["sha256"]:
-                raise CheckpointError(f"{path / name} is damaged: its checksum is not the one it was saved with")
-    check_metadata(path, manifest.get("norms", {}))
+    compare_checksums(path, manifest["files"], rank, world_size)
+    if rank == 0:
+        check_metadata(path, manifest.get("norms", {}))
 
 
-def newest(checkpoints: Path) -> CheckpointInfo | None:
+def newest(checkpoints: Path, check: Callable[[Path], None] = verify) -> CheckpointInfo | None:
     """The newest whole checkpoint of a run; damaged ones are named in the log and passed over."""
     for path in sorted(checkpoints.glob("step_*"), reverse=True):
         try:
             info = read_info(path)
-            verify(path)
+            check(path)
         except CheckpointError as error:
             logger.warning(f"passing over {path.name}: {error}")
             continue
@@ -201,17 +205,22 @@ def newest(checkpoints: Path) -> CheckpointInfo | None:
     return None
 
 
-def go_back(run: RunConfig, step: int) -> CheckpointInfo:
+def go_back(run: RunConfig, step: int, check: Callable[[Path], None] = verify) -> CheckpointInfo:
     """The checkpoint of a step, with later ones set aside.
 
     Once a run that went back has saved, it is the newest checkpoint: the same command may be started many times.
+
+    Args:
+        run: the run's settings.
+        step: of the checkpoint.
+        check: verifies a checkpoint.
 
     Raises:
         CheckpointError: there is none of that step, or it is damaged. Nothing was moved.
     """
     path, there = path_of(run, step), sorted(run.checkpoints_dir.glob("step_*"))
     later = [one for one in there if one.name > path.name]
-    if any(_went_back_to(one) == step for one in later) and (info := newest(run.checkpoints_dir)) is not None:
+    if any(_went_back_to(one) == step for one in later) and (info := newest(run.checkpoints_dir, check)) is not None:
         logger.info(f"the run went back to step {step} before; its newest checkpoint is of step {info.step}")
         return info
     if path not in there:
@@ -220,7 +229,7 @@ def go_back(run: RunConfig, step: int) -> CheckpointInfo:
             f"checkpoint.resume_from is {step}, but {run.checkpoints_dir} has checkpoints of these steps: {steps}"
         )
     info = read_info(path)
-    verify(path)
+    check(path)
     aside = run.checkpoints_dir / "set_aside"
     with disk_errors("set aside checkpoints in", aside, CheckpointError):
         for one in later:
@@ -300,7 +309,7 @@ def load(engine: Engine, info: CheckpointInfo) -> None:
     with _loading_errors(info.path):
         for tensors in ({"model": model, **wanted}, {"main": later}):  # they are filled where they lie
             if any(tensors.values()):
-                dist_checkpointing.load(tensors, str(info.path), validate_access_integrity=False)
+                fill(tensors, info.path)
     if "random" in wanted:
         torch.set_rng_state(wanted["random"].data[0])
     engine.resume_at(info.step, state)

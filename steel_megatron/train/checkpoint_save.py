@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from steel_megatron.config import ModelConfig, RunConfig, dump_yaml, to_dict
 from steel_megatron.data.ledger.ledger import Ledger, dumps
 from steel_megatron.errors import CheckpointError
-from steel_megatron.files import replace_folder, sha256_of
+from steel_megatron.files import replace_folder
 from steel_megatron.parallel.agreement import any_rank, on_rank0, raise_if_any_rank_failed
 from steel_megatron.train.checkpoint import FORMAT, MANIFEST, manifest_checksum, path_of, reason, sharded_engine
-from steel_megatron.train.checkpoint_writer import HostMemory, ShardWriter, Written, plan, write_index
+from steel_megatron.train.checkpoint_checksums import ALGORITHM, checksum_of
+from steel_megatron.train.checkpoint_writer import HostMemory, Planner, ShardWriter, Written, write_index
 from steel_megatron.train.engine import Engine
 
 
@@ -42,6 +43,7 @@ class Saver:
 
     def __init__(self, run: RunConfig) -> None:
         self._run = run
+        self._planner = Planner()
         self._memory = HostMemory() if run.checkpoint.async_save else None
         self._under_way: _Save | None = None
 
@@ -67,12 +69,16 @@ class Saver:
         earlier = self.finish()
         run = self._run
         final = path_of(run, engine.step_number)
-        facts = _facts(run.model, engine.step_number, consumed_samples, engine.topology.describe(), ledger)
+        history = ledger.history if ledger else None  # later changes make a new one
+        facts = _facts(run.model, engine.step_number, consumed_samples, engine.topology.describe())
+        if history is not None:
+            facts["data_fingerprint"] = history.fingerprint(consumed_samples)
         self._under_way = _begin_save(
             sharded_engine(engine),
             final,
             {**facts, "resume_from": run.checkpoint.resume_from},
-            _texts(run, ledger),
+            self._planner,
+            lambda: {"run.yaml": dump_yaml(run)} | ({"ledger.json": dumps(history)} if history else {}),
             self._memory,
             read_back=run.checkpoint.keep_last is not None,  # an older one goes for it
         )
@@ -150,7 +156,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: it cannot be written. What was there before stays.
     """
-    _finish_save(_begin_save(state, final, _facts(model, step, consumed_samples, layout, None), {}, None))
+    _finish_save(_begin_save(state, final, _facts(model, step, consumed_samples, layout), Planner()))
     return final
 
 
@@ -173,34 +179,40 @@ class _Save:
     writer: ShardWriter
 
 
-def _facts(model: ModelConfig, step: int, consumed_samples: int, layout: str, ledger: Ledger | None) -> dict[str, Any]:
-    """What a manifest says of the run."""
+def _facts(model: ModelConfig, step: int, consumed_samples: int, layout: str) -> dict[str, Any]:
+    """What a manifest says of a run without a ledger."""
     return {
         "format": FORMAT,
         "step": step,
         "consumed_samples": consumed_samples,
         "layout": layout,
         "world_size": dist.get_world_size(),
-        "data_fingerprint": ledger.history.fingerprint(consumed_samples) if ledger else "",
+        "data_fingerprint": "",
         "model": to_dict(model),
     }
-
-
-def _texts(run: RunConfig, ledger: Ledger | None) -> dict[str, str]:
-    """Files beside the tensors, by name."""
-    return {"run.yaml": dump_yaml(run)} | ({"ledger.json": dumps(ledger.history)} if ledger else {})
 
 
 def _begin_save(
     state: dict[str, Any],
     final: Path,
     facts: dict[str, Any],
-    texts: dict[str, str],
-    memory: HostMemory | None,
+    planner: Planner,
+    texts: Callable[[], dict[str, str]] = dict,
+    memory: HostMemory | None = None,
     *,
     read_back: bool = False,
 ) -> _Save:
-    """Make the folder and begin to write to it, from copies in ``memory`` if there is one."""
+    """Make the folder and begin to write to it, from copies in ``memory`` if there is one.
+
+    Args:
+        state: sharded tensors, by kind.
+        final: the folder's name when it is whole.
+        facts: what the manifest says of the run.
+        planner: says who writes what.
+        texts: the files beside the tensors, by name; called in a thread.
+        memory: where the tensors are copied to before they are written.
+        read_back: whether to read each file again from the disk, and compare.
+    """
     partial = final.with_name(f".{final.name}.partial")
     optimizer = state.get("optimizer")
     facts = {
@@ -209,13 +221,13 @@ def _begin_save(
         "has_main_weights": any(key.startswith("param.") for key in optimizer or ()),
     }
     sharded, common = save_preprocess(state, validate_access_integrity=False)
-    tensors, index = plan(sharded)
+    tensors, index = planner.plan(sharded)
     # What the first process does alone fails on all of them, or the others would wait for it.
     on_rank0(lambda: _begin(partial, final))
-    on_rank0(lambda: _write_settings(partial, final, common, texts))
     if memory is not None:
         tensors = memory.copy(tensors)
-    return _Save(final, partial, facts, index, ShardWriter(partial, tensors, read_back=read_back))
+    settings = (lambda: _write_settings(partial, common, texts())) if dist.get_rank() == 0 else None
+    return _Save(final, partial, facts, index, ShardWriter(partial, tensors, settings, read_back=read_back))
 
 
 def _finish_save(save: _Save) -> None:
@@ -260,13 +272,12 @@ def _begin(partial: Path, final: Path) -> None:
         partial.mkdir()
 
 
-def _write_settings(partial: Path, final: Path, common: dict[str, Any], texts: dict[str, str]) -> None:
+def _write_settings(partial: Path, common: dict[str, Any], texts: dict[str, str]) -> None:
     """All but the tensors."""
-    with _disk_errors(final, partial):
-        get_default_save_common_strategy().save_common(common, str(partial))
-        save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
+    get_default_save_common_strategy().save_common(common, str(partial))
+    save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+    for name, text in texts.items():
+        (partial / name).write_text(text, encoding="utf-8")
 
 
 def _finish(partial: Path, final: Path, facts: dict[str, Any], index: Metadata | None, written: list[Written]) -> None:
@@ -277,17 +288,15 @@ def _finish(partial: Path, final: Path, facts: dict[str, Any], index: Metadata |
     with _disk_errors(final, partial):
         if index is not None:
             write_index(partial, index, together)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        found = {
-            str(path.relative_to(partial)): {
-                "bytes": path.stat().st_size,
-                "sha256": together.files[path.name]["sha256"] if path.name in together.files else sha256_of(path),
-            }
-            for path in files
-        }
-        for name, facts_of_file in together.files.items():
-            if found.get(name, {}).get("bytes") != facts_of_file["bytes"]:
+        files = sorted(partial.iterdir())
+        for name, written_file in together.files.items():
+            if not (partial / name).is_file() or (partial / name).stat().st_size != written_file["bytes"]:
                 raise OSError(f"{partial / name} is not there as it was written")
+        found = together.files | {
+            path.name: {"bytes": path.stat().st_size, ALGORITHM: checksum_of(path)}
+            for path in files
+            if path.name not in together.files
+        }
         norms = {key: math.sqrt(square) for key, square in sorted(together.squares.items())}
         manifest = {**facts, "norms": norms, "files": found}
         content = json.dumps({**manifest, "sha256": manifest_checksum(manifest)}, indent=1)

@@ -7,12 +7,11 @@ hashing and syncing release Python's lock, so training goes on meanwhile.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
 import os
 import pickle
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,7 +20,8 @@ from typing import IO, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, is_main_replica
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.utils.serialization import config as serialization
 
 from steel_megatron.errors import CheckpointError
-from steel_megatron.files import sha256_of
+from steel_megatron.parallel.agreement import any_rank
+from steel_megatron.train.checkpoint_checksums import ALGORITHM, checksum_of, new_hash
 
 FILES = 2
 """Files of a process, each written by a thread."""
@@ -51,7 +52,7 @@ class Written:
     """What a process wrote.
 
     Attributes:
-        files: size and SHA-256 by name.
+        files: size and checksum by name.
         places: where each part of a tensor lies.
         squares: the sum of the squared values of each tensor's parts, by the tensor's name.
     """
@@ -88,15 +89,38 @@ class HostMemory:
         return copied
 
 
-def plan(state: ShardedStateDict) -> tuple[list[tuple[WriteItem, torch.Tensor]], Metadata | None]:
-    """Who writes what; every process calls it.
+class Planner:
+    """Who writes what. While the layout of the state stays the same, so does the plan."""
 
-    Args:
-        state: sharded tensors.
+    def __init__(self) -> None:
+        self._layout: list[Any] = []
+        self._items: list[WriteItem] = []
+        self._index: Metadata | None = None
 
-    Returns:
-        this process's tensors, and on the first process the index of all.
-    """
+    def plan(self, state: ShardedStateDict) -> tuple[list[tuple[WriteItem, torch.Tensor]], Metadata | None]:
+        """Every process calls it.
+
+        Args:
+            state: sharded tensors.
+
+        Returns:
+            this process's tensors, and on the first process the index of all.
+        """
+        own = [one for one in nested_values(state) if is_main_replica(one.replica_id)]
+        layout = [(one.key, one.global_offset, one.local_shape, one.global_shape, one.dtype) for one in own]
+        if any_rank(layout != self._layout or not layout):
+            self._items, self._index = _planned(state)
+            self._layout = layout
+        data = {(one.key, one.global_offset): one.data.detach() for one in own}
+        tensors = []
+        for item in self._items:
+            assert item.index.offset is not None and item.tensor_data is not None
+            tensor = data[item.index.fqn, tuple(item.index.offset)]
+            tensors.append((item, tensor.reshape(item.tensor_data.chunk.sizes)))
+        return tensors, self._index
+
+
+def _planned(state: ShardedStateDict) -> tuple[list[WriteItem], Metadata | None]:
     own, _, _ = _replace_state_dict_keys_with_sharded_keys(state, keep_only_main_replica=True)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     is_rank0 = dist.get_rank() == 0
@@ -105,7 +129,7 @@ def plan(state: ShardedStateDict) -> tuple[list[tuple[WriteItem, torch.Tensor]],
     plans: list[Any] = [None] * dist.get_world_size()
     dist.gather_object(local, plans if is_rank0 else None)
     index = planner.create_global_plan(plans)[1] if is_rank0 else None  # checks that they cover every tensor once
-    return [(item, planner.resolve_data(item)) for item in local.items], index
+    return local.items, index
 
 
 class ShardWriter:
@@ -114,23 +138,38 @@ class ShardWriter:
     Args:
         folder: it must be there.
         tensors: they must stay as they are until all is written.
+        others: writes files of another kind, in a thread as well.
         read_back: whether to read each file again from the disk, and compare.
     """
 
     def __init__(
-        self, folder: Path, tensors: Sequence[tuple[WriteItem, torch.Tensor]], *, read_back: bool = False
+        self,
+        folder: Path,
+        tensors: Sequence[tuple[WriteItem, torch.Tensor]],
+        others: Callable[[], None] | None = None,
+        *,
+        read_back: bool = False,
     ) -> None:
         self._given_up, self._read_back = threading.Event(), read_back
         of_item = {item.index: tensor for item, tensor in tensors}
         shares = [share for share in _split_by_size_and_type(FILES, [item for item, _ in tensors]) if share]
-        threads = ThreadPoolExecutor(FILES, "checkpoint")
+        threads = ThreadPoolExecutor(FILES + 1, "checkpoint")
+
+        def rest() -> Written:
+            if others is not None:
+                others()
+            return Written()
+
         self._futures: list[Future[Written]] = [
-            threads.submit(
-                self._write,
-                folder / f"__{dist.get_rank()}_{number}.distcp",
-                [(item, of_item[item.index]) for item in share],
-            )
-            for number, share in enumerate(shares)
+            threads.submit(rest),
+            *(
+                threads.submit(
+                    self._write,
+                    folder / f"__{dist.get_rank()}_{number}.distcp",
+                    [(item, of_item[item.index]) for item in share],
+                )
+                for number, share in enumerate(shares)
+            ),
         ]
         threads.shutdown(wait=False)
 
@@ -177,9 +216,9 @@ class ShardWriter:
             os.fsync(file.fileno())
             if self._read_back:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
-        if self._read_back and sha256_of(path) != stream.hash.hexdigest():
+        if self._read_back and checksum_of(path) != stream.hash.hexdigest():
             raise OSError(f"{path} reads back other than it was written")
-        written.files[path.name] = {"bytes": stream.size, "sha256": stream.hash.hexdigest()}
+        written.files[path.name] = {"bytes": stream.size, ALGORITHM: stream.hash.hexdigest()}
         return written
 
 
@@ -212,7 +251,7 @@ class _HashingFile:
     """A file that is written to, with the hash of what was."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.hash, self.size = file, hashlib.sha256(), 0
+        self._file, self.hash, self.size = file, new_hash(), 0
         self._syncing = 0
 
     def write(self, content: memoryview) -> int:

@@ -25,6 +25,7 @@ from steel_megatron.parallel.topology import Topology, initialize, shutdown
 from steel_megatron.train import checkpoint
 from steel_megatron.train.batches import Batches
 from steel_megatron.train.callbacks import Callback, RunView, callbacks_of
+from steel_megatron.train.checkpoint_checksums import verified_by_all
 from steel_megatron.train.checkpoint_save import Saver
 from steel_megatron.train.engine import Engine, minimised
 from steel_megatron.train.stop_signal import StopSignal
@@ -209,8 +210,7 @@ def _started(callbacks: Sequence[Callback], view: RunView) -> Iterator[None]:
 
 def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSession) -> tuple[int, Path | None]:
     """Resume, or take initial weights from elsewhere, or begin; returns the samples consumed and the checkpoint."""
-    # One process reads and compares all checksums; the others follow.
-    found = on_rank0(lambda: _find(run))
+    found = verified_by_all(lambda check: _find(run, check), checkpoint.verify)
     step = broadcast_from_rank0(found.step if found else -1)
     if step >= 0:
         path = checkpoint.path_of(run, step)
@@ -228,7 +228,7 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSe
     if run.checkpoint.init_from:
         origin = Path(run.checkpoint.init_from)
         info = raise_if_any_rank_failed(lambda: checkpoint.read_info(origin))
-        on_rank0(lambda: checkpoint.verify(origin))
+        verified_by_all(lambda check: check(origin), checkpoint.verify)
         checkpoint.load_weights(engine.stage, info, run.model)
         engine.optimizer.reload_model_params()
         logger.info(f"starting from the weights of {origin}")
@@ -239,11 +239,11 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSe
     return 0, None
 
 
-def _find(run: RunConfig) -> checkpoint.CheckpointInfo | None:
+def _find(run: RunConfig, check: Callable[[Path], None]) -> checkpoint.CheckpointInfo | None:
     """The checkpoint to resume from: the newest whole one, unless an older one is asked for; None if there is none."""
     if run.checkpoint.resume_from is not None:
-        return checkpoint.go_back(run, run.checkpoint.resume_from)
-    info = checkpoint.newest(run.checkpoints_dir)
+        return checkpoint.go_back(run, run.checkpoint.resume_from, check)
+    info = checkpoint.newest(run.checkpoints_dir, check)
     if info is None and any(run.checkpoints_dir.glob("step_*")):
         raise CheckpointError(
             f"no checkpoint in {run.checkpoints_dir} is whole, so there is nothing to resume from and nothing is begun "

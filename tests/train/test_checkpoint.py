@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -11,13 +12,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from steel_megatron.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig
-from steel_megatron.errors import CheckpointError
+from steel_megatron.errors import CheckpointError, SteelError
 from steel_megatron.files import sha256_of
-from steel_megatron.train import checkpoint, checkpoint_save
+from steel_megatron.train import checkpoint, checkpoint_checksums, checkpoint_save
+from steel_megatron.train.checkpoint_checksums import checksum_of
+from steel_megatron.train.checkpoint_index import read_index
 from tests.distributed import run_distributed
 from tests.file_system import full_disk_at, killed_before, watched
 from tests.train.small_run import LAYOUTS, MODEL, PROCESSES, compare, own_batches, small_run, train
@@ -149,6 +153,110 @@ def test_a_manifest_of_another_kind_is_refused(checkpoints: Path) -> None:
         assert newest_step(checkpoints) == 2
 
 
+def with_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A checkpoint whose manifest says something else, under a checksum that is right."""
+    manifest = json.loads((folder / "steel.json").read_text())
+    change(manifest)
+    manifest["sha256"] = checkpoint.manifest_checksum(manifest)
+    (folder / "steel.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_checkpoints_of_earlier_versions_have_sha256_of_each_file(checkpoints: Path) -> None:
+    newer, older = sorted(checkpoints.iterdir(), reverse=True)
+
+    def earlier(manifest: dict[str, Any]) -> None:
+        manifest["format"] = 1
+        for name in manifest["files"]:
+            file = newer / name
+            manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+
+    with_manifest(newer, earlier)
+    assert newest_step(checkpoints) == 4
+    flip(newer / "__0_0.distcp", -1)
+    assert newest_step(checkpoints) == 2
+
+    def later(manifest: dict[str, Any]) -> None:
+        manifest["files"]["run.yaml"] = {"bytes": (older / "run.yaml").stat().st_size, "md9": "0"}
+
+    with pytest.raises(CheckpointError, match=r"run\.yaml has a checksum that this version does not know: bytes, md9"):
+        checkpoint.verify(with_manifest(older, later))
+    with pytest.raises(CheckpointError, match="has format 3; this version reads formats 1 and 2"):
+        checkpoint.verify(with_manifest(older, lambda manifest: manifest.update(format=3)))
+
+
+def test_a_file_that_cannot_be_read_is_passed_over(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = checkpoint_checksums.checksum_of
+
+    def broken(path: Path, *algorithm: str) -> str:
+        if path == checkpoints / "step_00000004" / "__0_0.distcp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return plain(path, *algorithm)
+
+    monkeypatch.setattr(checkpoint_checksums, "checksum_of", broken)
+    assert newest_step(checkpoints) == 2
+
+
+def find_together(folder: Path) -> list[tuple[list[str], int | str | None]]:
+    """Two processes look for a checkpoint, whole, then with one and then with all damaged: files read, and outcome."""
+    import torch.distributed as dist
+
+    from steel_megatron.parallel.topology import initialize
+
+    is_rank0 = initialize(LAYOUTS["dp2"]).is_rank0
+    plain, read, seen = checkpoint_checksums.checksum_of, [], []
+
+    def checksum(path: Path, algorithm: str) -> str:
+        read.append(f"{path.parent.name[-1]} {path.name}")
+        return plain(path, algorithm)
+
+    def find(check: Callable[[Path], None]) -> int:
+        info = checkpoint.newest(folder, check)
+        if info is None:
+            raise CheckpointError("none is whole")
+        return info.step
+
+    checkpoint_checksums.checksum_of = checksum
+    for damaged in (None, "step_00000004/__1_0.distcp", "step_00000002/.metadata"):
+        if damaged and is_rank0:
+            flip(folder / damaged, -1)
+        dist.barrier()
+        outcome: Any = None
+        try:
+            outcome = checkpoint_checksums.verified_by_all(find, checkpoint.verify)
+        except SteelError as error:
+            outcome = str(error)
+        seen.append((sorted(read), outcome))
+        read.clear()
+    return seen
+
+
+def test_processes_share_the_files_of_a_checkpoint_that_is_verified(checkpoints: Path) -> None:
+    for folder in checkpoints.iterdir():
+        (folder / "__0_1.distcp").rename(folder / "__1_0.distcp")
+        index: Any = read_index(folder / ".metadata")
+        for key, info in index.storage_data.items():
+            if info.relative_path == "__0_1.distcp":
+                index.storage_data[key] = dataclasses.replace(info, relative_path="__1_0.distcp")
+        (folder / ".metadata").write_bytes(pickle.dumps(index))
+        content = (folder / ".metadata").stat().st_size, checksum_of(folder / ".metadata")
+
+        def renamed(manifest: dict[str, Any], content: tuple[int, str] = content) -> None:
+            files = manifest["files"]
+            files["__1_0.distcp"] = files.pop("__0_1.distcp")
+            files[".metadata"] = {"bytes": content[0], "xxh3_128": content[1]}
+
+        with_manifest(folder, renamed)
+    first, second = run_distributed(find_together, 2, checkpoints)
+    others = [".metadata", "__0_0.distcp", "common.pt", "metadata.json", "run.yaml"]
+    of_first = {step: [f"{step} {name}" for name in others] for step in (2, 4)}
+    assert first[0] == (of_first[4], 4) and second[0] == (["4 __1_0.distcp"], None)
+    # What one process finds passes the checkpoint over on all.
+    assert first[1] == (of_first[2] + of_first[4], 2)
+    assert second[1] == (["2 __1_0.distcp", "4 __1_0.distcp"], None)
+    assert first[2][1] == "none is whole" and str(second[2][1]).startswith("process 0 failed")
+
+
 class Payload:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("true",)
@@ -174,10 +282,8 @@ DOTTED = (
 def test_an_index_that_would_execute_something_is_refused(checkpoints: Path, content: bytes) -> None:
     folder = checkpoints / "step_00000004"
     (folder / ".metadata").write_bytes(content)
-    manifest = json.loads((folder / "steel.json").read_text())
-    manifest["files"][".metadata"] = {"bytes": len(content), "sha256": sha256_of(folder / ".metadata")}
-    manifest["sha256"] = checkpoint.manifest_checksum(manifest)
-    (folder / "steel.json").write_text(json.dumps(manifest))
+    facts = {"bytes": len(content), "sha256": sha256_of(folder / ".metadata")}
+    with_manifest(folder, lambda manifest: manifest["files"].update({".metadata": facts}))
     assert checkpoint.read_info(folder).step == 4
     with pytest.raises(CheckpointError, match=r"asks for .*system, which no checkpoint"):
         checkpoint.verify(folder)
@@ -296,6 +402,26 @@ def save_and_load(run: RunConfig) -> dict[str, Any]:
         seen[f"begin {change}"] = message_of(lambda: checkpoint.load_weights(engine.stage, other, run.model))  # noqa: B023
     checkpoint.load(engine, info)
     seen["random state"] = torch.equal(state, torch.get_rng_state())
+    seen["plans"] = plans(engine)
+    return seen
+
+
+def plans(engine: Any) -> list[tuple[bool, bool, int]]:
+    """Of two states with one layout, and of one with another: whether the plan is the first, its data new, its size."""
+    import torch
+
+    from steel_megatron.train.checkpoint_writer import Planner
+
+    planner, seen, first = Planner(), [], None
+    for number in range(3):
+        torch.manual_seed(number)
+        state = checkpoint.sharded_engine(engine)
+        if number == 2:
+            del state["optimizer"]
+        tensors, index = planner.plan(state)
+        row = next(tensor for item, tensor in tensors if item.index.fqn == "random.torch")
+        first = first or index
+        seen.append((index is first, torch.equal(row[0], torch.get_rng_state()), len(tensors)))
     return seen
 
 
@@ -317,6 +443,8 @@ def test_what_saves_and_loads_do(tmp_path: Path) -> None:
         # The old one is aside between two renames, and until the second one is on the disk.
         assert (left, newest) in (([step], 0), ([f".{step}.old"], None), ([f".{step}.old", step], 0))
     assert seen["random state"]
+    (*_, tensors), *later = seen["plans"]
+    assert later == [(True, True, tensors), (False, True, mock.ANY)] and 0 < later[1][2] < tensors
     assert "model.rotary_base" in seen["load {'rotary_base': 10000}"]
     assert "model.rotary_base" in seen["begin {'rotary_base': 10000}"]
     assert "model.routing_mode" in seen["load {'routing_mode': 'merged'}"]
@@ -402,3 +530,39 @@ def test_a_save_that_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
     messages = run_distributed(save_with_a_first_process_that_cannot, 2, str(tmp_path), timeout=50)
     assert "No space left on device" in messages[0] and "process 0 failed" in messages[1]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == []
+
+
+def test_tensors_are_read_however_they_were_saved(tmp_path: Path) -> None:
+    """What lies in a file as it is wanted is read straight to its place; the rest is cut, turned or converted."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from steel_megatron.train.checkpoint_reader import _Reader
+
+    table = torch.arange(24.0).view(4, 6)
+    saved = {
+        "same": table,
+        "turned": table.t(),
+        "with gaps": table.t(),
+        "wide": table.double(),
+        "whole": table.int(),
+        "one": torch.tensor(3.0),
+    }
+    dcp.save(saved, storage_writer=dcp.FileSystemWriter(tmp_path, thread_count=3), no_dist=True)
+    wanted = {name: torch.zeros(tensor.shape) for name, tensor in saved.items()}
+    wanted["same"], wanted["with gaps"] = torch.zeros(6, 4).t(), torch.zeros(4, 6).t()
+    dcp.load(wanted, storage_reader=_Reader(tmp_path), no_dist=True)
+    for name, tensor in saved.items():
+        assert torch.equal(wanted[name], tensor.float()), name
+    straight = {"same": torch.zeros(4, 6), "one": torch.zeros(())}
+    with mock.patch.object(torch, "load", None):
+        dcp.load(straight, storage_reader=_Reader(tmp_path), no_dist=True)
+    assert torch.equal(straight["same"], table) and straight["one"] == 3
+    (file,) = {
+        place.relative_path
+        for at, place in dcp.FileSystemReader(tmp_path).read_metadata().storage_data.items()
+        if at.fqn == "same"
+    }
+    os.truncate(tmp_path / file, 1_000)
+    with pytest.raises(dcp.api.CheckpointException):
+        dcp.load(straight, storage_reader=_Reader(tmp_path), no_dist=True)
