@@ -45,6 +45,7 @@ class TrainingSummary:
         losses: of each step of this call, in order; the last one is ``loss``.
         checkpoint: the newest checkpoint's folder.
         finished: whether all of the run's steps are done.
+        stopped: whether a signal stopped it before it had done what it was to do; the same call resumes it.
     """
 
     step: int
@@ -52,6 +53,7 @@ class TrainingSummary:
     validation_loss: float | None
     checkpoint: Path
     finished: bool
+    stopped: bool = False
     validation_losses: Mapping[str, float] = field(default_factory=dict)
     losses: Sequence[float] = ()
 
@@ -59,7 +61,8 @@ class TrainingSummary:
 def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSummary:
     """Train a model from where its folder stands; every process of the launch calls it.
 
-    It works in a script, in a notebook and in a thread; only in the main thread it notices signals.
+    It works in a script, in a notebook and in a thread. In the main thread it notices signals (SIGTERM, SIGUSR1 and
+    Ctrl-C) while it trains: it saves after the step under way, and returns.
 
     Args:
         run: the run's settings.
@@ -104,6 +107,7 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
     saver = Saver(run)
     validation: dict[str, float] = {}
     losses = array("d")
+    stopping = False
 
     def note(path: Path | None) -> None:
         nonlocal saved
@@ -116,7 +120,8 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
         return f"step {engine.step_number + 1}{saver.doing}"
 
     peers = Peers()
-    with _started(callbacks, view), _ended(saver, note), StopSignal() as signal, peers.named(phase):
+    # The signals come first: a second one must not hit what is left to do after the save.
+    with StopSignal() as signal, _started(callbacks, view), _ended(saver, note), peers.named(phase):
         _tell_if_done(run, engine.step_number)
         while engine.step_number < training.last_step:
             for callback in callbacks:
@@ -127,12 +132,11 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
             for callback in callbacks:
                 callback.after_step(view, result)
             note(saver.poll())
-            stopping = any_rank(signal.received)
             is_last = result.step == training.last_step
-            if batches.validation_sets and (result.step % training.eval_interval == 0 or is_last):
-                validation = {name: minimised(engine.evaluate(own)).mean for name, own in batches.validation()}
-                for callback in callbacks:
-                    callback.after_validation(view, validation)
+            asked_to_stop = any_rank(signal.received)
+            stopping = asked_to_stop and not is_last
+            if not asked_to_stop and (result.step % training.eval_interval == 0 or is_last):
+                validation = _validate(engine, batches, callbacks, view)
             if result.step % run.checkpoint.save_interval == 0 or is_last or stopping:
                 (session.release if stopping or is_last else session.sync)(result.step, consumed)
                 note(saver.begin(engine, consumed, session.ledger))
@@ -141,6 +145,8 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
             if stopping:
                 logger.warning(f"asked to stop: step {result.step} is saved; the same command resumes from there")
                 break
+            if asked_to_stop and is_last:  # the save came first: who asks to stop may not wait for long
+                validation = _validate(engine, batches, callbacks, view)
     assert saved is not None, "a run has at least one step, done now or before"
     return TrainingSummary(
         step=engine.step_number,
@@ -148,9 +154,18 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
         validation_loss=sum(validation.values()) / len(validation) if validation else None,
         checkpoint=saved,
         finished=engine.step_number >= training.train_steps,
+        stopped=stopping,
         validation_losses=validation,
         losses=losses,
     )
+
+
+def _validate(engine: Engine, batches: Batches, callbacks: Sequence[Callback], view: RunView) -> dict[str, float]:
+    """The losses of the validation sets; without any, nobody is told of a validation."""
+    found = {name: minimised(engine.evaluate(own)).mean for name, own in batches.validation()}
+    for callback in callbacks if found else ():
+        callback.after_validation(view, found)
+    return found
 
 
 def _tell_if_done(run: RunConfig, done: int) -> None:
