@@ -14,6 +14,10 @@ def pretrain(run: RunConfig) -> int:
 
     The exit code is 0 if the run has come to its end, 75 if a signal stopped it and the same command resumes it.
     """
+    import os
+
+    # A lost process is told in a line; torch would warn of its connections with 20 lines of C++ each.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from steel_megatron.platform import prepare
 
     prepare()  # before megatron-core is imported

@@ -80,11 +80,13 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         stack.callback(_UNDER_WAY.release)
         topology = initialize(run.parallel)
         stack.callback(shutdown)
+        peers = stack.enter_context(Peers(Path(run.checkpoint.directory), run.training.watchdog_seconds))
+        stack.enter_context(peers.named())
         lock = exclusive_lock(Path(run.checkpoint.directory) / "run", CheckpointError)
         on_rank0(lambda: stack.enter_context(lock))
         if run.ledger_path.parent != Path(run.checkpoint.directory):
             on_rank0(lambda: stack.enter_context(_ledger_lock(run.ledger_path)))
-        return _train(run, topology, [*callbacks_of(run), *callbacks])
+        return _train(run, topology, peers, [*callbacks_of(run), *callbacks])
 
 
 @contextmanager
@@ -96,7 +98,7 @@ def _ledger_lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) -> TrainingSummary:
+def _train(run: RunConfig, topology: Topology, peers: Peers, callbacks: Sequence[Callback]) -> TrainingSummary:
     training = run.training
     run.num_micro_batches(topology.launch.world_size)  # checks the batch before anything is read
     session = LedgerSession(run, agreement)
@@ -116,12 +118,9 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
             for callback in callbacks:
                 callback.after_save(view, path)
 
-    def phase() -> str:
-        return f"step {engine.step_number + 1}{saver.doing}"
-
-    peers = Peers()
+    peers.phase = lambda: f"step {engine.step_number + 1}{saver.doing}"
     # The signals come first: a second one must not hit what is left to do after the save.
-    with StopSignal() as signal, _started(callbacks, view), _ended(saver, note), peers.named(phase):
+    with StopSignal() as signal, _started(callbacks, view), _ended(saver, note), peers.named():
         _tell_if_done(run, engine.step_number)
         while engine.step_number < training.last_step:
             for callback in callbacks:
