@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -64,9 +65,8 @@ class Kill:
     delay: float
 
     @classmethod
-    def at_random(cls, source: random.Random, processes: int) -> Kill:
-        """Any rank, phase and moment."""
-        phase = source.choice(PHASES)
+    def at_random(cls, source: random.Random, processes: int, phase: str) -> Kill:
+        """Any rank, at any moment of a phase."""
         longest = {"start": 6.0, "step": 0.2, "save": 0.1, "validation": 0.1}[phase]
         count = source.randint(1, 3) if phase in ("step", "save") else 1
         return cls(source.randrange(processes), phase, count, source.uniform(0, longest))
@@ -289,20 +289,22 @@ class Campaign:
             AssertionError: a run differs from the undisturbed one, or a kill left something behind.
         """
         source, number = random.Random(self.seed), 0
-        layouts = list(SCENARIOS)
+        layouts, phases = list(SCENARIOS), list(PHASES)
         source.shuffle(layouts)
+        source.shuffle(phases)
+        turns = itertools.cycle(phases)  # so that a few kills are of every kind
         while self.done < self.kills:
             layout = layouts[number % len(layouts)]
             number += 1
-            self._disturb(layout, f"run-{number}", min(3, self.kills - self.done), source)
+            self._disturb(layout, f"run-{number}", min(3, self.kills - self.done), source, turns)
         self.report(f"{self.done} kills ({self.phases}); the longest survivor stayed {self.longest:.1f} s")
 
-    def _disturb(self, layout: str, name: str, kills: int, source: random.Random) -> None:
+    def _disturb(self, layout: str, name: str, kills: int, source: random.Random, phases: Iterator[str]) -> None:
         """Kill a run some times, let it end, and compare."""
         run, processes = small_training(self.folder, layout, name), SCENARIOS[layout][1]
         finished = False
         for _ in range(kills):
-            kill = Kill.at_random(source, processes)
+            kill = Kill.at_random(source, processes, next(phases))
             came = attempt(run, processes, kill, self.folder)
             self.report(f"{layout}: {kill} -> exit codes {came.codes}, {came.survived:.1f} s: {came.said}")
             if not came.killed:
