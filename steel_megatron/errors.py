@@ -5,6 +5,30 @@ Every message names the value, where it came from and what would be right. The c
 unless the library itself is wrong is an ``assert``, never one of these.
 """
 
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a command ends; docs/commands.md has the table. A job that ends with STOPPED or LOST is to be started again.
+
+    A process that a signal ends has no say; shells show 128 and the signal's number.
+    """
+
+    FINISHED = 0
+    """All is done."""
+    FAILED = 1
+    """An error of the library, with a traceback; of ``audit``: the model leaks."""
+    WRONG_INPUT = 2
+    """A setting, a file or the data must be changed first: the same command would end the same way."""
+    STOPPED = 75
+    """A signal asked a run to stop, and it is saved. EX_TEMPFAIL of sysexits.h."""
+    LOST = 76
+    """A process of a run is gone or stands still, or did not come. EX_PROTOCOL of sysexits.h."""
+    INTERRUPTED = 130
+    """Ctrl-C, of a command that saves nothing."""
+    NO_READER = 141
+    """Nobody reads the output any more, as under ``| head``."""
+
 
 class SteelError(Exception):
     """Something outside the library is wrong: a setting, a file, the launch."""
@@ -24,3 +48,16 @@ class CheckpointError(SteelError):
 
 class TrainingError(SteelError):
     """Training cannot go on: a loss that is not finite, a worker that is gone."""
+
+
+class LostRankError(SteelError):
+    """A process of the launch has failed, is gone, stands still or did not come.
+
+    Args:
+        message: which one, and what it was at.
+        code: what this process ends with.
+    """
+
+    def __init__(self, message: str, code: int = ExitCode.LOST) -> None:
+        super().__init__(message)
+        self.code = code

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from steel_megatron.errors import SteelError
+from steel_megatron.errors import ExitCode, LostRankError, SteelError
 
 ROOT_LOGGER = "steel_megatron"
 
@@ -51,7 +51,8 @@ def exit_code(command: Callable[[], None]) -> int:
     """Run a command with logging set up; what a user can fix becomes one line on stderr, without a traceback.
 
     Returns:
-        0, or 2 after a SteelError, 130 after an interrupt, or 141 when nobody reads the output any further.
+        FINISHED, WRONG_INPUT after a SteelError (LOST or what the lost process ended with, if one is lost),
+        INTERRUPTED after Ctrl-C, or NO_READER when nobody reads the output any further.
     """
     setup_logging()
     try:
@@ -61,15 +62,15 @@ def exit_code(command: Callable[[], None]) -> int:
         rank = launched_rank()
         prefix = f"[rank {rank}] " if rank else ""
         sys.stderr.write(f"{prefix}error: {error}\n")
-        return 2
+        return error.code if isinstance(error, LostRankError) else ExitCode.WRONG_INPUT
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
-        return 130
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:
         if not _reader_left():
             raise
-        return 141
-    return 0
+        return ExitCode.NO_READER
+    return ExitCode.FINISHED
 
 
 def _reader_left() -> bool:

@@ -86,16 +86,30 @@ def test_a_second_job_on_the_same_folder_is_refused(folder: Path) -> None:
     assert not (folder / "run").exists()  # the holder left nothing, and the refused job wrote nothing
 
 
+def program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
 def test_the_batch_script_starts_one_task_per_gpu(tmp_path: Path) -> None:
-    srun = tmp_path / "srun"
-    srun.write_text('#!/bin/sh\necho "OMP_NUM_THREADS=$OMP_NUM_THREADS $*"\n')
-    srun.chmod(0o755)
+    program(tmp_path / "srun", 'echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $*"')
     script = Path(__file__).resolve().parents[1] / "examples/slurm/pretrain.sbatch"
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "8"}
     words = ["bash", str(script), "recipe.yaml", "--training.micro_batch_size", "4"]
     done = subprocess.run(words, env=environment(**variables) | variables, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [
-        *("OMP_NUM_THREADS=8", "--kill-on-bad-exit=1", "--cpus-per-task=8", "python", "-m", "steel_megatron"),
-        *("pretrain", "--config", "recipe.yaml", "--training.micro_batch_size", "4"),
+        *("OMP_NUM_THREADS=8", "--kill-on-bad-exit=0", "--wait=60", "--cpus-per-task=8"),
+        *("python", "-m", "steel_megatron", "pretrain", "--config", "recipe.yaml", "--training.micro_batch_size", "4"),
     ]
     assert subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False).returncode != 0
+
+
+@pytest.mark.parametrize(("code", "restarts", "queued"), [(75, 0, 1), (76, 99, 1), (76, 100, 0), (2, 0, 0), (0, 0, 0)])
+def test_the_batch_script_comes_again_if_that_helps(tmp_path: Path, code: int, restarts: int, queued: int) -> None:
+    program(tmp_path / "srun", f"exit {code}")
+    program(tmp_path / "scontrol", 'echo "$*"')
+    script = Path(__file__).resolve().parents[1] / "examples/slurm/pretrain.sbatch"
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    words = ["bash", str(script), "recipe.yaml"]
+    done = subprocess.run(words, env=environment() | variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "requeue 7\n" * queued)

@@ -21,7 +21,7 @@ LAYERS = (
     ("hf",),
     ("generate", "audit", "report"),
     ("cli",),
-    ("__main__",),
+    ("__main__", "launch"),
 )
 # The same within data/.
 ROOMS = ("strict_json", "native", "reading", "tokenizing", "cleaning", "indexed", "preprocessing", "sampling", "ledger")

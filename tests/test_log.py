@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from steel_megatron.errors import ConfigError
+from steel_megatron.errors import ConfigError, LostRankError
 from steel_megatron.log import exit_code, get_logger, launched_rank, progress, setup_logging
 
 
@@ -67,6 +67,8 @@ def test_exit_codes(rank_variable: str, monkeypatch: pytest.MonkeyPatch, capsys:
     assert exit_code(lambda: fail(ConfigError("no such file"))) == 2
     assert exit_code(lambda: fail(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "[rank 1] error: no such file\nstopped\n"
+    assert exit_code(lambda: fail(LostRankError("rank 3 is gone"))) == 76
+    assert exit_code(lambda: fail(LostRankError("rank 3 failed", 1))) == 1
     with pytest.raises(ValueError, match="a bug"):
         exit_code(lambda: fail(ValueError("a bug")))
     with pytest.raises(BrokenPipeError, match="a worker's"):

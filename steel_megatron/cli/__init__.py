@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command-line arguments; None for ``sys.argv``.
 
     Returns:
-        the exit code: 0, 1 if the command itself reports a failure, or 2 for an error that the user can fix.
+        the exit code, see :class:`ExitCode`.
     """
     code = None
 

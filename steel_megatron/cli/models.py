@@ -6,17 +6,29 @@ import sys
 from typing import Literal
 
 from steel_megatron.config import RunConfig, TokenizerKind, import_routing_code
-from steel_megatron.errors import DataError
+from steel_megatron.errors import DataError, ExitCode
 
 
-def pretrain(run: RunConfig) -> None:
-    """Train a model, or resume from its newest checkpoint; alone, under torchrun or under srun."""
+def pretrain(run: RunConfig) -> int:
+    """Train a model, or resume from its newest checkpoint; alone, under torchrun or under srun.
+
+    The exit code is 0 if the run has come to its end, 75 if a signal stopped it and the same command resumes it.
+    """
+    import os
+
+    # A lost process is told in a line; torch would warn of its connections with 20 lines of C++ each.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from steel_megatron.platform import prepare
 
     prepare()  # before megatron-core is imported
     from steel_megatron.train.loop import pretrain as train
+    from steel_megatron.train.stop_signal import ignore_stop_signals, stop_with_launcher
 
-    train(run)
+    stop_with_launcher()
+    if not train(run).stopped:
+        return ExitCode.FINISHED
+    ignore_stop_signals()
+    return ExitCode.STOPPED
 
 
 def export_hf(

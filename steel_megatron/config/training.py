@@ -38,12 +38,16 @@ class TrainingConfig:
     routing_metrics_interval: int | None = None
     """Steps between two measurements of the routing (entropies, loads, slot similarity) for TensorBoard; none for no
     measurement."""
+    watchdog_seconds: float | None = 600.0
+    """End the run when a process gives no sign of life, or none of them gets any further, for this long; the stacks of
+    all are written to stacks/ first. None waits for ever."""
 
     def __post_init__(self) -> None:
         typed(self)
         one_of(("float32", "bfloat16"), self, "precision")
         at_least(1, self, "train_steps", "stop_after_step", "micro_batch_size", "global_batch_size")
         at_least(1, self, "log_interval", "eval_interval", "eval_steps", "routing_metrics_interval")
+        at_least(1, self, "watchdog_seconds")
         at_least(0, self, "seed")
         if self.stop_after_step is not None and self.stop_after_step > self.train_steps:
             raise ConfigError(

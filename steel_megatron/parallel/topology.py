@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from steel_megatron.config import ParallelConfig
 from steel_megatron.errors import ConfigError
+from steel_megatron.parallel.rendezvous import TIMEOUT, joining, meet
 from steel_megatron.platform import prepare
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 def _timeout(environment: Mapping[str, str]) -> datetime.timedelta:
     """How long a process waits for the others."""
-    return datetime.timedelta(minutes=_number(environment, "STEEL_DISTRIBUTED_TIMEOUT_MINUTES") or 30)
+    return datetime.timedelta(minutes=_number(environment, TIMEOUT) or 30)
 
 
 def _rendezvous(launch: Launch) -> None:
@@ -119,26 +120,34 @@ def initialize(parallel: ParallelConfig) -> Topology:
 
     Raises:
         ConfigError: the number of processes does not fit the degrees.
+        LostRankError: some processes did not come.
     """
     launch = read_launch(os.environ)
     parallel.data_parallel_size(launch.world_size)  # checks, before anything is started
     platform = prepare()
     timeout = _timeout(os.environ)
+    with joining():
+        _join(launch, platform.backend, timeout)
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            create_gloo_process_groups=True,
+            distributed_timeout_minutes=int(timeout.total_seconds() // 60),
+        )
+    return Topology(parallel=parallel, launch=launch, device=platform.device)
+
+
+def _join(launch: Launch, backend: str, timeout: datetime.timedelta) -> None:
+    """Make the group of all processes, unless there is one."""
     if not dist.is_initialized():
         _rendezvous(launch)
-        dist.init_process_group(platform.backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        create_gloo_process_groups=True,
-        distributed_timeout_minutes=int(timeout.total_seconds() // 60),
-    )
-    return Topology(parallel=parallel, launch=launch, device=platform.device)
+        store = meet(launch.rank, launch.world_size, timeout)
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
 
 
 def initialize_alone(task: str) -> Topology:

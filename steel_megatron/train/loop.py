@@ -48,6 +48,7 @@ class TrainingSummary:
         losses: of each step of this call, in order; the last one is ``loss``.
         checkpoint: the newest checkpoint's folder.
         finished: whether all of the run's steps are done.
+        stopped: whether a signal stopped it before it had done what it was to do; the same call resumes it.
     """
 
     step: int
@@ -55,6 +56,7 @@ class TrainingSummary:
     validation_loss: float | None
     checkpoint: Path
     finished: bool
+    stopped: bool = False
     validation_losses: Mapping[str, float] = field(default_factory=dict)
     losses: Sequence[float] = ()
 
@@ -62,7 +64,8 @@ class TrainingSummary:
 def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSummary:
     """Train a model from where its folder stands; every process of the launch calls it.
 
-    It works in a script, in a notebook and in a thread; only in the main thread it notices signals.
+    It works in a script, in a notebook and in a thread. In the main thread it notices signals (SIGTERM, SIGUSR1 and
+    Ctrl-C) while it trains: it saves after the step under way, and returns.
 
     Args:
         run: the run's settings.
@@ -80,13 +83,15 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         stack.callback(_UNDER_WAY.release)
         topology = initialize(run.parallel)
         stack.callback(shutdown)
+        peers = stack.enter_context(Peers(Path(run.checkpoint.directory), run.training.watchdog_seconds))
+        stack.enter_context(peers.named())
         lock = exclusive_lock(Path(run.checkpoint.directory) / "run", CheckpointError)
         on_rank0(lambda: stack.enter_context(lock))
         held = lease(Path(run.checkpoint.directory) / "run", CheckpointError)
         on_rank0(lambda: stack.enter_context(held))
         if run.ledger_path.parent != Path(run.checkpoint.directory):
             on_rank0(lambda: stack.enter_context(_ledger_lock(run.ledger_path)))
-        return _train(run, topology, [*callbacks_of(run), *callbacks])
+        return _train(run, topology, peers, [*callbacks_of(run), *callbacks])
 
 
 @contextmanager
@@ -98,7 +103,7 @@ def _ledger_lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) -> TrainingSummary:
+def _train(run: RunConfig, topology: Topology, peers: Peers, callbacks: Sequence[Callback]) -> TrainingSummary:
     training = run.training
     run.num_micro_batches(topology.launch.world_size)  # checks the batch before anything is read
     session = LedgerSession(run, agreement)
@@ -109,6 +114,7 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
     saver = Saver(run)
     validation: dict[str, float] = {}
     losses = array("d")
+    stopping = False
 
     def note(path: Path | None) -> None:
         nonlocal saved
@@ -117,11 +123,9 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
             for callback in callbacks:
                 callback.after_save(view, path)
 
-    def phase() -> str:
-        return f"step {engine.step_number + 1}{saver.doing}"
-
-    peers = Peers()
-    with _started(callbacks, view), _ended(saver, note), StopSignal() as signal, peers.named(phase):
+    peers.phase = lambda: f"step {engine.step_number + 1}{saver.doing}"
+    # The signals come first: a second one must not hit what is left to do after the save.
+    with StopSignal() as signal, _started(callbacks, view), _ended(saver, note), peers.named():
         _tell_if_done(run, engine.step_number)
         while engine.step_number < training.last_step:
             for callback in callbacks:
@@ -132,12 +136,11 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
             for callback in callbacks:
                 callback.after_step(view, result)
             note(saver.poll())
-            stopping = any_rank(signal.received)
             is_last = result.step == training.last_step
-            if batches.validation_sets and (result.step % training.eval_interval == 0 or is_last):
-                validation = {name: minimised(engine.evaluate(own)).mean for name, own in batches.validation()}
-                for callback in callbacks:
-                    callback.after_validation(view, validation)
+            asked_to_stop = any_rank(signal.received)
+            stopping = asked_to_stop and not is_last
+            if not asked_to_stop and (result.step % training.eval_interval == 0 or is_last):
+                validation = _validate(engine, batches, callbacks, view)
             if result.step % run.checkpoint.save_interval == 0 or is_last or stopping:
                 on_rank0(lambda: _check_folder(run, engine.step_number))
                 (session.release if stopping or is_last else session.sync)(result.step, consumed)
@@ -147,6 +150,8 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
             if stopping:
                 logger.warning(f"asked to stop: step {result.step} is saved; the same command resumes from there")
                 break
+            if asked_to_stop and is_last:  # the save came first: who asks to stop may not wait for long
+                validation = _validate(engine, batches, callbacks, view)
     assert saved is not None, "a run has at least one step, done now or before"
     return TrainingSummary(
         step=engine.step_number,
@@ -154,6 +159,7 @@ def _train(run: RunConfig, topology: Topology, callbacks: Sequence[Callback]) ->
         validation_loss=sum(validation.values()) / len(validation) if validation else None,
         checkpoint=saved,
         finished=engine.step_number >= training.train_steps,
+        stopped=stopping,
         validation_losses=validation,
         losses=losses,
     )
@@ -173,6 +179,14 @@ def _check_folder(run: RunConfig, step: int) -> None:
             f"{folder} was removed or moved while the run was under way (its run.lock is gone), so step {step} is not "
             "saved; where its checkpoints are kept, the run resumes from the newest one"
         )
+
+
+def _validate(engine: Engine, batches: Batches, callbacks: Sequence[Callback], view: RunView) -> dict[str, float]:
+    """The losses of the validation sets; without any, nobody is told of a validation."""
+    found = {name: minimised(engine.evaluate(own)).mean for name, own in batches.validation()}
+    for callback in callbacks if found else ():
+        callback.after_validation(view, found)
+    return found
 
 
 def _tell_if_done(run: RunConfig, done: int) -> None:
