@@ -55,6 +55,7 @@ COMMANDS = {
     "data reweight": Command(ledgers.reweight, ("ledger", "names")),
     "data mixture": Command(ledgers.mixture, ("ledger", "weights")),
     "data cancel": Command(ledgers.cancel, ("ledger",)),
+    "data skip": Command(ledgers.skip, ("ledger",)),
     "data show": Command(ledgers.show, ("ledger",)),
     "pretrain": Command(models.pretrain),
     "export-hf": Command(models.export_hf),

@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Literal
 
-from steel_megatron.config.checks import at_least, divides, one_of, typed
+from steel_megatron.config.checks import at_least, below_one, divides, one_of, typed
 from steel_megatron.config.megatron import changes_the_result
 from steel_megatron.config.routing import RoutingModeFacts, routing_facts, routing_mode_names
 from steel_megatron.errors import ConfigError
@@ -96,6 +96,11 @@ class ModelConfig:
     expert_init_method_std: float | None = None
     """The same for experts, or for the dense network; none means init_method_std. Merging E experts evenly divides the
     deviation by sqrt(E), which init_method_std * sqrt(E) makes up for."""
+    hidden_dropout: float = 0.0
+    """Probability with which training drops an element of the embedding, or of what a layer's attention or feed-forward
+    part adds to the residual stream."""
+    attention_dropout: float = 0.0
+    """Probability with which training drops an attention weight; above 0, all weights of a layer are stored."""
     identical_expert_init: bool = False
     """Start the experts of a layer as copies of one (sparse upcycling); routing then makes them different."""
     megatron: dict[str, Any] = field(default_factory=dict)
@@ -116,6 +121,7 @@ class ModelConfig:
         at_least(1, self, "make_vocab_size_divisible_by", "rotary_base", "moe_top_k")
         at_least(0, self, "shared_expert_intermediate_size", "norm_epsilon", "init_method_std")
         at_least(0, self, "routing_scale_init", "moe_aux_loss_coeff", "expert_init_method_std")
+        below_one(self, "hidden_dropout", "attention_dropout")
         if self.ffn == "soft_moe" and self.routing_mode is None:
             modes = [name if routing_facts(name).causal else f"{name} (not causal)" for name in routing_mode_names()]
             raise ConfigError(

@@ -28,6 +28,7 @@ from steel_megatron.data.ledger.ledger import Ledger, dumps
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import replace_folder, sha256_of
 from steel_megatron.parallel.agreement import any_rank, on_rank0, raise_if_any_rank_failed
+from steel_megatron.train import bad_steps
 from steel_megatron.train.checkpoint import FORMAT, MANIFEST, manifest_checksum, path_of, reason, sharded_engine
 from steel_megatron.train.checkpoint_writer import HostMemory, ShardWriter, Written, plan, write_index
 from steel_megatron.train.engine import Engine
@@ -72,7 +73,7 @@ class Saver:
             sharded_engine(engine),
             final,
             {**facts, "resume_from": run.checkpoint.resume_from},
-            _texts(run, ledger),
+            _texts(run, ledger) | {bad_steps.FILE: bad_steps.dumps(engine.bad_steps.history)},
             self._memory,
             read_back=run.checkpoint.keep_last is not None,  # an older one goes for it
         )
