@@ -56,6 +56,7 @@ COMMANDS = {
     "data mixture": Command(ledgers.mixture, ("ledger", "weights")),
     "data cancel": Command(ledgers.cancel, ("ledger",)),
     "data relocate": Command(ledgers.relocate, ("ledger", "old", "new")),
+    "data skip": Command(ledgers.skip, ("ledger",)),
     "data show": Command(ledgers.show, ("ledger",)),
     "pretrain": Command(models.pretrain),
     "export-hf": Command(models.export_hf),

@@ -1,4 +1,4 @@
-"""The ledger commands: data create, append, remove, reweight, mixture, cancel, relocate, show."""
+"""The ledger commands: data create, append, remove, reweight, mixture, cancel, relocate, skip, show."""
 
 from __future__ import annotations
 
@@ -191,6 +191,23 @@ def relocate(ledger: str, old: str, new: str) -> None:
     sys.stdout.write(_summary(path, changed))
 
 
+def skip(ledger: str, samples: str, undo: bool = False) -> None:
+    """Leave samples out, such as those of a step that ends the run: they keep their places, but are not read.
+
+    Args:
+        ledger: the run's ledger.json.
+        samples: FIRST:END, the numbers of the first sample and of the one after the last, such as 512:520.
+        undo: read them after all.
+    """
+    from steel_megatron.data.ledger import changes
+
+    first, colon, end = samples.partition(":")
+    if not colon or not (first.isdecimal() and end.isdecimal()):
+        raise ConfigError(f"samples is {samples!r}; it must be FIRST:END, such as 512:520")
+    change = changes.read_again if undo else changes.skip
+    _change(ledger, False, lambda old: change(old, int(first), int(end)))
+
+
 def _weights(words: list[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for word in words:
@@ -255,6 +272,8 @@ def _summary(path: Path, ledger: Ledger) -> str:
     for event in sorted(history.events, key=lambda event: event.start(history.next_sync_sample)):
         at = "the next checkpoint, or from where the run resumes" if event.at is None else f"sample {event.at:,}"
         lines.append(f"  from {at}: {in_words(event, history.corpora)}")
+    for part in history.skipped:
+        lines.append(f"  skipped: samples {part.first:,} to {part.end - 1:,}")
     capacity = history.schedule.capacity()
     lines.append(f"  samples in all: {'unlimited' if capacity == float('inf') else f'{capacity:,}'}")
     return "\n".join(lines) + "\n"

@@ -34,6 +34,14 @@ def at_most(maximum: int, owner: object, *names: str) -> None:
             raise ConfigError(f"{type(owner).__name__}.{name} is {str(value)[:40]}; it must be at most {maximum:,}")
 
 
+def below_one(owner: object, *names: str) -> None:
+    """Raise a ConfigError for the first of ``owner``'s fields that is no probability below 1."""
+    for name in names:
+        value = getattr(owner, name)
+        if not 0 <= value < 1:  # refuses NaN as well
+            raise ConfigError(f"{type(owner).__name__}.{name} is {value}; it must be at least 0 and below 1")
+
+
 def one_of(allowed: tuple[str, ...], owner: object, name: str) -> None:
     """Check that a field has one of the allowed values.
 

@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Literal
 
-from steel_megatron.config.checks import at_least, at_most, divides, one_of, typed
+from steel_megatron.config.checks import at_least, at_most, below_one, divides, one_of, typed
 from steel_megatron.config.megatron import changes_the_result
 from steel_megatron.config.routing import RoutingModeFacts, routing_facts, routing_mode_names
 from steel_megatron.errors import ConfigError
@@ -98,6 +98,11 @@ class ModelConfig:
     expert_init_method_std: float | None = None
     """The same for experts, or for the dense network; none means init_method_std. Merging E experts evenly divides the
     deviation by sqrt(E), which init_method_std * sqrt(E) makes up for."""
+    hidden_dropout: float = 0.0
+    """Probability with which training drops an element of the embedding, or of what a layer's attention or feed-forward
+    part adds to the residual stream."""
+    attention_dropout: float = 0.0
+    """Probability with which training drops an attention weight; above 0, all weights of a layer are stored."""
     identical_expert_init: bool = False
     """Start the experts of a layer as copies of one (sparse upcycling); routing then makes them different."""
     megatron: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +128,7 @@ class ModelConfig:
         at_most(MOST, self, "slots_per_expert", "block_length", "sequence_length", "make_vocab_size_divisible_by")
         at_most(MOST, self, "moe_top_k", "shared_expert_intermediate_size")
         at_most(2**53, self, "rotary_base")
+        below_one(self, "hidden_dropout", "attention_dropout")
         if self.ffn == "soft_moe" and self.routing_mode is None:
             modes = [name if routing_facts(name).causal else f"{name} (not causal)" for name in routing_mode_names()]
             raise ConfigError(

@@ -35,6 +35,16 @@ class TrainingConfig:
     """Steps between two validations; the last step is always validated."""
     eval_steps: int = 10
     """Global batches of one validation of each corpus, at most."""
+    skip_non_finite_steps: int = 0
+    """Steps in a row that are skipped if their loss or gradient is not finite; one more ends the run. 0 ends it at the
+    first."""
+    skip_spikes: float | None = None
+    """Skip a step whose loss or gradient norm is more than this many standard deviations over the mean of the last
+    spike_window accepted steps; none skips no spikes."""
+    spike_window: int = 128
+    """Accepted steps that skip_spikes compares with; before there are as many, no step counts as a spike."""
+    skip_spikes_in_a_row: int = 8
+    """Spikes in a row that are skipped; one more ends the run."""
     routing_metrics_interval: int | None = None
     """Steps between two measurements of the routing (entropies, loads, slot similarity) for TensorBoard; none for no
     measurement."""
@@ -48,7 +58,8 @@ class TrainingConfig:
         at_least(1, self, "train_steps", "stop_after_step", "micro_batch_size", "global_batch_size")
         at_least(1, self, "log_interval", "eval_interval", "eval_steps", "routing_metrics_interval")
         at_least(1, self, "watchdog_seconds")
-        at_least(0, self, "seed")
+        at_least(0, self, "seed", "skip_non_finite_steps", "skip_spikes", "skip_spikes_in_a_row")
+        at_least(2, self, "spike_window")
         if self.stop_after_step is not None and self.stop_after_step > self.train_steps:
             raise ConfigError(
                 f"TrainingConfig.stop_after_step = {self.stop_after_step} is over train_steps = {self.train_steps}"

@@ -31,6 +31,8 @@ ROUTING_MODES = {
 class SteelConfig(PretrainedConfig):
     """A Llama-like model whose feed-forward layers are Soft-MoE (Steel-LLM, arXiv 2502.06635) or dense.
 
+    Dropout is no part of it: what a run dropped in training, inference does not.
+
     Keys as published, and below them those that the published models do not have; their defaults are what the
     published models do.
 

@@ -13,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.nn.attention.bias import causal_lower_right
 
 from steel_megatron.model.documents import PackedDocuments
+from steel_megatron.model.dropout import Dropout
 from steel_megatron.parallel.collectives import gather_parts
 from steel_megatron.parallel.sequence import SequenceSplit
 
@@ -62,7 +63,7 @@ class ScaledDotProductAttention(MegatronModule):
 
     Takes the arguments of megatron-core's ``core_attention`` slot. Under context parallelism keys and values of whole
     sequences are gathered (their gradients are reduce-scattered): each piece of queries attends to the keys up to its
-    own end, so every process computes the same number of scores.
+    own end, so every process computes the same number of scores. Where weights are dropped, all scores are stored.
     """
 
     def __init__(
@@ -71,10 +72,13 @@ class ScaledDotProductAttention(MegatronModule):
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         documents: PackedDocuments | None = None,
+        dropout: Dropout | None = None,
+        layer_number: int = 1,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
         self.documents = documents or PackedDocuments()
+        self.dropout, self.layer_number = dropout, layer_number
         self.softmax_scale = softmax_scale
         assert pg_collection is not None
         self.cp_group = pg_collection.cp
@@ -124,8 +128,25 @@ class ScaledDotProductAttention(MegatronModule):
             rule = {"attn_mask": causal_lower_right(q.size(2), k.size(2))}
         elif self.documents.attention_mask is not None:
             rule = {"attn_mask": self.documents.attention_mask}
+        if self.training and self.dropout is not None and self.dropout.attention:
+            return self._attend_with_dropout(q, k, v, rule.get("attn_mask"))
         grouped = q.size(1) != k.size(1)
         out = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale, enable_gqa=grouped, **rule)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_with_dropout(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The same of [B, heads, n, size] and [B, groups, m, size]; ``seen`` keeps packed documents apart."""
+        assert self.dropout is not None
+        per_group, first = q.size(1) // k.size(1), k.size(2) - q.size(2)
+        k, v = (tensor.repeat_interleave(per_group, dim=1) for tensor in (k, v))
+        scale = q.size(-1) ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        scores = (q @ k.mT).float() * scale
+        if first or seen is None:
+            seen = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril(first)
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        out = self.dropout.drop_attention(weights, self.layer_number, first).to(v.dtype) @ v
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _gather(self, own: torch.Tensor, split: SequenceSplit) -> torch.Tensor:

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from steel_megatron.config import ModelConfig, ParallelConfig, Precision
 from steel_megatron.model.attention import Float32, RMSNorm, ScaledDotProductAttention
 from steel_megatron.model.documents import PackedDocuments
+from steel_megatron.model.dropout import AFTER_ATTENTION, AFTER_FEED_FORWARD, Dropout, DropoutAdd, EmbeddingDropout
 from steel_megatron.model.megatron_fields import (
     check_recompute_modules,
     model_fields,
@@ -74,8 +75,8 @@ def transformer_config(
         "gated_linear_unit": True,
         "add_bias_linear": False,
         "add_qkv_bias": True,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
@@ -99,13 +100,16 @@ def transformer_config(
     return with_further_fields(TransformerConfig, own, model.megatron, "model.megatron", model_fields(model.ffn))
 
 
-def layer_spec(model: ModelConfig, groups: ProcessGroupCollection, documents: PackedDocuments) -> ModuleSpec:
+def layer_spec(
+    model: ModelConfig, groups: ProcessGroupCollection, documents: PackedDocuments, dropout: Dropout
+) -> ModuleSpec:
     """One transformer layer: pre-norm attention with biases on q, k and v only, and the feed-forward layer.
 
     Args:
         model: the settings.
         groups: the process groups, for the feed-forward layer.
         documents: shared by the modules that keep packed documents apart.
+        dropout: shared by the modules that drop something.
     """
     feed_forward = _feed_forward_spec(model, groups, documents)
     return ModuleSpec(
@@ -117,7 +121,9 @@ def layer_spec(model: ModelConfig, groups: ProcessGroupCollection, documents: Pa
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=ModuleSpec(module=ScaledDotProductAttention, params={"documents": documents}),
+                    core_attention=ModuleSpec(
+                        module=ScaledDotProductAttention, params={"documents": documents, "dropout": dropout}
+                    ),
                     linear_proj=RowParallelLinear,
                     q_layernorm=Float32,
                     k_layernorm=Float32,
@@ -166,7 +172,8 @@ def build_model(
         _name_random_state()
     groups = topology.groups
     documents = PackedDocuments(groups.ep)
-    spec = layer_spec(model, groups, documents)
+    dropout = Dropout(model.hidden_dropout, model.attention_dropout, groups, sequence_parallel=config.sequence_parallel)
+    spec = layer_spec(model, groups, documents, dropout)
     # It warns of every feed-forward module that is not its own.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     block = TransformerBlockSubmodules(
@@ -186,10 +193,25 @@ def build_model(
     )
     stage.documents = documents  # set before each forward pass, see NextToken
     stage.register_forward_hook(lambda _stage, _inputs, output: documents.keep_for_backward(output))
+    _add_dropout(stage, dropout)
     _mark_split_weights(stage)
     if seed is not None:
         initialize_weights(stage, model, seed)
     return stage
+
+
+def _add_dropout(stage: GPTModel, dropout: Dropout) -> None:
+    """Put the library's dropout where megatron-core would draw its own."""
+    stage.dropout = dropout  # set before each forward pass, see Engine
+    stage.register_forward_hook(lambda _stage, _inputs, output: dropout.keep_for_backward(output))
+    if not dropout.hidden:
+        return
+    if stage.pre_process:
+        stage.embedding.embedding_dropout = EmbeddingDropout(dropout)
+    for layer in stage.decoder.layers:
+        layer.self_attn_bda = DropoutAdd(dropout, layer.layer_number, AFTER_ATTENTION)
+        if layer.mlp_bda is get_bias_dropout_add:
+            layer.mlp_bda = DropoutAdd(dropout, layer.layer_number, AFTER_FEED_FORWARD)
 
 
 def _name_random_state() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from steel_megatron.config import RunConfig
-from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, read_samples
+from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, micro_batches, read_samples
 from steel_megatron.data.ledger.session import LedgerSession
 from steel_megatron.parallel.agreement import raise_if_any_rank_failed
 from steel_megatron.parallel.topology import Topology
@@ -52,7 +52,21 @@ class Batches:
             assert self._stream is not None, "the session has not started"
             self._ahead = read_ahead(self._stream, self._run, self._topology, consumed_samples, self._session.end)
         self._next = consumed_samples + self._run.training.global_batch_size
-        return [self._batch(samples, starts, None, self._topology) for samples, starts in next(self._ahead)]
+        read = zip(self._which_count(consumed_samples), next(self._ahead), strict=True)
+        return [self._batch(samples, starts, counts, self._topology) for counts, (samples, starts) in read]
+
+    def _which_count(self, consumed_samples: int) -> list[torch.Tensor | None]:
+        """For each micro batch, which samples the ledger does not skip: float32 [B, 1], or None for all."""
+        assert self._session.ledger is not None
+        history, training = self._session.ledger.history, self._run.training
+        place = self._topology.data_parallel_rank, self._topology.data_parallel_size
+        own = micro_batches(consumed_samples, training.global_batch_size, training.micro_batch_size, *place)
+        return [
+            torch.tensor([[float(not history.skips(number))] for number in numbers])
+            if history.skipped_in(numbers.start, numbers.stop)
+            else None
+            for numbers in own
+        ]
 
     def validation(self) -> Iterator[tuple[str, list[Any]]]:
         """This process's micro batches of one validation, by set; the same samples each time, under any layout."""

@@ -37,6 +37,7 @@ from steel_megatron.errors import CheckpointError, ConfigError, SteelError
 from steel_megatron.files import disk_errors, sync_folder
 from steel_megatron.log import get_logger
 from steel_megatron.model.weights import sharded_weights
+from steel_megatron.train import bad_steps, random_states
 from steel_megatron.train.checkpoint_checksums import compare_checksums
 from steel_megatron.train.checkpoint_manifest import check_manifest, check_metadata, content_errors
 from steel_megatron.train.checkpoint_reader import fill
@@ -51,6 +52,7 @@ _READABLE = (1, 2)
 MANIFEST = "steel.json"
 NOT_COMPUTED = {"sequence_length", "init_method_std", "expert_init_method_std", "routing_scale_init"}
 NOT_COMPUTED |= {"moe_aux_loss_coeff", "identical_expert_init"}
+NOT_COMPUTED |= {"hidden_dropout", "attention_dropout"}
 """Settings of a model that do not change what given weights compute: these may always differ from a checkpoint's."""
 ROUTING = {"routing_mode", "slot_input", "block_length", "moe_top_k"}
 """How tokens reach experts: a new run may choose it anew for the weights it begins with."""
@@ -83,19 +85,11 @@ class CheckpointInfo:
     data_fingerprint: str
 
 
-def _sharded_random_state() -> ShardedTensor:
-    """The state of torch's generator, one row for each process. Nothing draws from it while a model trains yet."""
-    row = torch.get_rng_state().unsqueeze(0)
-    return ShardedTensor.from_rank_offsets(
-        "random.torch", row, (0, dist.get_rank(), dist.get_world_size()), replica_id=0
-    )
-
-
 def sharded_engine(engine: Engine) -> dict[str, Any]:
     """All of an engine's state, where it lies in memory; every process calls it."""
     model = sharded_weights(engine.stage)
     state = OptimizerState(engine.optimizer, model)
-    return {"model": model, "optimizer": state.sharded, "random": _sharded_random_state()}
+    return {"model": model, "optimizer": state.sharded, "random": random_states.sharded()}
 
 
 def path_of(run: RunConfig, step: int) -> Path:
@@ -298,8 +292,7 @@ def load(engine: Engine, info: CheckpointInfo) -> None:
     state = OptimizerState(engine.optimizer, model)
     wanted: dict[str, Any] = {"optimizer": state.sharded}
     # Random states belong to processes; with another number of them there is nothing to give them back to.
-    if info.world_size == dist.get_world_size():
-        wanted["random"] = _sharded_random_state()
+    wanted["random"] = _saved_random_states(info) if info.world_size == dist.get_world_size() else {}
     main, later = state.main_weights, {}
     if info.has_main_weights and not main:  # saved by a run in bfloat16: its weights are rounded
         model = {name: replace(one, key=MAIN_WEIGHTS + one.key) for name, one in model.items()}
@@ -310,9 +303,22 @@ def load(engine: Engine, info: CheckpointInfo) -> None:
         for tensors in ({"model": model, **wanted}, {"main": later}):  # they are filled where they lie
             if any(tensors.values()):
                 fill(tensors, info.path)
-    if "random" in wanted:
-        torch.set_rng_state(wanted["random"].data[0])
+    random_states.seed_all(engine.run.training.seed, info.step, engine.topology)  # those that are not saved
+    random_states.put_back({name: one.data[0] for name, one in wanted["random"].items()})
+    engine.bad_steps.restore(bad_steps.load(info.path))
     engine.resume_at(info.step, state)
+
+
+def _saved_random_states(info: CheckpointInfo) -> dict[str, ShardedTensor]:
+    """The random states that a checkpoint has: older ones have torch's, and other devices have others."""
+    with _loading_errors(info.path):
+        saved = dist_checkpointing.load_tensors_metadata(str(info.path))
+    own = random_states.sharded()
+    return {
+        name: one
+        for name, one in own.items()
+        if one.key in saved and tuple(saved[one.key].global_shape) == tuple(one.global_shape)
+    }
 
 
 def load_weights(stage: GPTModel, info: CheckpointInfo, model: ModelConfig) -> None:

@@ -28,6 +28,7 @@ from steel_megatron.data.ledger.ledger import Ledger, dumps
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import replace_folder
 from steel_megatron.parallel.agreement import any_rank, on_rank0, raise_if_any_rank_failed
+from steel_megatron.train import bad_steps
 from steel_megatron.train.checkpoint import FORMAT, MANIFEST, manifest_checksum, path_of, reason, sharded_engine
 from steel_megatron.train.checkpoint_checksums import ALGORITHM, checksum_of
 from steel_megatron.train.checkpoint_writer import HostMemory, Planner, ShardWriter, Written, write_index
@@ -70,6 +71,7 @@ class Saver:
         run = self._run
         final = path_of(run, engine.step_number)
         history = ledger.history if ledger else None  # later changes make a new one
+        skipped = bad_steps.dumps(engine.bad_steps.history)
         facts = _facts(run.model, engine.step_number, consumed_samples, engine.topology.describe())
         if history is not None:
             facts["data_fingerprint"] = history.fingerprint(consumed_samples)
@@ -78,7 +80,10 @@ class Saver:
             final,
             {**facts, "resume_from": run.checkpoint.resume_from},
             self._planner,
-            lambda: {"run.yaml": dump_yaml(run)} | ({"ledger.json": dumps(history)} if history else {}),
+            lambda: (
+                {"run.yaml": dump_yaml(run), bad_steps.FILE: skipped}
+                | ({"ledger.json": dumps(history)} if history else {})
+            ),
             self._memory,
             read_back=run.checkpoint.keep_last is not None,  # an older one goes for it
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,10 @@ from steel_megatron.errors import TrainingError
 from steel_megatron.model.megatron_fields import with_further_fields
 from steel_megatron.model.spec import DTYPES, build_model
 from steel_megatron.parallel.topology import Topology
+from steel_megatron.train.bad_steps import BadSteps, agreed
 from steel_megatron.train.diagnosis import where_backward_fails, where_forward_fails
 from steel_megatron.train.objective import Term
-from steel_megatron.train.objective.base import objective_of
+from steel_megatron.train.objective.base import LossFunction, objective_of
 from steel_megatron.train.optimizer_state import OptimizerState, allocate_state
 
 _DECAY_STYLES = {
@@ -46,12 +48,14 @@ class StepResult:
         terms: what the objective reports, over the global batch. The first is what was minimised.
         grad_norm: global norm of the gradient, before clipping.
         lr: learning rate that the step used.
+        skipped: why nothing was updated; None if weights were.
     """
 
     step: int
     terms: dict[str, Term]
     grad_norm: float
     lr: float
+    skipped: str | None = None
 
     @property
     def loss(self) -> float:
@@ -85,6 +89,7 @@ class Engine:
         self.config = self.stage.config
         self.objective = objective_of(run).build(run, topology, self.stage)
         self.step_number = 0
+        self.bad_steps = BadSteps(run.training)
         self.model = DistributedDataParallel(
             config=self.config,
             ddp_config=DistributedDataParallelConfig(
@@ -161,33 +166,37 @@ class Engine:
             batches: this process's micro batches.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite. No weight has been changed.
+            TrainingError: more steps in a row are bad than may be skipped. No weight has been changed.
         """
         terms = self.accumulate_gradients(batches)
-        loss = minimised(terms).mean
         step = self.step_number + 1
-        if not math.isfinite(loss):
-            where = where_forward_fails(self.stage, lambda: self.evaluate(batches))
-            raise TrainingError(
-                f"step {step}: the loss is {loss}; stopped before the update, nothing was changed. The first number "
-                f"that is not finite: {where}"
-            )
         self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(norm):
+        loss, norm = agreed(minimised(terms).mean, float(self.optimizer.get_grad_norm()))
+        skipped = self.bad_steps.why_skip(step, loss, norm, minimised(terms).items)
+        if (limit := self.bad_steps.too_many) is not None:
             raise TrainingError(
-                f"step {step}: the gradient's norm is {norm} at a loss of {loss:.4f}; stopped before the update, "
-                f"nothing was changed. Nearest to the loss: {where_backward_fails(self.stage)}"
+                f"step {step}: {skipped}; stopped before the update, nothing was changed ({limit}). "
+                + self._where_it_fails(batches, loss, norm)
             )
         self.scheduler.step(increment=1)  # so that step n uses the rate of step n, not of step n - 1
         lr = max(group["lr"] for group in self.optimizer.param_groups if group["default_config"])  # not decoupled_lr
-        self.optimizer.step()
+        if skipped is None:
+            self.optimizer.step()
         self.step_number = step
-        return StepResult(step=step, terms=terms, grad_norm=norm, lr=lr)
+        return StepResult(step=step, terms=terms, grad_norm=norm, lr=lr, skipped=skipped)
+
+    def _where_it_fails(self, batches: Sequence[Any], loss: float, norm: float) -> str:
+        """What the model says of numbers that are wrong on all processes."""
+        if not math.isfinite(loss):
+            where = where_forward_fails(self.stage, lambda: self.evaluate(batches))
+            return f"The first number that is not finite: {where}"
+        if not math.isfinite(norm):
+            return f"Nearest to the loss: {where_backward_fails(self.stage)}"
+        return "All numbers are finite"
 
     def resume_at(self, step: int, optimizer_state: OptimizerState) -> None:
         """Resume after ``step`` steps, with an optimizer state that was filled from a checkpoint."""
-        optimizer_state.loaded(step)
+        optimizer_state.loaded(step - self.bad_steps.skipped)
         self.step_number = step
         self.scheduler.num_steps = step
         self.scheduler.step(increment=0)
@@ -199,13 +208,22 @@ class Engine:
             return self._run(batches, forward_only=True)
 
     def _run(self, batches: Sequence[Any], *, forward_only: bool) -> dict[str, Term]:
+        sizes, step = self.objective.sizes(batches[0]), self.step_number + 1
+        size, topology = sizes["micro_batch_size"], self.topology
+        apart = size * topology.data_parallel_size
+        firsts = itertools.count(size * topology.data_parallel_rank, apart)  # of micro batches in the global batch
+
+        def forward_step(iterator: Iterator[Any], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+            self.stage.dropout.set(self.run.training.seed, step, next(firsts))
+            return self.objective.forward_step(iterator, model)
+
         reports = get_forward_backward_func()(
-            forward_step_func=self.objective.forward_step,
+            forward_step_func=forward_step,
             data_iterator=iter(batches),
             model=[self.model],
             num_microbatches=len(batches),
             forward_only=forward_only,
-            **self.objective.sizes(batches[0]),
+            **sizes,
         )
         # Only the last stage has reports; the others add nothing.
         names, device = self.objective.terms, self.topology.device

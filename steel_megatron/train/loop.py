@@ -22,7 +22,8 @@ from steel_megatron.parallel import agreement
 from steel_megatron.parallel.agreement import any_rank, broadcast_from_rank0, on_rank0, raise_if_any_rank_failed
 from steel_megatron.parallel.peers import Peers
 from steel_megatron.parallel.topology import Topology, initialize, shutdown
-from steel_megatron.train import checkpoint
+from steel_megatron.train import checkpoint, random_states
+from steel_megatron.train.bad_samples import naming_documents, note_skipped
 from steel_megatron.train.batches import Batches
 from steel_megatron.train.callbacks import Callback, RunView, callbacks_of
 from steel_megatron.train.checkpoint_checksums import verified_by_all
@@ -45,7 +46,7 @@ class TrainingSummary:
         loss: of the last step, in nats per token; None when there was no step left to do.
         validation_loss: of the last validation, the mean over its sets; None without validation data.
         validation_losses: the same for each set by name; the name is empty where there is one without a name.
-        losses: of each step of this call, in order; the last one is ``loss``.
+        losses: of each step of this call, in order, skipped ones included; the last one is ``loss``.
         checkpoint: the newest checkpoint's folder.
         finished: whether all of the run's steps are done.
         stopped: whether a signal stopped it before it had done what it was to do; the same call resumes it.
@@ -130,8 +131,13 @@ def _train(run: RunConfig, topology: Topology, peers: Peers, callbacks: Sequence
         while engine.step_number < training.last_step:
             for callback in callbacks:
                 callback.before_step(view)
-            result = engine.step(batches.training(consumed))
-            consumed += training.global_batch_size
+            samples = range(consumed, consumed + training.global_batch_size)
+            own = batches.training(consumed)
+            with naming_documents(run, session, samples):
+                result = engine.step(own)
+            if result.skipped is not None:
+                note_skipped(engine, session, samples, result.skipped)
+            consumed = samples.stop
             losses.append(result.loss)
             for callback in callbacks:
                 callback.after_step(view, result)
@@ -239,6 +245,7 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSe
         session.start(step, info.consumed_samples, check)
         logger.info(f"resuming after step {info.step} ({info.layout} before, {topology.describe()} now)")
         return info.consumed_samples, path
+    random_states.seed_all(run.training.seed, 0, topology)
     if run.checkpoint.init_from:
         origin = Path(run.checkpoint.init_from)
         info = raise_if_any_rank_failed(lambda: checkpoint.read_info(origin))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from steel_megatron.config import RunConfig
@@ -45,6 +46,7 @@ def read_ahead(
         num_workers=workers,
         multiprocessing_context="spawn" if workers else None,
         collate_fn=_as_they_are,
+        generator=torch.Generator(),  # an iterator draws a seed for its workers, and must not from the run's own states
     )
     with _without_main_script(), _without_child_signals():
         return _checked(iter(steps), workers)

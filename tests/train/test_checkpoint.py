@@ -248,7 +248,7 @@ def test_processes_share_the_files_of_a_checkpoint_that_is_verified(checkpoints:
 
         with_manifest(folder, renamed)
     first, second = run_distributed(find_together, 2, checkpoints)
-    others = [".metadata", "__0_0.distcp", "common.pt", "metadata.json", "run.yaml"]
+    others = [".metadata", "__0_0.distcp", "common.pt", "metadata.json", "run.yaml", "skipped_steps.json"]
     of_first = {step: [f"{step} {name}" for name in others] for step in (2, 4)}
     assert first[0] == (of_first[4], 4) and second[0] == (["4 __1_0.distcp"], None)
     # What one process finds passes the checkpoint over on all.

@@ -15,6 +15,7 @@ from steel_megatron.data.ledger.records import (
     AddedCorpus,
     Corpus,
     Event,
+    SkippedSamples,
     StepSize,
     Unchanged,
 )
@@ -129,6 +130,36 @@ def set_mixture(history: History, mixture: Mapping[str, float] | None, at: int |
     return _with(history, Event(at, mixture=mixture))
 
 
+def skip(history: History, first: int, end: int) -> History:
+    """Do not read some samples: they keep their places, and none of their labels counts.
+
+    Args:
+        history: the history to change.
+        first: the first of them.
+        end: the one after the last.
+
+    Raises:
+        DataError: there are none, or one is in the past.
+    """
+    return _with_skipped(history, first, end, skips=True)
+
+
+def read_again(history: History, first: int, end: int) -> History:
+    """Withdraw :func:`skip` for some samples.
+
+    Args:
+        history: the history to change.
+        first: the first of them.
+        end: the one after the last.
+
+    Raises:
+        DataError: none of them is skipped, or one is in the past.
+    """
+    if not history.skipped_in(first, end):
+        raise DataError(f"none of the samples {first:,} to {end - 1:,} is skipped")
+    return _with_skipped(history, first, end, skips=False)
+
+
 def cancel(history: History, at: int | None = None) -> History:
     """Withdraw the changes planned for a sample, or with None the pending ones.
 
@@ -204,6 +235,17 @@ def at_step(history: History, step: int, consumed: int, global_batch_size: int) 
     return dataclasses.replace(history, steps=steps)
 
 
+def joined(parts: Sequence[range]) -> tuple[SkippedSamples, ...]:
+    """Parts of samples, which ascend and do not overlap, with those that touch made one."""
+    found: list[SkippedSamples] = []
+    for part in parts:
+        if found and found[-1].end == part.start:
+            found[-1] = SkippedSamples(found[-1].first, part.stop)
+        else:
+            found.append(SkippedSamples(part.start, part.stop))
+    return tuple(found)
+
+
 def _with(history: History, event: Event, corpora: tuple[Corpus, ...] | None = None) -> History:
     """A history with one more event."""
     if event.mixture is not Unchanged.MIXTURE:
@@ -219,6 +261,16 @@ def _with(history: History, event: Event, corpora: tuple[Corpus, ...] | None = N
         raise DataError(f"sample {event.at:,} is too late for a change: the latest is {MOST_SAMPLES:,}")
     new = dataclasses.replace(history, events=(*history.events, event), corpora=corpora or history.corpora)
     return _kept_readable(history, new)
+
+
+def _with_skipped(history: History, first: int, end: int, *, skips: bool) -> History:
+    """A history that skips, or reads, the samples ``first`` to before ``end``."""
+    if not 0 <= first < end <= MOST_SAMPLES:
+        raise DataError(f"samples {first}:{end} are none; they must be A:B with 0 <= A < B <= {MOST_SAMPLES}")
+    if first < history.next_sync_sample:
+        raise DataError(f"sample {first:,} is too early for a change: {_why_not_before(history)}")
+    before, after = history.skipped_in(0, first), history.skipped_in(end, MOST_SAMPLES)
+    return dataclasses.replace(history, skipped=joined([*before, *([range(first, end)] if skips else []), *after]))
 
 
 def _why_not_before(history: History) -> str:

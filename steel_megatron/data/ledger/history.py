@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Concatenate, ParamSpec
 
 from steel_megatron.data.ledger.active import ActiveCorpora, active_corpora, number_of, used_by
-from steel_megatron.data.ledger.records import MOST_POSITIONS, Corpus, Event, StepSize, Unchanged
+from steel_megatron.data.ledger.records import MOST_POSITIONS, Corpus, Event, SkippedSamples, StepSize, Unchanged
 from steel_megatron.data.ledger.schedule import Schedule
 from steel_megatron.data.strict_json import REQUIRED, whole
 from steel_megatron.errors import DataError
@@ -45,6 +45,8 @@ class History:
     """All corpora ever added, by permanent numbers. Those of cancelled changes are ignored by everything else."""
     events: tuple[Event, ...] = field(default=(), metadata=REQUIRED)
     """In the order in which they were written."""
+    skipped: tuple[SkippedSamples, ...] = ()
+    """Samples that are not read, by number; no two parts touch."""
 
     def __post_init__(self) -> None:
         assert self.sequence_length >= 1 and 0 <= self.seed < 2**63, (self.sequence_length, self.seed)
@@ -59,6 +61,10 @@ class History:
         for number, (before, size) in enumerate(itertools.pairwise(self.steps), 1):
             whole(before.step + 1).check(size.step, f"steps[{number}]: step")
             whole(before.consumed + 1).check(size.consumed, f"steps[{number}]: consumed")
+        for number, part in enumerate(self.skipped):
+            least = self.skipped[number - 1].end + 1 if number else 0
+            whole(least).check(part.first, f"skipped[{number}]: first")
+            whole(part.first + 1).check(part.end, f"skipped[{number}]: end")
         for number, event in enumerate(self.events):
             for entry, added in enumerate(event.add):
                 whole(0, len(self.corpora) - 1).check(added.corpus, f"events[{number}], add[{entry}]: corpus")
@@ -168,13 +174,24 @@ class History:
         first = before[-1].consumed + (step - 1 - before[-1].step) * before[-1].global_batch_size
         return range(first, first + before[-1].global_batch_size)
 
+    def skips(self, sample: int) -> bool:
+        """Whether a sample is not read."""
+        return any(part.first <= sample < part.end for part in self.skipped)
+
+    def skipped_in(self, begin: int, end: int) -> list[range]:
+        """The parts of the samples ``begin`` to before ``end`` that are not read."""
+        parts = (range(max(part.first, begin), min(part.end, end)) for part in self.skipped)
+        return [part for part in parts if part]
+
     def fingerprint(self, position: int) -> str:
         """SHA-256 (hex) of everything that decides the samples before a position, and of nothing else.
 
         Later changes, names and paths do not alter it.
         """
         decisions = [self.meaning(event) for event in self.before(position)]
-        content = json.dumps([FORMAT, self.sequence_length, self.seed, decisions], sort_keys=True)
+        skipped = [[part.start, part.stop] for part in self.skipped_in(0, position)]
+        all_decisions = [FORMAT, self.sequence_length, self.seed, decisions, *([skipped] if skipped else [])]
+        content = json.dumps(all_decisions, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def meaning(self, event: Event) -> dict[str, Any]:
@@ -194,4 +211,4 @@ class History:
 
     def differs_from(self, other: History) -> bool:
         """Whether another version of the same ledger reads, or may read, something else."""
-        return (self.corpora, self.events) != (other.corpora, other.events)
+        return (self.corpora, self.events, self.skipped) != (other.corpora, other.events, other.skipped)

@@ -76,16 +76,20 @@ class LedgerSamples:
         return LedgerSamples, self._arguments  # another process maps the files itself
 
     def sample(self, number: int) -> np.ndarray:
-        """The ids of sample ``number``, from 0: int64 [sequence_length + 1].
+        """The ids of sample ``number``, from 0: int64 [sequence_length + 1]; zeros if the ledger skips it.
 
         Raises:
             DataError: the ledger has no such sample.
         """
+        if self.ledger.history.skips(number):
+            return self._in_place_of_skipped()
         corpus, epoch, position = self.ledger.history.schedule.locate(number)
         return self._packed(corpus, epoch).tokens(position)
 
     def sample_with_starts(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a sample, and for each the position in the sample of its document's first token."""
+        if self.ledger.history.skips(number):
+            return self._in_place_of_skipped(), self._in_place_of_skipped()
         corpus, epoch, position = self.ledger.history.schedule.locate(number)
         return self._packed(corpus, epoch).with_starts(position)
 
@@ -107,6 +111,22 @@ class LedgerSamples:
             )
             for span in self._packed(number_of_corpus, epoch).spans(position)
         ]
+
+    def numbers_of_documents(self, begin: int, end: int) -> dict[str, list[int]]:
+        """The numbers of the documents that the samples ``begin`` to before ``end`` consist of, by corpus.
+
+        Raises:
+            DataError: the ledger has no such sample.
+        """
+        found: dict[str, set[int]] = {}
+        for number in range(begin, end):
+            corpus, epoch, position = self.ledger.history.schedule.locate(number)
+            own = found.setdefault(self.ledger.history.corpora[corpus].name, set())
+            own.update(span.document for span in self._packed(corpus, epoch).spans(position))
+        return {name: sorted(numbers) for name, numbers in sorted(found.items())}
+
+    def _in_place_of_skipped(self) -> np.ndarray:
+        return np.zeros(self.ledger.history.sequence_length + 1, dtype=np.int64)
 
     def prepare(self, begin: int, end: int) -> None:
         """Make the indices that samples ``begin`` to before ``end`` need."""

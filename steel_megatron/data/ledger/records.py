@@ -163,6 +163,15 @@ class StepSize:
     global_batch_size: Annotated[int, whole(1)]
 
 
+@dataclass(frozen=True)
+class SkippedSamples:
+    """Samples that keep their places, but are not read: none of their labels counts."""
+
+    first: Annotated[int, whole(0, MOST_SAMPLES)]
+    end: Annotated[int, whole(1, MOST_SAMPLES)]
+    """The one after the last."""
+
+
 def in_words(event: Event, corpora: Sequence[Corpus]) -> str:
     """What an event changes."""
     words = [f"add {corpora[added.corpus].name} ({_times(added.epochs)})" for added in event.add]

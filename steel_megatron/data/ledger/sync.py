@@ -8,16 +8,17 @@ it. Where the file system does not show the lock, such a change is deferred to t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 from steel_megatron.config import RunConfig
-from steel_megatron.data.ledger.changes import apply_pending, at_step, synced
+from steel_megatron.data.ledger.changes import apply_pending, at_step, joined, synced
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import SYNC_SECONDS, Ledger, edit
-from steel_megatron.data.ledger.records import in_words
+from steel_megatron.data.ledger.records import MOST_SAMPLES, in_words
 from steel_megatron.errors import CheckpointError, ConfigError, DataError
 from steel_megatron.log import get_logger
 
@@ -107,6 +108,13 @@ def defer(history: History, own: History, position: RunPosition) -> History:
         return synced(history, position.consumed, position.next_sync)
     if any(mine.identity != others.identity for mine, others in zip(history.corpora, own.corpora, strict=False)):
         raise DataError("its corpora are not those that the run reads")
+    begin, read = position.consumed, own.skipped_in(0, position.next_sync)
+    if (late := history.skipped_in(0, position.next_sync)) != read:
+        logger.warning(
+            f"samples {_in_words(late)} were to be skipped, and {_in_words(read)} are: the change came too late, as "
+            f"the run reads from sample {begin:,} to {position.next_sync:,} without looking; it is dropped up to there"
+        )
+    skipped = joined([*read, *history.skipped_in(position.next_sync, MOST_SAMPLES)])
     events = own.before(position.next_sync)
     meanings, in_file = [own.meaning(event) for event in events], [history.meaning(event) for event in history.events]
     for event, meaning in zip(events, meanings, strict=True):
@@ -121,7 +129,7 @@ def defer(history: History, own: History, position: RunPosition) -> History:
         if is_later or history.meaning(event) not in meanings:
             events.append(event if is_later else dataclasses.replace(event, at=None))
     corpora = max(history.corpora, own.corpora, key=len)
-    deferred = dataclasses.replace(own, events=tuple(events), corpora=corpora)
+    deferred = dataclasses.replace(own, events=tuple(events), corpora=corpora, skipped=skipped)
     return synced(deferred, position.consumed, position.next_sync)
 
 
@@ -174,7 +182,15 @@ def first_difference(history: History, other: History, position: int) -> tuple[s
             expected = f"{in_words(others, other.corpora)} at sample {others.at:,}" if others else "none"
             alone = mine is not None and all(event.at != mine.at for event in wanted)
             return f"it has {found}, where there was {expected}", mine.at if alone and mine else None
+    skipped, wanted_skipped = history.skipped_in(0, position), other.skipped_in(0, position)
+    if skipped != wanted_skipped:
+        return f"it skips the samples {_in_words(skipped)}, where {_in_words(wanted_skipped)} were skipped", None
     return None
+
+
+def _in_words(parts: Sequence[range]) -> str:
+    """Parts of samples, as the command takes them."""
+    return ", ".join(f"{part.start}:{part.stop}" for part in parts) or "none"
 
 
 def check_new_run(history: History, path: Path, folder: Path, *, restarted: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -15,14 +16,17 @@ from steel_megatron.data.ledger.changes import (
     at_step,
     cancel,
     lost,
+    read_again,
     released,
     remove,
     reweight,
     set_mixture,
+    skip,
 )
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.ledger import dumps, loads
 from steel_megatron.data.ledger.records import DroppedDocuments, StepSize
+from steel_megatron.data.ledger.sync import RunPosition, defer, first_difference
 from steel_megatron.errors import DataError
 from tests.data.ledgers import LENGTH, corpus, ledger_of, located, two
 
@@ -253,3 +257,42 @@ def test_duplicates_are_skipped_where_that_is_wished(caplog: pytest.LogCaptureFi
     assert "/data/again is in the ledger already, as a (/data/a): the same bytes; skipped" in caplog.text
     grown = two().then(add, [same, corpus("c", 9)], on_duplicate="skip", at=10)
     assert [entry.name for entry in grown.corpora] == ["a", "b", "c"]
+
+
+def test_skipped_samples_are_parts_of_the_past_once_they_were_passed() -> None:
+    plain = two()
+    skips = plain.then(skip, 10, 20).then(skip, 30, 40).then(skip, 20, 25).then(skip, 33, 35)
+    assert [(part.first, part.end) for part in skips.skipped] == [(10, 25), (30, 40)]
+    assert [number for number in range(50) if skips.skips(number)] == [*range(10, 25), *range(30, 40)]
+    assert located(skips, 0, 60) == located(plain, 0, 60)  # they keep their places
+    assert loads(dumps(skips), "l.json") == skips and '"skipped"' not in dumps(plain)
+    # Whatever is skipped later does not change the past, and is a difference that names both.
+    assert skips.fingerprint(10) == plain.fingerprint(10) and skips.fingerprint(11) != plain.fingerprint(11)
+    assert skips.fingerprint(12) != plain.then(skip, 10, 11).fingerprint(12)
+    assert skips.fingerprint(30) == plain.then(skip, 10, 25).fingerprint(30) and skips.differs_from(plain)
+    assert first_difference(skips, plain, 10) is None
+    assert first_difference(skips, plain, 12) == ("it skips the samples 10:12, where none were skipped", None)
+    assert skips.then(read_again, 12, 35).skipped == plain.then(skip, 10, 12).then(skip, 35, 40).skipped
+    assert skips.then(read_again, 0, 100) == plain
+    read = skips.then(apply_pending, 15, 20)
+    assert read.skipped == skips.skipped
+    for change, first, end, wrong in (
+        (skip, 19, 30, "sample 19 is too early for a change: a live run reads to sample 20"),
+        (read_again, 19, 30, "sample 19 is too early"),
+        (skip, 30, 30, "samples 30:30 are none; they must be A:B"),
+        (skip, 30, 2**50, "must be A:B with 0 <= A < B <="),
+        (read_again, 50, 60, "none of the samples 50 to 59 is skipped"),
+    ):
+        with pytest.raises(DataError, match=re.escape(wrong)):
+            read.then(change, first, end)
+
+
+def test_samples_that_are_skipped_too_late_are_read(caplog: pytest.LogCaptureFixture) -> None:
+    """Where a file system does not show the run's lock, a change may come for samples that the run reads already."""
+    own = two().then(skip, 12, 14).then(apply_pending, 10, 20)
+    late = own.then(released).then(skip, 15, 30).then(remove, ["b"], at=40)
+    position = RunPosition(step=2, consumed=10, next_sync=20, end=60, global_batch_size=5)
+    kept = late.then(defer, own, position)
+    assert [(part.first, part.end) for part in kept.skipped] == [(12, 14), (20, 30)]
+    assert kept.fingerprint(20) == own.fingerprint(20) and [event.at for event in kept.events] == [0, 40]
+    assert "samples 12:14, 15:20 were to be skipped, and 12:14 are" in caplog.text
