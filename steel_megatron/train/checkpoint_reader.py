@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, load_state_dict
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, load
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.futures import Future
 
@@ -38,7 +38,7 @@ def fill(state: ShardedStateDict, folder: Path) -> None:
     """
     planner = MCoreLoadPlanner(shapes_validation_sharded_tensors=list(nested_values(state)))
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(state)
-    load_state_dict(mcore_to_pyt_state_dict(by_key, is_loading=True), _Reader(folder), planner=planner)
+    load(mcore_to_pyt_state_dict(by_key, is_loading=True), storage_reader=_Reader(folder), planner=planner)
 
 
 class _Reader(FileSystemReader):
