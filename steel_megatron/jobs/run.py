@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from typing import Any
 
 from steel_megatron.config import ExecutionConfig
@@ -82,6 +83,7 @@ def _run_in_pool(
     # The server imports once; what it forks has no threads yet.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, type(step).__module__])
+    forkserver.ensure_running()  # now, as it would hand down the signals that are blocked while workers are started
     read = context.RawArray("d", len(ranks))  # one slot for each task: none is locked when a process is killed
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(step, tasks, read)) as pool:
         try:

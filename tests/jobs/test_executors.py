@@ -9,6 +9,8 @@ import re
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +204,34 @@ def test_workers_that_are_told_to_end_begin_nothing_more(tmp_path: Path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         run.run_step(SlowWords(tmp_path, units=6), ExecutionConfig(workers=2))
     assert len(list(tmp_path.glob("*.begun"))) == 2
+
+
+_AFTERWARDS = """
+import multiprocessing, signal, sys
+from pathlib import Path
+from steel_megatron.config import ExecutionConfig
+from steel_megatron.jobs.run import run_step
+from tests.jobs.test_executors import Words
+
+def blocked(path):
+    Path(path).write_text(str(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    run_step(Words(folder), ExecutionConfig(tasks=2, workers=2))
+    process = multiprocessing.get_context("forkserver").Process(target=blocked, args=(str(folder / "blocked"),))
+    process.start()
+    process.join()
+"""
+
+
+def test_processes_that_are_started_afterwards_can_be_stopped(tmp_path: Path) -> None:
+    """Those of the same fork server, such as a run's, would never see the SIGTERM of a scheduler."""
+    script, root = tmp_path / "script.py", str(Path(__file__).resolve().parents[2])
+    script.write_text(_AFTERWARDS)
+    environment = {**os.environ, "PYTHONPATH": root}
+    subprocess.run([sys.executable, script, tmp_path], env=environment, check=True, timeout=60)
+    assert (tmp_path / "blocked").read_text() == "set()"
 
 
 @pytest.mark.parametrize(("needed", "asked"), [(1, 4), (4 << 30, 4), ((4 << 30) + 1, 5)])

@@ -53,6 +53,8 @@ MAY_DIFFER: dict[str, tuple[Any, int]] = {
     "norm_epsilon": (1e-5, NEVER),
     "init_method_std": (0.02, ALWAYS),
     "expert_init_method_std": (0.03, ALWAYS),
+    "hidden_dropout": (0.1, ALWAYS),
+    "attention_dropout": (0.1, ALWAYS),
     "identical_expert_init": (True, ALWAYS),
     "megatron": ({"softmax_scale": 0.1}, NEVER),
 }
