@@ -60,7 +60,7 @@ def with_suffix(prefix: str | Path, suffix: str) -> Path:
     return Path(os.fspath(prefix) + suffix)
 
 
-def beside(recorded: str | Path, folder: Path, levels: int = 3) -> list[Path]:
+def moved_with(recorded: str | Path, folder: Path, levels: int = 3) -> list[Path]:
     """Where something may lie that was moved together with a folder.
 
     Args:

@@ -245,13 +245,6 @@ class Topology:
 
         return parallel_state.is_pipeline_last_stage()
 
-    @property
-    def last_stage_rank(self) -> int:
-        """Global rank of the last pipeline stage of this process's pipeline."""
-        from megatron.core import parallel_state
-
-        return parallel_state.get_pipeline_model_parallel_last_rank()
-
     def describe(self) -> str:
         """The layout in one word, such as ``TP2 SP PP1 CP2 EP1 DP1``."""
         return self.parallel.describe(self.launch.world_size)

@@ -1,4 +1,4 @@
-"""What the small files of a checkpoint must hold: its manifest, and what megatron-core expects beside the tensors.
+"""What the small files of a checkpoint must hold: its manifest, and what megatron-core expects next to the tensors.
 
 A right checksum says that a file is what was written, not who wrote it. All of this is checked before anything is
 loaded, so that a resume may still take an older checkpoint.
@@ -95,7 +95,7 @@ def check_manifest(manifest: Mapping[str, Any], path: Path) -> None:
 
 
 def check_metadata(folder: Path, tensors: Collection[str]) -> None:
-    """Read the index of a checkpoint and what megatron-core expects beside it, without executing anything.
+    """Read the index of a checkpoint and what megatron-core expects next to it, without executing anything.
 
     Args:
         folder: the checkpoint.

@@ -214,7 +214,7 @@ def _begin_save(
         final: the folder's name when it is whole.
         facts: what the manifest says of the run.
         planner: says who writes what.
-        texts: the files beside the tensors, by name; called in a thread.
+        texts: the files next to the tensors, by name; called in a thread.
         memory: where the tensors are copied to before they are written.
         read_back: whether to read each file again from the disk, and compare.
     """
@@ -267,7 +267,7 @@ def _disk_errors(final: Path, partial: Path) -> Iterator[None]:
 
 
 def _begin(partial: Path, final: Path) -> None:
-    """An empty temporary folder; what killed saves left beside it goes. (The caller holds the folder's lock.)"""
+    """An empty temporary folder; what killed saves left next to it is removed. (The caller holds the folder's lock.)"""
     with _disk_errors(final, partial):
         final.parent.mkdir(parents=True, exist_ok=True)
         for left in (*final.parent.glob(".step_*.partial"), *final.parent.glob(".step_*.old")):

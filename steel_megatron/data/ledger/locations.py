@@ -13,7 +13,7 @@ from steel_megatron.data.indexed.format import IDX, MANIFEST
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.records import Corpus
 from steel_megatron.errors import DataError
-from steel_megatron.files import beside, with_suffix
+from steel_megatron.files import moved_with, with_suffix
 from steel_megatron.log import get_logger
 
 logger = get_logger(__name__)
@@ -90,7 +90,7 @@ def _found(record: Corpus, path: Path, named: Sequence[str]) -> Corpus:
 def _places(record: Corpus, folder: Path, named: Sequence[str]) -> list[str]:
     """Where a corpus may lie now, in the order in which it is looked for."""
     last = Path(record.prefix).name
-    around = [os.path.relpath(path) for path in beside(record.prefix, folder)]
+    around = [os.path.relpath(path) for path in moved_with(record.prefix, folder)]
     return list(dict.fromkeys([*named, *(str(Path(prefix).parent / last) for prefix in named), *around]))
 
 

@@ -45,18 +45,6 @@ class CorpusCounts:
         self.text_bytes += text_bytes
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A shard that is complete."""
-
-    prefix: str
-    """Where it will lie."""
-    documents: int
-    tokens: int
-    content: str
-    """Its identity, as in its manifest."""
-
-
 class ShardedWriter:
     """Writes documents into ``<prefix>``, or into ``<prefix>_00000``, ``<prefix>_00001``, ... of limited size.
 
@@ -84,8 +72,8 @@ class ShardedWriter:
         shard_size: int | None = None,
     ) -> None:
         self.prefix = prefix
-        self.shards: list[Shard] = []
-        """Those that are complete."""
+        self.shards: dict[str, str] = {}
+        """Those that are complete: their identity, as in the manifest, by the path that they are to have."""
         self.per_source: dict[str, CorpusCounts] = {}
         """What was written, by the name of the source."""
         self._folder, self._dtype, self._inputs, self._about = folder, dtype, inputs, about
@@ -160,8 +148,7 @@ class ShardedWriter:
         manifest["inputs"] = [
             {**self._inputs[number], **asdict(counts)} for number, counts in sorted(self._per_input.items())
         ]
-        content = self._writer.finalize(manifest)["content"]
-        self.shards.append(Shard(self._name, self._writer.documents, self._writer.tokens, content))
+        self.shards[self._name] = self._writer.finalize(manifest)["content"]
 
 
 class Corpora:

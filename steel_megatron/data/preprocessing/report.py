@@ -116,7 +116,7 @@ def report_of(corpora: Corpora, seconds: float) -> PreprocessReport:
         bytes=sum(counts.text_bytes for of in sources.values() for counts in of.splits.values()),
         seconds=seconds,
         outputs={name: writer.prefix for name, writer in named.items()},
-        shards={name: [shard.prefix for shard in writer.shards] for name, writer in named.items()},
+        shards={name: list(writer.shards) for name, writer in named.items()},
         split_documents={name: writer.documents for name, writer in named.items()},
         split_tokens={name: writer.tokens for name, writer in named.items()},
         sources=sources,
@@ -161,7 +161,7 @@ def write_record(folder: Path, corpora: Corpora, report: PreprocessReport) -> No
     Raises:
         DataError: the disk is full.
     """
-    contents = {shard.prefix: shard.content for writer in corpora.outputs.values() for shard in writer.shards}
+    contents = {prefix: content for writer in corpora.outputs.values() for prefix, content in writer.shards.items()}
     recorded = {"format": FORMAT, "report": asdict(report), "job": corpora.job, "contents": contents}
     write_atomically(folder / _RECORD, json.dumps(recorded, ensure_ascii=False).encode(), DataError)
 

@@ -27,7 +27,7 @@ from steel_megatron.jobs.step import marker
 from steel_megatron.log import get_logger
 
 _DOCUMENT = np.dtype([("tokens", "<i8"), ("row", "<i8"), ("input", "<i8"), ("text_bytes", "<i8")])
-"""What is kept of each document besides its ids."""
+"""What is kept of each document in addition to its ids."""
 _READ_TOKENS = 1 << 20
 """Tokens that are put together at a time."""
 _READ_BYTES = 1 << 20

@@ -24,7 +24,7 @@ from steel_megatron.data.tokenizing.gigatoken_engine import FlatIds
 from steel_megatron.data.tokenizing.huggingface import HuggingFaceTokenizer
 from steel_megatron.data.tokenizing.sentencepiece import SentencePieceTokenizer
 from steel_megatron.errors import DataError, SteelError
-from steel_megatron.files import beside
+from steel_megatron.files import moved_with
 from steel_megatron.log import get_logger
 
 logger = get_logger(__name__)
@@ -158,7 +158,7 @@ def find_tokenizer(kind: TokenizerKind, named: str, folder: Path, fingerprint: s
             )
         return tokenizer
     others = []
-    for place in beside(named, folder, levels=4):
+    for place in moved_with(named, folder, levels=4):
         if not place.exists():
             continue
         try:
