@@ -15,7 +15,7 @@ from steel_megatron.config import RunConfig, dump_yaml
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.session import LedgerSession
 from steel_megatron.data.ledger.sync import check_past
-from steel_megatron.errors import CheckpointError, ConfigError, TrainingError
+from steel_megatron.errors import CheckpointError, ConfigError, LostRankError, TrainingError
 from steel_megatron.files import exclusive_lock, lease, lease_holder, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 from steel_megatron.parallel import agreement
@@ -82,8 +82,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         )
     with ExitStack() as stack:
         stack.callback(_UNDER_WAY.release)
-        topology = initialize(run.parallel)
-        stack.callback(shutdown)
+        topology = stack.enter_context(_process_groups(run))
         peers = stack.enter_context(Peers(Path(run.checkpoint.directory), run.training.watchdog_seconds))
         stack.enter_context(peers.named())
         lock = exclusive_lock(Path(run.checkpoint.directory) / "run", CheckpointError)
@@ -93,6 +92,20 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         if run.ledger_path.parent != Path(run.checkpoint.directory):
             on_rank0(lambda: stack.enter_context(_ledger_lock(run.ledger_path)))
         return _train(run, topology, peers, [*callbacks_of(run), *callbacks])
+
+
+@contextmanager
+def _process_groups(run: RunConfig) -> Iterator[Topology]:
+    """The process groups of a run; those that have lost a process are left to the end of this one."""
+    topology = initialize(run.parallel)
+    try:
+        yield topology
+    except LostRankError:
+        raise
+    except BaseException:
+        shutdown()
+        raise
+    shutdown()
 
 
 @contextmanager
