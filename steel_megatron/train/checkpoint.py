@@ -288,6 +288,7 @@ def load(engine: Engine, info: CheckpointInfo) -> None:
     check_model(info, engine.run.model, resumes=True)
     if not info.has_optimizer:
         raise CheckpointError(f"{info.path} holds weights only and cannot be resumed; use checkpoint.init_from")
+    engine.before_update()
     model = sharded_weights(engine.stage)
     state = OptimizerState(engine.optimizer, model)
     wanted: dict[str, Any] = {"optimizer": state.sharded}

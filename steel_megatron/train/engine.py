@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,9 @@ class Engine:
         run: the run's settings.
         topology: the process groups.
         stage: this process's part of the model; None builds it with the run's seed.
+
+    Attributes:
+        before_update: called before anything changes weights or the optimizer's state, which a save may be copying.
     """
 
     def __init__(self, run: RunConfig, topology: Topology, stage: GPTModel | None = None) -> None:
@@ -89,6 +92,7 @@ class Engine:
         self.config = self.stage.config
         self.objective = objective_of(run).build(run, topology, self.stage)
         self.step_number = 0
+        self.before_update: Callable[[], None] = lambda: None
         self.bad_steps = BadSteps(run.training)
         self.model = DistributedDataParallel(
             config=self.config,
@@ -181,6 +185,7 @@ class Engine:
         self.scheduler.step(increment=1)  # so that step n uses the rate of step n, not of step n - 1
         lr = max(group["lr"] for group in self.optimizer.param_groups if group["default_config"])  # not decoupled_lr
         if skipped is None:
+            self.before_update()
             self.optimizer.step()
         self.step_number = step
         return StepResult(step=step, terms=terms, grad_norm=norm, lr=lr, skipped=skipped)

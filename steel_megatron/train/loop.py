@@ -25,7 +25,7 @@ from steel_megatron.parallel.topology import Topology, initialize, shutdown
 from steel_megatron.train import checkpoint, random_states
 from steel_megatron.train.bad_samples import naming_documents, note_skipped
 from steel_megatron.train.batches import Batches
-from steel_megatron.train.callbacks import Callback, RunView, callbacks_of
+from steel_megatron.train.callbacks import Callback, CopyFirst, RunView, callbacks_of
 from steel_megatron.train.checkpoint_checksums import verified_by_all
 from steel_megatron.train.checkpoint_save import Saver
 from steel_megatron.train.engine import Engine, minimised
@@ -91,7 +91,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         on_rank0(lambda: stack.enter_context(held))
         if run.ledger_path.parent != Path(run.checkpoint.directory):
             on_rank0(lambda: stack.enter_context(_ledger_lock(run.ledger_path)))
-        return _train(run, topology, peers, [*callbacks_of(run), *callbacks])
+        return _train(run, topology, peers, [*callbacks_of(run), CopyFirst(callbacks), *callbacks])
 
 
 @contextmanager
