@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import DataCollatorWithFlattening
 
-from steel_megatron.hf.modeling_steel import CACHE, SteelForCausalLM, documents_of
+from steel_megatron.hf import modeling_steel
+from steel_megatron.hf.modeling_steel import CACHE, SteelForCausalLM, documents_of, rotary_angles
 from tests.hf.test_modeling import CAUSAL, small_model, tokens
 
 MODES = (*CAUSAL, "sequence", "dense")
@@ -198,3 +199,17 @@ def test_the_graph_is_whole(mode: str) -> None:
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, atol=1e-10, rtol=0)
     exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=False).module()
     torch.testing.assert_close(exported(ids, use_cache=False).logits, expected, atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_documents_without_positions_begin_at_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary attention depends on distances alone, so that only the positions themselves can show it."""
+    seen = []
+
+    def note(positions: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(positions)
+        return rotary_angles(positions, *rest)
+
+    monkeypatch.setattr(modeling_steel, "rotary_angles", note)
+    model_of("dense")(tokens(1), **in_one_row("seq_idx"))
+    assert seen[0].equal(in_one_row("position_ids")["position_ids"])
