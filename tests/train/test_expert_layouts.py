@@ -57,7 +57,6 @@ TOP_LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
     "cp2 ep2": (2, cut(expert=2, cp=2)),
     "tp2 sp": (2, cut(2, sp=True)),
     "ep2 dp2": (4, cut(expert=2)),
-    "ep4": (4, cut(expert=4)),
     "tp2 sp ep2": (4, cut(2, 2, sp=True)),
     "cp2 tp2 sp": (4, cut(2, sp=True, cp=2)),
     "pp2 ep2": (4, cut(expert=2, pp=2)),
@@ -66,13 +65,10 @@ APART_LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
     "tp2 etp1": (2, cut(2, 1, 1)),
     "tp2 etp1 ep2": (2, cut(2, 2, 1)),
     "tp2 sp etp1": (2, cut(2, 1, 1, sp=True)),
-    "tp2 sp etp1 ep2": (2, cut(2, 2, 1, sp=True)),
     "etp2": (2, cut(1, 1, 2)),
     "tp2 etp4": (4, cut(2, 1, 4)),
-    "tp2 etp1 ep4": (4, cut(2, 4, 1)),
     "tp2 sp etp1 ep2 dp2": (4, cut(2, 2, 1, sp=True)),
     "cp2 tp2 sp etp1 ep4": (4, cut(2, 4, 1, sp=True, cp=2)),
-    "cp2 etp2": (4, cut(1, 1, 2, cp=2)),
     "pp2 tp2 sp etp1 ep2": (4, cut(2, 2, 1, sp=True, pp=2)),
     "tp4 etp2 ep2": (4, cut(4, 2, 2)),
 }
@@ -121,7 +117,7 @@ def test_experts_cut_over_other_processes_equal_one_process(layout: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("layout", ["etp2", "tp2 etp4", "tp2 etp1 ep2", "cp2 tp2 sp etp1 ep4", "cp2 etp2"])
+@pytest.mark.parametrize("layout", ["etp2", "tp2 etp4", "tp2 etp1 ep2", "cp2 tp2 sp etp1 ep4"])
 def test_documents_that_give_unequal_numbers_of_slots_equal_one_process(layout: str) -> None:
     hold_to_one_process(APART_LAYOUTS[layout], ("block_causal", "sequence", "merged"), packed=True)
 
