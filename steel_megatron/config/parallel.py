@@ -19,7 +19,10 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are cut into (1F1B schedule)."""
     expert_model_parallel_size: int = 1
-    """Data-parallel and context-parallel processes that share the experts of each layer."""
+    """Processes that share the experts of each layer: data- and context-parallel ones, and tensor-parallel ones where
+    expert_tensor_parallel_size is smaller than tensor_model_parallel_size."""
+    expert_tensor_parallel_size: int | None = None
+    """Processes that share the matrices of each expert; none means tensor_model_parallel_size."""
     sequence_parallel: bool = False
     """Whether tensor-parallel processes also share the tokens between attention and matrices (needs 2 or more)."""
     context_parallel_size: int = 1
@@ -28,12 +31,17 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         typed(self)
         at_least(1, self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
-        at_least(1, self, "expert_model_parallel_size", "context_parallel_size")
+        at_least(1, self, "expert_model_parallel_size", "context_parallel_size", "expert_tensor_parallel_size")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "ParallelConfig.sequence_parallel is true, but tensor_model_parallel_size is 1; it shares tokens among "
                 "tensor-parallel processes: set tensor_model_parallel_size to 2 or more, or sequence_parallel to false"
             )
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Processes that share the matrices of each expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
     def sequence_parallel_size(self) -> int:
@@ -56,21 +64,37 @@ class ParallelConfig:
                 f"{' x '.join(map(str, sizes))} = {model}; the number of processes must be a multiple of {model}"
             )
         data = world_size // model
-        if data * self.context_parallel_size % self.expert_model_parallel_size:
+        self._check_experts(data, world_size, model)
+        return data
+
+    def _check_experts(self, data: int, world_size: int, model: int) -> None:
+        """Raise a ConfigError when the processes of a pipeline stage cannot share the experts as the degrees say."""
+        tensor, expert_tensor = self.tensor_model_parallel_size, self.expert_tensor_size
+        if expert_tensor != tensor:
+            stage, experts = tensor * self.context_parallel_size * data, expert_tensor * self.expert_model_parallel_size
+            if stage % experts:
+                raise ConfigError(
+                    f"expert_tensor_parallel_size x expert_model_parallel_size = {expert_tensor} x "
+                    f"{self.expert_model_parallel_size} = {experts} does not divide the {stage} processes of a "
+                    f"pipeline stage (tensor x context x data parallel = {tensor} x {self.context_parallel_size} x "
+                    f"{data}), which share its experts"
+                )
+        elif data * self.context_parallel_size % self.expert_model_parallel_size:
             context = f" x context_parallel_size {self.context_parallel_size}" if self.context_parallel_size > 1 else ""
             raise ConfigError(
                 f"expert_model_parallel_size = {self.expert_model_parallel_size} does not divide the data-parallel "
                 f"size {data}{context} (= {world_size} processes / {model}); experts are shared among these processes"
             )
-        return data
 
     def describe(self, world_size: int) -> str:
         """The layout in one word, such as ``TP2 PP1 EP1 DP1``, or with all there is ``TP2 SP PP1 CP2 EP1 DP1``."""
         sequence = "SP " if self.sequence_parallel else ""
         context = f"CP{self.context_parallel_size} " if self.context_parallel_size > 1 else ""
+        apart = self.expert_tensor_size != self.tensor_model_parallel_size
+        expert_tensor = f"ETP{self.expert_tensor_size} " if apart else ""
         return (
             f"TP{self.tensor_model_parallel_size} {sequence}PP{self.pipeline_model_parallel_size} {context}"
-            f"EP{self.expert_model_parallel_size} DP{self.data_parallel_size(world_size)}"
+            f"EP{self.expert_model_parallel_size} {expert_tensor}DP{self.data_parallel_size(world_size)}"
         )
 
 
@@ -79,22 +103,34 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     tensor, tensor_name = parallel.tensor_model_parallel_size, "tensor_model_parallel_size"
     divides(tensor, tensor_name, model.num_attention_heads, "num_attention_heads")
     divides(tensor, tensor_name, model.query_groups, "num_query_groups")
-    divides(tensor, tensor_name, model.ffn_hidden_size, "ffn_hidden_size")
     divides(tensor, tensor_name, model.shared_expert_intermediate_size, "shared_expert_intermediate_size")
     divides(tensor, tensor_name, model.padded_vocab_size, "the padded vocabulary")
     divides(parallel.pipeline_model_parallel_size, "pipeline_model_parallel_size", model.num_layers, "num_layers")
-    expert = parallel.expert_model_parallel_size
-    context = parallel.context_parallel_size
-    if model.ffn == "top_k_moe" and max(tensor, expert, context) > 1:
-        raise ConfigError(
-            f"tensor, expert and context parallel sizes are {tensor}, {expert} and {context}; ffn = top_k_moe, a "
-            "baseline to compare with, is cut over pipeline stages and data-parallel processes only"
-        )
-    if expert > 1 and model.ffn != "soft_moe":
-        raise ConfigError(f"expert_model_parallel_size = {expert}, but ffn = {model.ffn} has no experts to share")
-    if model.ffn == "soft_moe":
-        divides(expert, "expert_model_parallel_size", model.num_experts, "num_experts")
+    if model.ffn in ("soft_moe", "top_k_moe"):
+        _check_experts(model, parallel)
+    else:
+        divides(tensor, tensor_name, model.ffn_hidden_size, "ffn_hidden_size")
+        expert, expert_tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+        if expert > 1:
+            raise ConfigError(f"expert_model_parallel_size = {expert}, but ffn = {model.ffn} has no experts to share")
+        if expert_tensor is not None and expert_tensor != tensor:
+            raise ConfigError(f"expert_tensor_parallel_size = {expert_tensor}, but ffn = {model.ffn} has no experts")
     _check_pieces(model, parallel)
+
+
+def _check_experts(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raise a ConfigError when the experts of a layer cannot be cut."""
+    divides(parallel.expert_model_parallel_size, "expert_model_parallel_size", model.num_experts, "num_experts")
+    given = parallel.expert_tensor_parallel_size is not None
+    name = "expert_tensor_parallel_size" if given else "tensor_model_parallel_size"
+    divides(parallel.expert_tensor_size, name, model.ffn_hidden_size, "ffn_hidden_size")
+    tensor = parallel.tensor_model_parallel_size
+    if model.ffn == "top_k_moe" and tensor > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"tensor_model_parallel_size = {tensor} without sequence_parallel; with ffn = top_k_moe all {tensor} "
+            f"processes would send the same tokens to the experts, which would compute each {tensor} times: set "
+            "sequence_parallel to true"
+        )
 
 
 def _check_pieces(model: ModelConfig, parallel: ParallelConfig) -> None:

@@ -32,7 +32,7 @@ from steel_megatron.model.megatron_fields import (
     model_fields,
     with_further_fields,
 )
-from steel_megatron.model.soft_moe import DenseFeedForward, ParallelSoftMoE
+from steel_megatron.model.soft_moe import DenseFeedForward, ParallelSoftMoE, slot_exchange_group
 from steel_megatron.model.top_k_moe import TopKMoE, top_k_moe_settings
 from steel_megatron.model.weights import initialize_weights
 from steel_megatron.parallel.topology import Topology
@@ -67,7 +67,7 @@ def transformer_config(
         "ffn_hidden_size": model.ffn_hidden_size,
         # megatron-core asks for its own MoE's number of experts before it allows expert parallelism.
         **({"num_moe_experts": model.num_experts} if parallel.expert_model_parallel_size > 1 else {}),
-        **top_k_moe_settings(model),
+        **top_k_moe_settings(model, parallel, device),
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.norm_epsilon,
         "init_method_std": model.init_method_std,
@@ -80,6 +80,7 @@ def transformer_config(
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
         "sequence_parallel": parallel.sequence_parallel,
         "context_parallel_size": parallel.context_parallel_size,
         "params_dtype": dtype,
@@ -171,7 +172,7 @@ def build_model(
     if config.sequence_parallel:
         _name_random_state()
     groups = topology.groups
-    documents = PackedDocuments(groups.ep)
+    documents = PackedDocuments(slot_exchange_group(groups))
     dropout = Dropout(model.hidden_dropout, model.attention_dropout, groups, sequence_parallel=config.sequence_parallel)
     spec = layer_spec(model, groups, documents, dropout)
     # It warns of every feed-forward module that is not its own.

@@ -136,6 +136,7 @@ def initialize(parallel: ParallelConfig) -> Topology:
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_size,
             create_gloo_process_groups=True,
             distributed_timeout_minutes=int(timeout.total_seconds() // 60),
         )

@@ -51,7 +51,7 @@ _READABLE = (1, 2)
 """Formats that can be read; the first one has SHA-256 of each file."""
 MANIFEST = "steel.json"
 NOT_COMPUTED = {"sequence_length", "init_method_std", "expert_init_method_std", "routing_scale_init"}
-NOT_COMPUTED |= {"moe_aux_loss_coeff", "identical_expert_init"}
+NOT_COMPUTED |= {"moe_aux_loss_coeff", "moe_router_load_balancing_type", "identical_expert_init"}
 NOT_COMPUTED |= {"hidden_dropout", "attention_dropout"}
 """Settings of a model that do not change what given weights compute: these may always differ from a checkpoint's."""
 ROUTING = {"routing_mode", "slot_input", "block_length", "moe_top_k"}
@@ -334,16 +334,10 @@ def load_weights(stage: GPTModel, info: CheckpointInfo, model: ModelConfig) -> N
         CheckpointError: the checkpoint's settings differ in one that :func:`check_model` holds equal.
     """
     check_model(info, model, resumes=False)
-    wanted = {"model": sharded_weights(stage)}
+    weights = sharded_weights(stage)
+    assert sum(one.data.numel() for one in weights.values()) == sum(one.numel() for one in stage.parameters())
     with _loading_errors(info.path):
-        state = dist_checkpointing.load(wanted, str(info.path), validate_access_integrity=False)
-    _set_weights(stage, state["model"])
-
-
-def _set_weights(stage: GPTModel, tensors: dict[str, torch.Tensor]) -> None:
-    outcome = stage.load_state_dict(tensors, strict=False)
-    missing = [name for name in outcome.missing_keys if not name.endswith("_extra_state")]
-    assert not missing and not outcome.unexpected_keys, (missing, outcome.unexpected_keys)
+        fill({"model": weights}, info.path)
 
 
 def tensor_names(info: CheckpointInfo) -> list[str]:
