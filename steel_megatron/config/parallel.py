@@ -18,6 +18,11 @@ class ParallelConfig:
     """Processes that share each layer's matrices."""
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are cut into (1F1B schedule)."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Model chunks of each stage; 2 or more take turns (interleaved 1F1B schedule, with a shorter pipeline bubble)."""
+    pipeline_layers: list[int] | None = None
+    """Layers of each stage, or of each chunk in the order of the layers; 0 is possible for the first (embedding only)
+    and the last (output layer only). None means equally many for all."""
     expert_model_parallel_size: int = 1
     """Data-parallel and context-parallel processes that share the experts of each layer."""
     sequence_parallel: bool = False
@@ -29,11 +34,46 @@ class ParallelConfig:
         typed(self)
         at_least(1, self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
         at_least(1, self, "expert_model_parallel_size", "context_parallel_size")
+        at_least(1, self, "virtual_pipeline_model_parallel_size")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "ParallelConfig.sequence_parallel is true, but tensor_model_parallel_size is 1; it shares tokens among "
                 "tensor-parallel processes: set tensor_model_parallel_size to 2 or more, or sequence_parallel to false"
             )
+        if self.interleaved and self.pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                "ParallelConfig.virtual_pipeline_model_parallel_size is "
+                f"{self.virtual_pipeline_model_parallel_size}, but pipeline_model_parallel_size is 1: there are no "
+                "stages whose chunks could take turns; set pipeline_model_parallel_size to 2 or more"
+            )
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether the stages of the pipeline have several model chunks."""
+        return self.virtual_pipeline_model_parallel_size > 1
+
+    @property
+    def pipeline_chunks(self) -> int:
+        """Parts that the layers are cut into: the chunks of all stages."""
+        return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
+
+    def layers_of_chunks(self, num_layers: int) -> list[int]:
+        """The number of layers in each chunk, in the order of the layers: chunk c is chunk c // PP of stage c % PP.
+
+        Raises:
+            ConfigError: the layers cannot be cut so.
+        """
+        if self.pipeline_layers is not None:
+            _check_pipeline_layers(self, num_layers)
+            return list(self.pipeline_layers)
+        if num_layers % self.pipeline_chunks:
+            virtual = f" x virtual_pipeline_model_parallel_size = {self.pipeline_chunks}" if self.interleaved else ""
+            raise ConfigError(
+                f"num_layers = {num_layers} is not divisible by pipeline_model_parallel_size"
+                f"{virtual or f' = {self.pipeline_model_parallel_size}'}; parallel.pipeline_layers may say how many "
+                "layers each has"
+            )
+        return [num_layers // self.pipeline_chunks] * self.pipeline_chunks
 
     @property
     def sequence_parallel_size(self) -> int:
@@ -68,8 +108,9 @@ class ParallelConfig:
         """The layout in one word, such as ``TP2 PP1 EP1 DP1``, or with all there is ``TP2 SP PP1 CP2 EP1 DP1``."""
         sequence = "SP " if self.sequence_parallel else ""
         context = f"CP{self.context_parallel_size} " if self.context_parallel_size > 1 else ""
+        virtual = f"VPP{self.virtual_pipeline_model_parallel_size} " if self.interleaved else ""
         return (
-            f"TP{self.tensor_model_parallel_size} {sequence}PP{self.pipeline_model_parallel_size} {context}"
+            f"TP{self.tensor_model_parallel_size} {sequence}PP{self.pipeline_model_parallel_size} {virtual}{context}"
             f"EP{self.expert_model_parallel_size} DP{self.data_parallel_size(world_size)}"
         )
 
@@ -82,7 +123,7 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     divides(tensor, tensor_name, model.ffn_hidden_size, "ffn_hidden_size")
     divides(tensor, tensor_name, model.shared_expert_intermediate_size, "shared_expert_intermediate_size")
     divides(tensor, tensor_name, model.padded_vocab_size, "the padded vocabulary")
-    divides(parallel.pipeline_model_parallel_size, "pipeline_model_parallel_size", model.num_layers, "num_layers")
+    parallel.layers_of_chunks(model.num_layers)  # checks
     expert = parallel.expert_model_parallel_size
     context = parallel.context_parallel_size
     if model.ffn == "top_k_moe" and max(tensor, expert, context) > 1:
@@ -95,6 +136,34 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     if model.ffn == "soft_moe":
         divides(expert, "expert_model_parallel_size", model.num_experts, "num_experts")
     _check_pieces(model, parallel)
+
+
+def _check_pipeline_layers(parallel: ParallelConfig, num_layers: int) -> None:
+    """Raise a ConfigError, with the arithmetic, when ``pipeline_layers`` does not fit the stages and the layers."""
+    layers = parallel.pipeline_layers
+    assert layers is not None
+    given = f"parallel.pipeline_layers = {layers}"
+    sizes, names = [parallel.pipeline_model_parallel_size], "pipeline_model_parallel_size"
+    if parallel.interleaved:
+        sizes.append(parallel.virtual_pipeline_model_parallel_size)
+        names += " x virtual_pipeline_model_parallel_size"
+    if len(layers) != parallel.pipeline_chunks:
+        product = f" ({' x '.join(map(str, sizes))})" if parallel.interleaved else ""
+        raise ConfigError(
+            f"{given} has {len(layers)} entries; {names} = {parallel.pipeline_chunks}{product} needs one each"
+        )
+    for number, count in enumerate(layers):
+        if count < 0:
+            raise ConfigError(f"{given}: entry {number} is {count}; a number of layers is at least 0")
+        if count == 0 and 0 < number < len(layers) - 1:
+            raise ConfigError(
+                f"{given}: entry {number} is 0; only the first part (embedding) and the last (output layer) have "
+                "something to compute without layers"
+            )
+    if sum(layers) != num_layers:
+        raise ConfigError(
+            f"{given} has {' + '.join(map(str, layers))} = {sum(layers)} layers; model.num_layers is {num_layers}"
+        )
 
 
 def _check_pieces(model: ModelConfig, parallel: ParallelConfig) -> None:

@@ -166,10 +166,13 @@ def norms_of_tensors(ranks: Sequence[Trained]) -> dict[str, float]:
 def _squares(engine: Any) -> dict[str, float]:
     from steel_megatron.model.weights import sharded_weights
 
-    gather_gradients(engine.model)
-    by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in engine.stage.parameters()}
+    for model in engine.models:
+        gather_gradients(model)
+    by_storage = {
+        parameter.data_ptr(): parameter.main_grad for chunk in engine.chunks for parameter in chunk.parameters()
+    }
     squares = {}
-    for sharded in sharded_weights(engine.stage).values():
+    for sharded in sharded_weights(*engine.chunks).values():
         layer = sharded.global_offset[: sharded.prepend_axis_num]
         name = f"{sharded.key} of layer {layer[0] + 1}" if layer else sharded.key
         squares[f"{name} at {sharded.global_offset}"] = float(
