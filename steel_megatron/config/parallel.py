@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from steel_megatron.config.checks import at_least, divides, typed
+from steel_megatron.config.checks import at_least, divides, one_of, typed
 from steel_megatron.config.model import ModelConfig
 from steel_megatron.errors import ConfigError
+
+Recompute = Literal["none", "selective", "full", "routing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +32,16 @@ class ParallelConfig:
     """Whether tensor-parallel processes also share the tokens between attention and matrices (needs 2 or more)."""
     context_parallel_size: int = 1
     """Processes that share each sequence: process r has chunks r and 2 * size - 1 - r of 2 * size."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again instead of keeping it in memory: nothing, attention (selective), whole
+    layers (full), or the routing of Soft-MoE layers without their experts (routing)."""
 
     def __post_init__(self) -> None:
         typed(self)
         at_least(1, self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
         at_least(1, self, "expert_model_parallel_size", "context_parallel_size")
         at_least(1, self, "virtual_pipeline_model_parallel_size")
+        one_of(("none", "selective", "full", "routing"), self, "recompute")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "ParallelConfig.sequence_parallel is true, but tensor_model_parallel_size is 1; it shares tokens among "
@@ -136,6 +143,22 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     if model.ffn == "soft_moe":
         divides(expert, "expert_model_parallel_size", model.num_experts, "num_experts")
     _check_pieces(model, parallel)
+    _check_recompute(model, parallel)
+
+
+def _check_recompute(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raise a ConfigError when the model has nothing of what is to be computed again, or another setting says it."""
+    if parallel.recompute == "routing" and model.ffn != "soft_moe":
+        raise ConfigError(
+            f"parallel.recompute is routing, but model.ffn is {model.ffn}: only soft_moe layers can have their routing "
+            "computed again; use selective or full"
+        )
+    fields = [name for name in model.megatron if name.startswith("recompute_")]
+    if parallel.recompute != "none" and fields:
+        raise ConfigError(
+            f"parallel.recompute is {parallel.recompute}, and model.megatron.{fields[0]} is "
+            f"{model.megatron[fields[0]]!r}; set one of them: parallel.recompute none leaves it to model.megatron"
+        )
 
 
 def _check_pipeline_layers(parallel: ParallelConfig, num_layers: int) -> None:

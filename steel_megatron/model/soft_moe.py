@@ -16,7 +16,8 @@ from megatron.core.transformer.module import MegatronModule
 from steel_megatron.config import ModelConfig
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.experts import Experts, TokenLayout
-from steel_megatron.model.routing import OldNames, SharedSequences, routing_mode
+from steel_megatron.model.recompute import recomputed
+from steel_megatron.model.routing import OldNames, RoutedLayer, SharedSequences, routing_mode
 from steel_megatron.parallel.collectives import (
     gather_copies,
     gather_parts,
@@ -73,6 +74,8 @@ class ParallelSoftMoE(OldNames, MegatronModule):
         model: the model's settings: experts, slots, routing mode.
         groups: the process groups.
         documents: which documents the sequences hold.
+        recompute_routing: whether the backward pass makes slots and combine weights again
+            (:mod:`steel_megatron.model.recompute`).
     """
 
     def __init__(
@@ -82,12 +85,14 @@ class ParallelSoftMoE(OldNames, MegatronModule):
         model: ModelConfig,
         groups: ProcessGroupCollection,
         documents: PackedDocuments | None = None,
+        recompute_routing: bool = False,
     ) -> None:
         super().__init__(config=config)
         assert model.routing_mode is not None, "checked by ModelConfig"
         self.mode = routing_mode(model.routing_mode)
         self.slot_input, self.block_length = model.slot_input, model.block_length
         self.num_experts = model.num_experts
+        self.recompute_routing = recompute_routing
         self.documents = documents or PackedDocuments(groups.ep)
         self.ep_group, self.tp_group = groups.ep, groups.tp
         self.sequence_parallel = config.sequence_parallel
@@ -129,16 +134,23 @@ class ParallelSoftMoE(OldNames, MegatronModule):
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple:
         """[T, B, d] to ([T, B, d], no bias); T are this process's tokens."""
         x = hidden_states.transpose(0, 1)
-        if self.documents.document_starts is not None:
-            y = self.mode.forward_documents(self, x, self.documents)
-        elif self.sequence_group.size() > 1:
-            y = self.mode.forward_split(self, x, self._shared_sequences(x.size(1)))
+        shared = self._shared_sequences(x.size(1)) if self.sequence_group.size() > 1 else None
+        if self.recompute_routing and torch.is_grad_enabled():
+            y = recomputed(self._route, self, x, shared)
         else:
-            y = self.mode.forward(self, x)
+            y = self._route(self, x, shared)
         output = y.transpose(0, 1).contiguous()  # pipeline stages send it as it lies in memory
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)[0]
         return output, None
+
+    def _route(self, layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences | None) -> torch.Tensor:
+        """What the mode computes of this process's tokens [B, L, d], with this layer or one that stands for it."""
+        if self.documents.document_starts is not None:
+            return self.mode.forward_documents(layer, x, self.documents)
+        if shared is not None:
+            return self.mode.forward_split(layer, x, shared)
+        return self.mode.forward(layer, x)
 
     def _shared_sequences(self, own_tokens: int) -> SharedSequences:
         ranks, tensor_size = self.sequence_group.size(), self.tp_group.size() if self.sequence_parallel else 1

@@ -43,6 +43,15 @@ if TYPE_CHECKING:
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "routing": {},  # ParallelSoftMoE does it
+}
+"""Fields of megatron-core's TransformerConfig for ``parallel.recompute``."""
+
+
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, precision: Precision, device: torch.device
 ) -> TransformerConfig:
@@ -79,6 +88,7 @@ def transformer_config(
         "attention_dropout": model.attention_dropout,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         **_pipeline_fields(model, parallel),
+        **_RECOMPUTE[parallel.recompute],
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "context_parallel_size": parallel.context_parallel_size,
@@ -123,7 +133,12 @@ def _pipeline_fields(model: ModelConfig, parallel: ParallelConfig) -> dict[str, 
 
 
 def layer_spec(
-    model: ModelConfig, groups: ProcessGroupCollection, documents: PackedDocuments, dropout: Dropout
+    model: ModelConfig,
+    groups: ProcessGroupCollection,
+    documents: PackedDocuments,
+    dropout: Dropout,
+    *,
+    recompute_routing: bool = False,
 ) -> ModuleSpec:
     """One transformer layer: pre-norm attention with biases on q, k and v only, and the feed-forward layer.
 
@@ -132,8 +147,9 @@ def layer_spec(
         groups: the process groups, for the feed-forward layer.
         documents: shared by the modules that keep packed documents apart.
         dropout: shared by the modules that drop something.
+        recompute_routing: whether the backward pass makes slots and combine weights again.
     """
-    feed_forward = _feed_forward_spec(model, groups, documents)
+    feed_forward = _feed_forward_spec(model, groups, documents, recompute_routing)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -161,13 +177,14 @@ def layer_spec(
 
 
 def _feed_forward_spec(
-    model: ModelConfig, groups: ProcessGroupCollection, documents: PackedDocuments
+    model: ModelConfig, groups: ProcessGroupCollection, documents: PackedDocuments, recompute_routing: bool
 ) -> ModuleSpec | None:
     """What stands in the ``mlp`` slot; None for attention alone."""
     if model.ffn == "none":
         return None
     if model.ffn == "soft_moe":
-        return ModuleSpec(module=ParallelSoftMoE, params={"model": model, "groups": groups, "documents": documents})
+        shared = {"documents": documents, "recompute_routing": recompute_routing}
+        return ModuleSpec(module=ParallelSoftMoE, params={"model": model, "groups": groups, **shared})
     if model.ffn == "top_k_moe":
         return ModuleSpec(module=TopKMoE, params={"groups": groups})
     params = {"inner_size": model.ffn_hidden_size, "model": model, "groups": groups}
@@ -208,7 +225,8 @@ def build_chunks(
     groups = topology.groups
     documents = PackedDocuments(groups.ep)
     dropout = Dropout(model.hidden_dropout, model.attention_dropout, groups, sequence_parallel=config.sequence_parallel)
-    spec = layer_spec(model, groups, documents, dropout)
+    routing = topology.parallel.recompute == "routing"
+    spec = layer_spec(model, groups, documents, dropout, recompute_routing=routing)
     # It warns of every feed-forward module that is not its own.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     layers = topology.parallel.layers_of_chunks(model.num_layers)[groups.pp.rank() :: groups.pp.size()]

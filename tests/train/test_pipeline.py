@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from steel_megatron.config import DataConfig, ParallelConfig, RunConfig
+from steel_megatron.config import CheckpointConfig, DataConfig, ParallelConfig, RunConfig
 from steel_megatron.errors import SteelError
 from steel_megatron.report import read_scalars
 from tests.distributed import run_distributed
@@ -221,24 +221,32 @@ def test_checkpoints_move_between_pipelines_bit_by_bit(tmp_path: Path) -> None:
     compare(third, run_distributed(train, 1, small_run(ALONE, steps=3))[0][2:])
 
 
+def outcomes(runs: list[RunConfig]) -> list[Any]:
+    return [outcome(run) for run in runs]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_in_chunks_through_the_loop(tmp_path: Path) -> None:
-    """Validation of a number of micro batches that the schedule does not take, routing metrics of all layers."""
+def test_runs_in_chunks_through_the_loop(tmp_path: Path) -> None:
+    """Validation of a number of micro batches that the schedule does not take, routing metrics of all layers, and
+    weights of another run to begin with."""
     data = DataConfig(
         train=[write_corpus(tmp_path / "train", 60, 0)], validation=[write_corpus(tmp_path / "valid", 12, 1)]
     )
+    chunks = dataclasses.replace(INTERLEAVED, pipeline_layers=[0, 1, 1, 0])
     summaries, scalars = [], []
-    for name, parallel, processes in (
-        ("alone", ALONE, 1),
-        ("chunks", dataclasses.replace(INTERLEAVED, pipeline_layers=[0, 1, 1, 0]), 2),
-    ):
+    for name, parallel, processes in (("alone", ALONE, 1), ("chunks", chunks, 2)):
         run = make_run(data, tmp_path / name, parallel, routing_metrics_interval=2, global_batch_size=4, eval_steps=100)
-        summaries.append(run_distributed(outcome, processes, run)[-1])
+        begun = make_run(data, tmp_path / f"{name}, begun", parallel, train_steps=1)
+        origin = CheckpointConfig(
+            directory=begun.checkpoint.directory, init_from=str(tmp_path / "alone/checkpoints/step_00000006")
+        )
+        begun = dataclasses.replace(begun, checkpoint=origin)
+        summaries.append(run_distributed(outcomes, processes, [run, begun], timeout=200)[-1])
         scalars.append(read_scalars(run.tensorboard_dir))
-    theirs, ours = summaries
-    assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
-    assert ours.validation_loss == pytest.approx(theirs.validation_loss, rel=1e-5)
+    for theirs, ours in zip(*summaries, strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
+        assert ours.validation_loss == pytest.approx(theirs.validation_loss, rel=1e-5)
     measured = [name for name in scalars[0] if name.startswith("routing/layer_02/")]
     assert measured and scalars[1].keys() == scalars[0].keys()
     for name in scalars[0]:
