@@ -82,7 +82,11 @@ class RunConfig:
         return Path(self.checkpoint.directory) / "checkpoints"
 
     def num_micro_batches(self, world_size: int) -> int:
-        """Micro batches of one step on each data-parallel process, for a launch of ``world_size`` processes."""
+        """Micro batches of one step on each data-parallel process, for a launch of ``world_size`` processes.
+
+        Raises:
+            ConfigError: the global batch cannot be cut so.
+        """
         data_parallel = self.parallel.data_parallel_size(world_size)
         samples_per_pass = self.training.micro_batch_size * data_parallel
         if self.training.global_batch_size % samples_per_pass:
@@ -91,4 +95,12 @@ class RunConfig:
                 f"micro_batch_size x data-parallel size = {self.training.micro_batch_size} x {data_parallel} "
                 f"= {samples_per_pass}"
             )
-        return self.training.global_batch_size // samples_per_pass
+        number, stages = self.training.global_batch_size // samples_per_pass, self.parallel.pipeline_model_parallel_size
+        if self.parallel.interleaved and number % stages:
+            raise ConfigError(
+                f"{number} micro batches of a step (training.global_batch_size {self.training.global_batch_size} / "
+                f"(micro_batch_size {self.training.micro_batch_size} x data-parallel size {data_parallel})) are not "
+                f"divisible by pipeline_model_parallel_size = {stages}, which the interleaved schedule "
+                "(virtual_pipeline_model_parallel_size) needs"
+            )
+        return number

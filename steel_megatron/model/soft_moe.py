@@ -18,7 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 from steel_megatron.config import ModelConfig
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.experts import Experts, TokenLayout
-from steel_megatron.model.routing import OldNames, SharedSequences, routing_mode
+from steel_megatron.model.recompute import recomputed
+from steel_megatron.model.routing import OldNames, RoutedLayer, SharedSequences, routing_mode
 from steel_megatron.parallel.collectives import (
     gather_copies,
     gather_parts,
@@ -81,6 +82,8 @@ class ParallelSoftMoE(OldNames, MegatronModule):
         model: the model's settings: experts, slots, routing mode.
         groups: the process groups.
         documents: which documents the sequences hold.
+        recompute_routing: whether the backward pass makes slots and combine weights again
+            (:mod:`steel_megatron.model.recompute`).
     """
 
     def __init__(
@@ -90,12 +93,14 @@ class ParallelSoftMoE(OldNames, MegatronModule):
         model: ModelConfig,
         groups: ProcessGroupCollection,
         documents: PackedDocuments | None = None,
+        recompute_routing: bool = False,
     ) -> None:
         super().__init__(config=config)
         assert model.routing_mode is not None, "checked by ModelConfig"
         self.mode = routing_mode(model.routing_mode)
         self.slot_input, self.block_length = model.slot_input, model.block_length
         self.num_experts = model.num_experts
+        self.recompute_routing = recompute_routing
         self.exchange_group = slot_exchange_group(groups)
         self.documents = documents or PackedDocuments(self.exchange_group)
         self.ep_group, self.tp_group = groups.ep, groups.tp
@@ -140,20 +145,23 @@ class ParallelSoftMoE(OldNames, MegatronModule):
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple:
         """[T, B, d] to ([T, B, d], no bias); T are this process's tokens."""
         x = hidden_states.transpose(0, 1)
-        y = self._route(x)
+        shared = self._shared_sequences(x.size(1)) if self.sequence_group.size() > 1 else None
+        if self.recompute_routing and torch.is_grad_enabled():
+            y = recomputed(self._route, self, x, shared)
+        else:
+            y = self._route(self, x, shared)
         output = y.transpose(0, 1).contiguous()  # pipeline stages send it as it lies in memory
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)[0]
         return output, None
 
-    def _route(self, x: torch.Tensor) -> torch.Tensor:
-        documents = self.documents if self.documents.document_starts is not None else None
-        if self.sequence_group.size() == 1:
-            return self.mode.forward(self, x) if documents is None else self.mode.forward_documents(self, x, documents)
-        shared = self._shared_sequences(x.size(1))
-        if documents is None:
-            return self.mode.forward_split(self, x, shared)
-        return self.mode.forward_split_documents(self, x, shared, documents)
+    def _route(self, layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences | None) -> torch.Tensor:
+        """What the mode computes of this process's tokens [B, L, d], with this layer or one that stands for it."""
+        if self.documents.document_starts is None:
+            return self.mode.forward(layer, x) if shared is None else self.mode.forward_split(layer, x, shared)
+        if shared is None:
+            return self.mode.forward_documents(layer, x, self.documents)
+        return self.mode.forward_split_documents(layer, x, shared, self.documents)
 
     def _shared_sequences(self, own_tokens: int) -> SharedSequences:
         ranks, tensor_size = self.sequence_group.size(), self.tp_group.size() if self.sequence_parallel else 1

@@ -87,7 +87,7 @@ class CheckpointInfo:
 
 def sharded_engine(engine: Engine) -> dict[str, Any]:
     """All of an engine's state, where it lies in memory; every process calls it."""
-    model = sharded_weights(engine.stage)
+    model = sharded_weights(*engine.chunks)
     state = OptimizerState(engine.optimizer, model)
     return {"model": model, "optimizer": state.sharded, "random": random_states.sharded()}
 
@@ -289,7 +289,7 @@ def load(engine: Engine, info: CheckpointInfo) -> None:
     if not info.has_optimizer:
         raise CheckpointError(f"{info.path} holds weights only and cannot be resumed; use checkpoint.init_from")
     engine.before_update()
-    model = sharded_weights(engine.stage)
+    model = sharded_weights(*engine.chunks)
     state = OptimizerState(engine.optimizer, model)
     wanted: dict[str, Any] = {"optimizer": state.sharded}
     # Random states belong to processes; with another number of them there is nothing to give them back to.
@@ -323,10 +323,10 @@ def _saved_random_states(info: CheckpointInfo) -> dict[str, ShardedTensor]:
 
 
 def load_weights(stage: GPTModel, info: CheckpointInfo, model: ModelConfig) -> None:
-    """Load a checkpoint's weights into one pipeline stage; every process calls it.
+    """Load a checkpoint's weights into one model chunk; every process calls it.
 
     Args:
-        stage: this process's part of the model.
+        stage: this process's part of the model, or one of its parts.
         info: the checkpoint, saved under any layout.
         model: the settings of the stage's model.
 

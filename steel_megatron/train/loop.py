@@ -21,7 +21,7 @@ from steel_megatron.log import get_logger
 from steel_megatron.parallel import agreement
 from steel_megatron.parallel.agreement import any_rank, broadcast_from_rank0, on_rank0, raise_if_any_rank_failed
 from steel_megatron.parallel.peers import Peers
-from steel_megatron.parallel.topology import Topology, initialize, shutdown
+from steel_megatron.parallel.topology import Topology, initialize, read_launch, shutdown
 from steel_megatron.train import checkpoint, random_states
 from steel_megatron.train.bad_samples import naming_documents, note_skipped
 from steel_megatron.train.batches import Batches
@@ -82,6 +82,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         )
     with ExitStack() as stack:
         stack.callback(_UNDER_WAY.release)
+        run.num_micro_batches(read_launch(os.environ).world_size)  # checks the batch before anything is started
         topology = stack.enter_context(_process_groups(run))
         peers = stack.enter_context(Peers(Path(run.checkpoint.directory), run.training.watchdog_seconds))
         stack.enter_context(peers.named())
@@ -119,7 +120,6 @@ def _ledger_lock(path: Path) -> Iterator[None]:
 
 def _train(run: RunConfig, topology: Topology, peers: Peers, callbacks: Sequence[Callback]) -> TrainingSummary:
     training = run.training
-    run.num_micro_batches(topology.launch.world_size)  # checks the batch before anything is read
     session = LedgerSession(run, agreement)
     batches = Batches(run, topology, session)
     engine = Engine(run, topology)
@@ -263,7 +263,8 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSe
         origin = Path(run.checkpoint.init_from)
         info = raise_if_any_rank_failed(lambda: checkpoint.read_info(origin))
         verified_by_all(lambda check: check(origin), checkpoint.verify)
-        checkpoint.load_weights(engine.stage, info, run.model)
+        for chunk in engine.chunks:
+            checkpoint.load_weights(chunk, info, run.model)
         engine.optimizer.reload_model_params()
         logger.info(f"starting from the weights of {origin}")
     session.start()

@@ -174,10 +174,11 @@ def _gradient_inside(parameter: torch.Tensor, weight: torch.Tensor) -> torch.Ten
 def _squares(engine: Any) -> dict[str, float]:
     from steel_megatron.model.weights import sharded_weights
 
-    gather_gradients(engine.model)
-    parameters = list(engine.stage.parameters())
+    for model in engine.models:
+        gather_gradients(model)
+    parameters = [parameter for chunk in engine.chunks for parameter in chunk.parameters()]
     squares = {}
-    for sharded in sharded_weights(engine.stage).values():
+    for sharded in sharded_weights(*engine.chunks).values():
         layer = sharded.global_offset[: sharded.prepend_axis_num]
         name = f"{sharded.key} of layer {layer[0] + 1}" if layer else sharded.key
         (gradient,) = (found for one in parameters if (found := _gradient_inside(one, sharded.data)) is not None)

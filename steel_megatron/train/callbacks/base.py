@@ -35,8 +35,17 @@ class RunView:
 
     @property
     def model(self) -> GPTModel:
-        """This process's pipeline stage."""
+        """This process's pipeline stage.
+
+        Raises:
+            ConfigError: it has several model chunks.
+        """
         return self.engine.stage
+
+    @property
+    def chunks(self) -> list[GPTModel]:
+        """This process's parts of the model: its pipeline stage, or several chunks under the interleaved schedule."""
+        return self.engine.chunks
 
 
 class Callback:
