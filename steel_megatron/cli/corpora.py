@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from steel_megatron.config import CleanConfig, PreprocessConfig, TokenizerKind
+from steel_megatron.streams import say
 
 
 def clean(config: CleanConfig) -> None:
@@ -12,14 +11,14 @@ def clean(config: CleanConfig) -> None:
     from steel_megatron.data.cleaning.funnel import table
     from steel_megatron.data.cleaning.pipeline import clean_corpus
 
-    sys.stdout.write(table(clean_corpus(config).report) + "\n")
+    say(table(clean_corpus(config).report))
 
 
 def preprocess(config: PreprocessConfig) -> None:
     """Tokenize documents into an indexed corpus (.bin, .idx, .json). Repeat the command to resume after a kill."""
     from steel_megatron.data.preprocessing.pipeline import preprocess as run
 
-    sys.stdout.write(run(config).summary() + "\n")
+    say(run(config).summary())
 
 
 def inspect_corpora(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from steel_megatron.config import TokenizerKind
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.log import get_logger
+from steel_megatron.streams import say
 
 if TYPE_CHECKING:
     from steel_megatron.data.ledger.history import History
@@ -54,7 +55,7 @@ def create(
     with edit(path, made) as file:
         if file.ledger != made:
             raise DataError(f"{path} was just created by another process; append to it (steel-megatron data append)")
-    sys.stdout.write(_summary(path, made))
+    say(_summary(path, made))
 
 
 def append(
@@ -98,7 +99,7 @@ def append(
                 file.ledger = current.append_prepared(pending, epochs, at, weights)
                 break
         logger.info(f"{path} changed while documents were compared; comparing again")
-    sys.stdout.write(_summary(path, file.ledger))
+    say(_summary(path, file.ledger))
 
 
 def remove(ledger: str, names: list[str], at: int | None = None, stopped: bool = False) -> None:
@@ -188,7 +189,7 @@ def relocate(ledger: str, old: str, new: str) -> None:
                 file.ledger = changed
                 break
         logger.info(f"{path} changed while corpora were read; reading again")
-    sys.stdout.write(_summary(path, changed))
+    say(_summary(path, changed))
 
 
 def skip(ledger: str, samples: str, undo: bool = False) -> None:
@@ -248,7 +249,7 @@ def _change(path: str, stopped: bool, change: Callable[[History], History]) -> N
 
     with edit(path) as file:
         file.ledger = _released(Path(path), file.ledger, stopped).then(change)
-    sys.stdout.write(_summary(Path(path), file.ledger))
+    say(_summary(Path(path), file.ledger))
 
 
 def _summary(path: Path, ledger: Ledger) -> str:
@@ -276,7 +277,7 @@ def _summary(path: Path, ledger: Ledger) -> str:
         lines.append(f"  skipped: samples {part.first:,} to {part.end - 1:,}")
     capacity = history.schedule.capacity()
     lines.append(f"  samples in all: {'unlimited' if capacity == float('inf') else f'{capacity:,}'}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def show(
@@ -309,7 +310,7 @@ def show(
     path = Path(ledger)
     loaded = Ledger.load(path)
     if step is None and sample is None:
-        sys.stdout.write(_summary(path, loaded))
+        sys.stdout.write(_summary(path, loaded) + "\n")
         return
     settings = _run_settings(path)
     numbers = loaded.history.step_samples(step) if step is not None and step > 0 and sample is None else None

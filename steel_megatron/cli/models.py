@@ -7,6 +7,7 @@ from typing import Literal
 
 from steel_megatron.config import RunConfig, TokenizerKind, import_routing_code
 from steel_megatron.errors import DataError, ExitCode
+from steel_megatron.streams import say
 
 
 def pretrain(run: RunConfig) -> int:
@@ -155,5 +156,5 @@ def audit(
     report = run(Path(path), length=length, positions=positions, seed=seed, tolerance=tolerance, layers=layers)
     if json:
         write_atomically(json, (dumps(report.to_dict(), indent=1) + "\n").encode(), DataError)
-    sys.stdout.write(report.to_text())
+    say(report.to_text().rstrip("\n"))
     return 0 if report.passed else 1
