@@ -6,6 +6,7 @@ every checkpoint, which is enough to run it again.
 """
 
 from steel_megatron.config.checkpoint import CheckpointConfig
+from steel_megatron.config.checks import with_homes
 from steel_megatron.config.clean import CleanConfig
 from steel_megatron.config.data import (
     MEGATRON_TOKENIZER_TYPES,
@@ -70,4 +71,5 @@ __all__ = [
     "take_old_names",
     "to_dict",
     "warn_of_old_name",
+    "with_homes",
 ]
