@@ -178,7 +178,8 @@ def test_a_mode_must_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
         (["clean", "a.yaml", "--workers", "--tasks", "3"], "--workers has no value"),
         (["clean", "a.yaml", "--worker", "3"], "there is no option --worker; did you mean --workers?"),
         (["pretrain", "--hidden_size", "3"], "did you mean --model.hidden_size or --model.ffn_hidden_size?"),
-        (["pretrain", "--model", "3"], "--model is a section; give its options, such as --model.num_layers VALUE"),
+        (["pretrain", "--model", "3"], "the settings file 3 cannot be read: No such file or directory"),
+        (["pretrain", "--model", "{hiden_size: 3}"], "--model, line 1: there is no option model.hiden_size"),
         (["pretrain", "--training.seed+", "3"], "--training.seed+ adds to a list, but training.seed is of type int"),
         (["audit", "m", "--positions", "1", "x"], "--positions has 'x'; it must be a list of int"),
         (["data", "relocate", "l.json", "a"], "not given: NEW (the same as it is now)"),
@@ -317,6 +318,14 @@ def test_lists_of_every_command_are_written_alike() -> None:
     assert _parse(["audit", "m", "--positions", "[1, 2]"])[1]["positions"] == [1, 2]
     prompts = _parse(["generate", "--model", "m", "--prompts", "[INST]", "- a", "{b}"])[1]["prompts"]
     assert prompts == ["[INST]", "- a", "{b}"], "a prompt is no list"
+
+
+def test_sections_from_words() -> None:
+    Path("FILE").write_text("num_layers: 3\nhidden_size: 8\n")
+    for section in ("{num_layers: 3, hidden_size: 8}", "FILE"):
+        words = ["--model.hidden_size", "4", "--model", section, "--model.num_layers", "2"]
+        model = _parse(["pretrain", *words])[1]["model"]
+        assert (model["num_layers"], model["hidden_size"]) == (2, 8)
 
 
 def test_switches_and_hyphens() -> None:

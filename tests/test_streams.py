@@ -28,7 +28,7 @@ def start(words: list[str], shell: str = "", **environment: str) -> subprocess.C
     try:
         return subprocess.run(
             command,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "", **environment},
             capture_output=True,
             pass_fds=[write],
             timeout=120,
@@ -65,8 +65,9 @@ SAID = b"stdout cannot be written: No space left on device; the work is done, on
     ],
 )
 def test_results_that_cannot_be_printed(body: str, shell: str, code: int, err: bytes) -> None:
-    done = snippet(body, shell)
-    assert (done.returncode, done.stderr, done.stdout) == (code, err, b"")
+    for unbuffered in ("", "1"):
+        done = snippet(body, shell, PYTHONUNBUFFERED=unbuffered)
+        assert (done.returncode, done.stderr, done.stdout) == (code, err, b""), unbuffered
 
 
 @pytest.mark.parametrize(

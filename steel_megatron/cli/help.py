@@ -84,7 +84,13 @@ def overview(commands: Mapping[str, Command], groups: Mapping[str, str]) -> str:
 
 
 def group_overview(commands: Mapping[str, Command], group: str, summary: str) -> str:
-    """The commands of two words that begin with ``group``."""
+    """The commands of a group.
+
+    Args:
+        commands: all commands by name.
+        group: the first of their two words.
+        summary: what they are for.
+    """
     own = {name.split()[1]: command.summary for name, command in commands.items() if name.split()[0] == group}
     lines = [f"usage: steel-megatron {group} COMMAND [--OPTION VALUE ...]", "", *_filled(summary), "", *_table(own)]
     return "\n".join(lines) + "\n"

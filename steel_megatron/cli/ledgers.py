@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,6 +97,9 @@ def append(
             current = _released(path, file.ledger)
             if current.up_to_date(pending):
                 file.ledger = current.append_prepared(pending, epochs, at, weights)
+                added = file.ledger.history.used - current.history.used
+                corpora = file.ledger.history.corpora
+                _tell_of_weight_zero(file.ledger.history, {corpora[number].name for number in added})
                 break
         logger.info(f"{path} changed while documents were compared; comparing again")
     say(_summary(path, file.ledger))
@@ -128,7 +131,8 @@ def reweight(ledger: str, names: list[str], epochs: float | None, at: int | None
     """
     from steel_megatron.data.ledger import changes
 
-    _change(ledger, stopped, lambda old: changes.reweight(old, dict.fromkeys(names, epochs), at))
+    history = _change(ledger, stopped, lambda old: changes.reweight(old, dict.fromkeys(names, epochs), at))
+    _tell_of_weight_zero(history, names)
 
 
 def mixture(ledger: str, weights: list[str], at: int | None = None, stopped: bool = False) -> None:
@@ -244,12 +248,28 @@ def _released(path: Path, ledger: Ledger, stopped: bool = False) -> Ledger:
     return ledger if run_is_live(path) else ledger.then(released)
 
 
-def _change(path: str, stopped: bool, change: Callable[[History], History]) -> None:
+def _tell_of_weight_zero(history: History, names: Collection[str]) -> None:
+    """Warn of corpora that are to be read for some epochs, while the last mixture gives their domain the weight 0."""
+    from steel_megatron.data.ledger.records import Unchanged
+
+    events = sorted(history.events, key=lambda event: event.start(history.next_sync_sample))
+    mixtures = [event.mixture for event in events if not isinstance(event.mixture, Unchanged)]
+    weights = mixtures[-1] if mixtures else None
+    for corpus in history.corpora:
+        if corpus.name in names and weights is not None and weights.get(corpus.domain) == 0:
+            logger.warning(
+                f"{corpus.name} is not read, whatever its epochs: the mixture gives its domain {corpus.domain} the "
+                "weight 0; change it with steel-megatron data mixture"
+            )
+
+
+def _change(path: str, stopped: bool, change: Callable[[History], History]) -> History:
     from steel_megatron.data.ledger.ledger import edit
 
     with edit(path) as file:
         file.ledger = _released(Path(path), file.ledger, stopped).then(change)
     say(_summary(Path(path), file.ledger))
+    return file.ledger.history
 
 
 def _summary(path: Path, ledger: Ledger) -> str:

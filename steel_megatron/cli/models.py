@@ -7,7 +7,10 @@ from typing import Literal
 
 from steel_megatron.config import RunConfig, TokenizerKind, import_routing_code
 from steel_megatron.errors import DataError, ExitCode
+from steel_megatron.log import get_logger
 from steel_megatron.streams import say
+
+logger = get_logger(__name__)
 
 
 def pretrain(run: RunConfig) -> int:
@@ -108,6 +111,8 @@ def generate(
 
     if routing_code:
         import_routing_code(routing_code)
+    if top_k and not temperature:
+        logger.warning(f"top_k = {top_k} has no effect: temperature is 0, so the likeliest token is taken")
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
     tokenizer = (tokenizer_kind, tokenizer_path) if tokenizer_path else None
     for result in run(Path(model), prompts, sampling, tokenizer):

@@ -15,12 +15,13 @@ from steel_megatron.config.loading import YamlLoader, described, is_a
 from steel_megatron.errors import ConfigError
 
 
-def read_settings(path: str, settings: Mapping[str, Option]) -> dict[str, Any]:
+def read_settings(path: str, settings: Mapping[str, Option], section: str = "") -> dict[str, Any]:
     """Read a file of options.
 
     Args:
         path: the file.
         settings: the options of the command by dotted name.
+        section: the section that the file holds; empty for a whole command.
 
     Returns:
         the values by dotted name; a single value stands for a list of one.
@@ -29,26 +30,41 @@ def read_settings(path: str, settings: Mapping[str, Option]) -> dict[str, Any]:
         ConfigError: the file cannot be read or is empty, names an option twice or one that does not exist, or has a
             value of a wrong type.
     """
-    file = _File(path, settings)
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"the settings file {path} cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from error
+    return settings_in(text, path, settings, section)
+
+
+def settings_in(text: str, origin: str, settings: Mapping[str, Option], section: str) -> dict[str, Any]:
+    """The options in a YAML text.
+
+    Args:
+        text: the text.
+        origin: where it comes from, for messages.
+        settings: the options of the command by dotted name.
+        section: the section that the text holds; empty for a whole command.
+
+    Raises:
+        ConfigError: as for :func:`read_settings`.
+    """
+    file = _File(origin, settings)
     try:
         loader = YamlLoader(text)
         try:
             node = loader.get_single_node()
             if node is None:
-                raise ConfigError(f"{path} is empty; it must hold options, one a line, such as {_example(settings)}")
+                raise ConfigError(f"{origin} is empty; it must hold options, one a line, such as {_example(settings)}")
             if not isinstance(node, yaml.MappingNode):
-                raise ConfigError(f"{path} holds no options; it must have lines such as {_example(settings)}")
-            file.take(loader, node, "")
+                raise ConfigError(f"{origin} holds no options; it must have lines such as {_example(settings)}")
+            file.take(loader, node, f"{section}." if section else "")
         finally:
             loader.dispose()
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
     return file.values
 
 
@@ -64,7 +80,13 @@ class _File:
     lines: dict[str, int] = field(default_factory=dict)
 
     def take(self, loader: YamlLoader, node: yaml.MappingNode, prefix: str) -> None:
-        """Take the options of a section."""
+        """Take the options of a section.
+
+        Args:
+            loader: makes values of nodes.
+            node: the section.
+            prefix: its name and a dot; empty for the whole file.
+        """
         loader.flatten_mapping(node)  # <<: *anchor
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
@@ -82,11 +104,11 @@ class _File:
             elif (option := find(self.settings, name)) is None:
                 raise self.error(line, f"there is no option {name}{did_you_mean(name, self.settings)}")
             else:
-                self.values[name] = self.checked(
+                self.values[name] = self._checked(
                     name, loader.construct_object(value_node, deep=True), option.kind, line
                 )
 
-    def checked(self, name: str, value: object, kind: Any, line: int) -> object:
+    def _checked(self, name: str, value: object, kind: Any, line: int) -> object:
         """A value of the option's type."""
         if (converted := _converted(value, kind)) is not None:
             return converted

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from steel_megatron.cli.options import REQUIRED, Option, find, list_part
-from steel_megatron.cli.settings_file import read_settings
+from steel_megatron.cli.settings_file import read_settings, settings_in
 from steel_megatron.cli.suggestions import did_you_mean
 from steel_megatron.config.loading import YamlLoader, described, is_a
 from steel_megatron.errors import ConfigError
@@ -84,7 +84,17 @@ class _Line:
 
     def take_file(self, path: str) -> None:
         """Take the options of a file in place of the word that names it."""
-        found = read_settings(path, self.settings)
+        self.take_settings(read_settings(path, self.settings))
+
+    def take_section(self, name: str, value: str) -> None:
+        """Take the options of a section from a file, or from YAML in braces."""
+        if value.startswith("{"):
+            self.take_settings(settings_in(value, f"--{name}", self.settings, name))
+        else:
+            self.take_settings(read_settings(value, self.settings, name))
+
+    def take_settings(self, found: dict[str, Any]) -> None:
+        """Take several options in place of the word that stands for them."""
         self.given |= dict.fromkeys(found)  # lists begin anew
         nested: dict[str, Any] = {}
         for name, value in found.items():
@@ -101,13 +111,14 @@ class _Line:
         option = find(self.settings, name)
         if option is None and (option := find(self.settings, name.replace("-", "_"))) is not None:
             name = name.replace("-", "_")
+        if option is None and any(known.startswith(f"{name}.") for known in self.settings):
+            self.take_section(name, values[0] if values else self.value_of(f"--{name}", "a YAML file, or '{...}'"))
+            return
         if option is None:
-            if any(known.startswith(f"{name}.") for known in self.settings):
-                raise ConfigError(f"--{name} is a section; give its options, such as --{self.first_of(name)} VALUE")
             raise ConfigError(f"there is no option --{name}{did_you_mean(name, self.settings, '--')}")
         entry = list_part(option.kind)
         if entry is not None:
-            found = self.list_of(f"--{written}", option, values, name in _TEXTS)
+            found = self._list_of(f"--{written}", option, values, name in _TEXTS)
             if isinstance(found, str):  # a dictionary, or null
                 self.normal.append(f"--{name}={found}")
                 return
@@ -141,7 +152,7 @@ class _Line:
             raise ConfigError(f"{option} has no value; it must be {wanted}")
         return self.left.pop(0)
 
-    def list_of(self, written: str, option: Option, values: list[str] | None, is_text: bool) -> list[Any] | str:
+    def _list_of(self, written: str, option: Option, values: list[str] | None, is_text: bool) -> list[Any] | str:
         """The values of a list, written as words, or as YAML with brackets; or a dictionary, or null, as it is."""
         kind = option.kind
         if values is None:
@@ -153,10 +164,6 @@ class _Line:
         if len(values) == 1 and ((values[0] == "null" and is_a(None, kind)) or _is_dictionary(values[0], kind)):
             return values[0]
         return [entry for word in values for entry in _entries(word, list_part(kind), written, is_text)]
-
-    def first_of(self, section: str) -> str:
-        """The first option of a section."""
-        return next(name for name in self.settings if name.startswith(f"{section}."))
 
     def assign(self, positional: Sequence[str]) -> None:
         """Give the words without a name their names."""

@@ -15,6 +15,7 @@ from steel_megatron.config.data import (
     TokenizerEngine,
     TokenizerKind,
 )
+from steel_megatron.config.doubts import doubts, job_doubts
 from steel_megatron.config.execution import ExecutionConfig, ExecutorName
 from steel_megatron.config.loading import dump_yaml, from_dict, to_dict
 from steel_megatron.config.model import (
@@ -62,9 +63,11 @@ __all__ = [
     "TrainingConfig",
     "add_routing_mode",
     "check_layout",
+    "doubts",
     "dump_yaml",
     "from_dict",
     "import_routing_code",
+    "job_doubts",
     "refuse_unknown_routing_code",
     "routing_facts",
     "routing_mode_names",
