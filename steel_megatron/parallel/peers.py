@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from steel_megatron.parallel.agreement import any_rank
 from steel_megatron.parallel.rendezvous import TIMEOUT, connect, joining, named, store_is_rank0s
 from steel_megatron.parallel.stacks import Stillness, collective_of, is_of_a_collective, write_stacks
 from steel_megatron.signals import ignore_sigterm
+from steel_megatron.streams import complain
 
 BEAT_SECONDS = 0.5
 GRACE_SECONDS = 3.0
@@ -306,8 +306,7 @@ class Peers:
         if self._over.is_set() or self._main_thread_ends.is_set():
             return
         prefix = f"[rank {self._rank}] " if launched_rank() else ""
-        sys.stderr.write(f"{prefix}error: {verdict.message}\n")
-        sys.stderr.flush()
+        complain(f"{prefix}error: {verdict.message}")
         os._exit(verdict.code)
 
     def _write_stacks(self, stand_still: list[int]) -> None:

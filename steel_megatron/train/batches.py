@@ -10,10 +10,13 @@ import torch
 from steel_megatron.config import RunConfig
 from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, micro_batches, read_samples
 from steel_megatron.data.ledger.session import LedgerSession
+from steel_megatron.log import get_logger
 from steel_megatron.parallel.agreement import raise_if_any_rank_failed
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.objective.base import objective_of
 from steel_megatron.train.reading import Arrays, read_ahead
+
+logger = get_logger(__name__)
 
 
 class Batches:
@@ -44,6 +47,10 @@ class Batches:
                 for name, prefixes in run.data.validation_sets.items()
             }
         )
+        for name, samples in self.validation_sets.items() if topology.launch.rank == 0 else ():
+            if len(samples) < (batch := run.training.global_batch_size):
+                what = f"data.validation.{name}" if name else "data.validation"
+                logger.warning(f"{what} has {len(samples)} samples, fewer than one batch of {batch}; its loss is noisy")
 
     def training(self, consumed_samples: int) -> list[Any]:
         """This process's micro batches of the step that begins after ``consumed_samples`` samples."""

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from steel_megatron.config import RunConfig, dump_yaml
+from steel_megatron.config import RunConfig, doubts, dump_yaml
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.session import LedgerSession
 from steel_megatron.data.ledger.sync import check_past
@@ -120,6 +120,8 @@ def _ledger_lock(path: Path) -> Iterator[None]:
 
 def _train(run: RunConfig, topology: Topology, peers: Peers, callbacks: Sequence[Callback]) -> TrainingSummary:
     training = run.training
+    for doubt in doubts(run) if topology.launch.rank == 0 else ():
+        logger.warning(doubt)
     session = LedgerSession(run, agreement)
     batches = Batches(run, topology, session)
     engine = Engine(run, topology)

@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 
 from steel_megatron.errors import ExitCode
 from steel_megatron.log import get_logger
+from steel_megatron.streams import complain
 
 logger = get_logger(__name__)
 
@@ -76,8 +77,7 @@ class StopSignal:
         self.received = True
         if number == signal.SIGINT:
             if self._interrupted is not None and now - self._interrupted >= GRACE_SECONDS:
-                sys.stderr.write("interrupted again: ended without waiting for the save\n")
-                sys.stderr.flush()
+                complain("interrupted again: ended without waiting for the save")
                 os._exit(ExitCode.INTERRUPTED)
             self._interrupted = now if self._interrupted is None else self._interrupted
         if not self._told:
