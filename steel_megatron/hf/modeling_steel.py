@@ -167,7 +167,20 @@ def eager_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention that also gives its weights, [B, heads, T, past + T]; arguments as transformers calls them."""
+    """Attention that also gives its weights.
+
+    Args:
+        module: the attention layer; not used, transformers passes it.
+        query: [B, heads, T, size].
+        key: [B, key and value heads, past + T, size].
+        value: the same.
+        attention_mask: [B, 1, T, past + T], added to the scores.
+        scaling: of the scores.
+        kwargs: settings of other attention functions.
+
+    Returns:
+        [B, T, heads, size], and the weights [B, heads, T, past + T].
+    """
     groups = query.size(1) // key.size(1)
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * scaling
