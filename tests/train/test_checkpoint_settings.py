@@ -56,6 +56,7 @@ MAY_DIFFER: dict[str, tuple[Any, int]] = {
     "hidden_dropout": (0.1, ALWAYS),
     "attention_dropout": (0.1, ALWAYS),
     "identical_expert_init": (True, ALWAYS),
+    "implementation": ("local", ALWAYS),
     "megatron": ({"softmax_scale": 0.1}, NEVER),
 }
 
