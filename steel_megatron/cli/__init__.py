@@ -7,15 +7,17 @@ the options; docstrings are the help. They import heavy modules locally, so that
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from argparse import Action, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import jsonargparse
 
-from steel_megatron.cli import corpora, ledgers, models
+from steel_megatron.cli import checkpoints, corpora, ledgers, models
 from steel_megatron.cli.options import REQUIRED, Option, options_of
 from steel_megatron.cli.wrong_options import explain, refuse_old_and_new_name
 from steel_megatron.config import RunConfig, from_dict
@@ -27,10 +29,14 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its function, and the names of its positional arguments in order."""
+    """A command: its function, and the names of its positional arguments in order.
+
+    ``base`` are the options that it begins from without ``--config``, found by the argument ``path``.
+    """
 
     function: Callable[..., int | None]
     positional: tuple[str, ...] = ()
+    base: Callable[[Path], dict[str, Any]] | None = None
 
     @property
     def config(self) -> type | None:
@@ -58,13 +64,21 @@ COMMANDS = {
     "data relocate": Command(ledgers.relocate, ("ledger", "old", "new")),
     "data skip": Command(ledgers.skip, ("ledger",)),
     "data show": Command(ledgers.show, ("ledger",)),
+    "checkpoint list": Command(checkpoints.list_checkpoints, ("folder",)),
+    "checkpoint verify": Command(checkpoints.verify, ("path",)),
+    "checkpoint plan": Command(checkpoints.plan, ("path",), base=checkpoints.base_options),
+    "checkpoint reshard": Command(checkpoints.reshard, ("path", "output"), base=checkpoints.base_options),
+    "checkpoint compare": Command(checkpoints.compare, ("a", "b")),
     "pretrain": Command(models.pretrain),
     "export-hf": Command(models.export_hf),
     "import-hf": Command(models.import_hf),
     "generate": Command(models.generate),
     "audit": Command(models.audit, ("path",)),
 }
-GROUPS = {"data": "Create, change and show a run's ledger: its corpora, their mixture, the samples of a step."}
+GROUPS = {
+    "data": "Create, change and show a run's ledger: its corpora, their mixture, the samples of a step.",
+    "checkpoint": "List, verify and compare checkpoints, and plan the layout of the run that loads one.",
+}
 """The first words of two-word commands, with their help."""
 
 
@@ -175,7 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         nonlocal code
-        name, options = _parse(sys.argv[1:] if arguments is None else arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        name, options = _parse(words)
+        options = _with_base(name, options, words)
         called = COMMANDS[name]
         if called.config is not None:
             code = called.function(from_dict(called.config, options, f"the options of {name}"))
@@ -183,6 +199,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = called.function(**options)
 
     return exit_code(command) or code or 0
+
+
+def _with_base(name: str, options: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """The options of a command, on top of those that it begins from where no file is given."""
+    base = COMMANDS[name].base
+    if base is None or any(word.partition("=")[0] == "--config" for word in arguments):
+        return options
+    words, text = len(name.split()), json.dumps(base(Path(options["path"])))
+    return _parse([*arguments[:words], "--config", text, *arguments[words:]])[1]
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -201,7 +226,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         name, chosen = f"{name} {chosen['command']}", chosen[chosen["command"]]
     options = chosen.as_dict()
     options.pop("config", None)
-    if COMMANDS[name].config is RunConfig:
+    if issubclass(COMMANDS[name].config or object, RunConfig):
         refuse_old_and_new_name(options, arguments)
     return name, options
 
