@@ -206,8 +206,12 @@ def _with_base(name: str, options: dict[str, Any], arguments: Sequence[str]) -> 
     base = COMMANDS[name].base
     if base is None or any(word.partition("=")[0] == "--config" for word in arguments):
         return options
-    words, text = len(name.split()), json.dumps(base(Path(options["path"])))
-    return _parse([*arguments[:words], "--config", text, *arguments[words:]])[1]
+    words, path = len(name.split()), Path(options["path"])
+    text = json.dumps(base(path))
+    try:
+        return _parse([*arguments[:words], "--config", text, *arguments[words:]])[1]
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(text, str(path / "run.yaml"))) from None
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
