@@ -6,6 +6,7 @@ Alone, or under torchrun on all GPUs of a machine.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import statistics
 import tempfile
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from steel_megatron.config import (
     CheckpointConfig,
@@ -134,14 +136,22 @@ def wrong_losses(losses: list[float], first: list[float]) -> str | None:
 
 def checkpoints_agree(topology: Topology, names: list[str]) -> str | None:
     """Save with each implementation, load with the next one, save again: what differs between the two checkpoints."""
-    from steel_megatron.parallel.agreement import broadcast_from_rank0
+    _, run = next(runs(topology, tiny=True))
+    made = [tempfile.mkdtemp(prefix="gpu_check_") if topology.is_rank0 else ""]
+    dist.broadcast_object_list(made, src=0)
+    try:
+        return _save_and_load(topology, names, run, Path(made[0]))
+    finally:
+        dist.barrier()
+        shutil.rmtree(made[0], ignore_errors=True)
+
+
+def _save_and_load(topology: Topology, names: list[str], run: RunConfig, folder: Path) -> str | None:
     from steel_megatron.train import checkpoint, checkpoint_save
     from steel_megatron.train.checkpoint_compare import compare
     from steel_megatron.train.engine import Engine
 
-    _, run = next(runs(topology, tiny=True))
-    folder = Path(broadcast_from_rank0(tempfile.mkdtemp(prefix="gpu_check_")))
-    engines = []
+    saved: list[Path] = []
     for number, name in enumerate([*names, names[0]]):
         own = dataclasses.replace(
             run,
@@ -152,10 +162,10 @@ def checkpoints_agree(topology: Topology, names: list[str]) -> str | None:
         if number == 0:
             engine.step(batches(own, topology, 1))
         else:
-            checkpoint.load(engine, checkpoint.read_info(engines[-1]))
-        engines.append(checkpoint_save.save(engine, run.training.global_batch_size))
-    for name, path in zip([*names[1:], names[0]], engines[1:], strict=True):
-        differences = compare(engines[0], path).differences
+            checkpoint.load(engine, checkpoint.read_info(saved[-1]))
+        saved.append(checkpoint_save.save(engine, run.training.global_batch_size))
+    for name, path in zip([*names[1:], names[0]], saved[1:], strict=True):
+        differences = compare(saved[0], path).differences
         if differences:
             return f"{name} changed {differences[0].name} of a checkpoint that {names[0]} saved"
     return None

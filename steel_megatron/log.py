@@ -59,10 +59,7 @@ def exit_code(command: Callable[[], None]) -> int:
         command()
         sys.stdout.flush()
     except SteelError as error:
-        rank = launched_rank()
-        prefix = f"[rank {rank}] " if rank else ""
-        sys.stderr.write(f"{prefix}error: {error}\n")
-        return error.code if isinstance(error, LostRankError) else ExitCode.WRONG_INPUT
+        return report_error(error)
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
         return ExitCode.INTERRUPTED
@@ -71,6 +68,15 @@ def exit_code(command: Callable[[], None]) -> int:
             raise
         return ExitCode.NO_READER
     return ExitCode.FINISHED
+
+
+def report_error(error: SteelError) -> int:
+    """Write an error as one line to stderr; returns the exit code that it stands for."""
+    rank = launched_rank()
+    prefix = f"[rank {rank}] " if rank else ""
+    sys.stderr.write(f"{prefix}error: {error}\n")
+    sys.stderr.flush()
+    return error.code if isinstance(error, LostRankError) else ExitCode.WRONG_INPUT
 
 
 def _reader_left() -> bool:

@@ -200,17 +200,18 @@ def base_options(path: Path) -> dict[str, Any]:
     import yaml
 
     _prepare()
-    from steel_megatron.config import to_dict
+    from steel_megatron.config import from_dict, to_dict
     from steel_megatron.train.checkpoint import read_info
 
     info = read_info(path)  # refuses to import what comes with weights
     file = path / "run.yaml"
     if not file.is_file():
-        return {"model": {key: value for key, value in to_dict(info.model).items()}}
+        return {"model": to_dict(info.model)}
     try:
         run: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
+        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+    from_dict(RunConfig, run, str(file))  # names a key that this version does not have
     return run
 
 

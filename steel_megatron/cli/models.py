@@ -6,7 +6,8 @@ import sys
 from typing import Literal
 
 from steel_megatron.config import RunConfig, TokenizerKind, import_routing_code
-from steel_megatron.errors import DataError, ExitCode
+from steel_megatron.errors import DataError, ExitCode, LostRankError
+from steel_megatron.log import report_error
 
 
 def pretrain(run: RunConfig) -> int:
@@ -25,7 +26,13 @@ def pretrain(run: RunConfig) -> int:
     from steel_megatron.train.stop_signal import ignore_stop_signals, stop_with_launcher
 
     stop_with_launcher()
-    if not train(run).stopped:
+    try:
+        summary = train(run)
+    except LostRankError as error:
+        code = report_error(error)
+        sys.stdout.flush()
+        os._exit(code)  # C++ aborts the end of a process that has broken connections
+    if not summary.stopped:
         return ExitCode.FINISHED
     ignore_stop_signals()
     return ExitCode.STOPPED

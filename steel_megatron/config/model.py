@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 FeedForward = Literal["soft_moe", "dense", "none", "top_k_moe"]
 Activation = Literal["double_swiglu", "swiglu"]
+LoadBalancing = Literal["aux_loss", "seq_aux_loss"]
 SlotInput = Literal["normalized", "raw"]
 ImplementationName = Literal["auto", "local", "transformer_engine"]
 MOST_LAYERS, MOST = 65_536, 2**31 - 1
@@ -82,6 +83,9 @@ class ModelConfig:
     """Experts that each token of a top_k_moe passes through."""
     moe_aux_loss_coeff: float = 0.01
     """Weight of the loss that spreads a top_k_moe's tokens over its experts."""
+    moe_router_load_balancing_type: LoadBalancing = "aux_loss"
+    """What that loss is over: the tokens of a micro batch (aux_loss), or of each sequence (seq_aux_loss). Both are the
+    same under every layout, the second one for every micro batch size as well."""
     shared_expert_intermediate_size: int = 0
     """Inner width of one more expert that every token passes through; 0 for none."""
     vocab_size: int = 151936
@@ -123,6 +127,7 @@ class ModelConfig:
         one_of(("double_swiglu", "swiglu"), self, "ffn_activation")
         one_of(("normalized", "raw"), self, "slot_input")
         one_of(get_args(ImplementationName), self, "implementation")
+        one_of(("aux_loss", "seq_aux_loss"), self, "moe_router_load_balancing_type")
         at_least(1, self, "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
         at_least(1, self, "num_experts", "slots_per_expert", "block_length", "vocab_size", "sequence_length")
         at_least(1, self, "make_vocab_size_divisible_by", "rotary_base", "moe_top_k")

@@ -84,7 +84,7 @@ def cross_entropy(chosen: Implementation, tp_group: torch.distributed.ProcessGro
         return vocab_parallel_cross_entropy
     from megatron.core.extensions.transformer_engine import te_parallel_cross_entropy
 
-    # It writes the gradient over the logits, which nobody reads again.
+    # Some versions write the gradient over the logits, which nobody reads again.
     return partial(te_parallel_cross_entropy, tp_group=tp_group)
 
 

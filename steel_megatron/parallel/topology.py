@@ -138,8 +138,12 @@ def initialize(parallel: ParallelConfig, launch: Launch | None = None) -> Topolo
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=(
+                parallel.virtual_pipeline_model_parallel_size if parallel.interleaved else None
+            ),
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_size,
             create_gloo_process_groups=True,
             distributed_timeout_minutes=int(timeout.total_seconds() // 60),
         )
@@ -264,14 +268,14 @@ class Topology:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this process holds the embedding."""
+        """Whether this process holds the embedding, in its first model chunk."""
         from megatron.core import parallel_state
 
         return parallel_state.is_pipeline_first_stage()
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this process holds the output layer and sees the loss."""
+        """Whether this process holds the output layer and sees the loss, in its last model chunk."""
         from megatron.core import parallel_state
 
         return parallel_state.is_pipeline_last_stage()

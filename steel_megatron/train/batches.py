@@ -75,12 +75,15 @@ class Batches:
 
     def _validation_batches(self, samples: SequentialSamples) -> list[Any]:
         """The last ones are filled up with samples that do not count, so that none is left out."""
-        training = self._run.training
+        training, parallel = self._run.training, self._run.parallel
         count = min(len(samples), training.eval_steps * training.global_batch_size)
         samples_per_pass = training.micro_batch_size * self._topology.data_parallel_size
         first = self._topology.data_parallel_rank * training.micro_batch_size
+        # The interleaved schedule takes as many micro batches as there are stages, or a multiple.
+        together = samples_per_pass * (parallel.pipeline_model_parallel_size if parallel.interleaved else 1)
+        end = -(-count // together) * together
         batches = []
-        for start in range(first, count + first, samples_per_pass):
+        for start in range(first, end + first, samples_per_pass):
             own = range(start, start + training.micro_batch_size)
             numbers = [min(number, count - 1) for number in own]
             counts = torch.tensor([[float(number < count)] for number in own])

@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -69,26 +69,6 @@ class Written:
             self.squares[key] = self.squares.get(key, 0.0) + square
 
 
-class HostMemory:
-    """Memory of this machine that keeps copies of tensors, the same memory from save to save."""
-
-    def __init__(self) -> None:
-        self._copies: dict[MetadataIndex, torch.Tensor] = {}
-
-    def copy(self, tensors: Iterable[tuple[WriteItem, torch.Tensor]]) -> list[tuple[WriteItem, torch.Tensor]]:
-        """Copies that stay as they are until the next call."""
-        copied = []
-        for item, tensor in tensors:
-            own = self._copies.get(item.index)
-            if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
-                own = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._copies[item.index] = own
-            copied.append((item, own.copy_(tensor, non_blocking=True)))
-        if any(tensor.is_cuda for _, tensor in copied):
-            torch.cuda.synchronize()
-        return copied
-
-
 class Planner:
     """Who writes what. While the layout of the state stays the same, so does the plan."""
 
@@ -137,7 +117,8 @@ class ShardWriter:
 
     Args:
         folder: it must be there.
-        tensors: they must stay as they are until all is written.
+        items: what to write.
+        tensors: gives them; called by each thread, it may wait. They must stay as they are until all is written.
         others: writes files of another kind, in a thread as well.
         read_back: whether to read each file again from the disk, and compare.
     """
@@ -145,14 +126,15 @@ class ShardWriter:
     def __init__(
         self,
         folder: Path,
-        tensors: Sequence[tuple[WriteItem, torch.Tensor]],
+        items: Sequence[WriteItem],
+        tensors: Callable[[], Mapping[MetadataIndex, torch.Tensor]],
         others: Callable[[], None] | None = None,
         *,
         read_back: bool = False,
     ) -> None:
         self._given_up, self._read_back = threading.Event(), read_back
-        of_item = {item.index: tensor for item, tensor in tensors}
-        shares = [share for share in _split_by_size_and_type(FILES, [item for item, _ in tensors]) if share]
+        self._tensors = tensors
+        shares = [share for share in _split_by_size_and_type(FILES, list(items)) if share]
         threads = ThreadPoolExecutor(FILES + 1, "checkpoint")
 
         def rest() -> Written:
@@ -163,11 +145,7 @@ class ShardWriter:
         self._futures: list[Future[Written]] = [
             threads.submit(rest),
             *(
-                threads.submit(
-                    self._write,
-                    folder / f"__{dist.get_rank()}_{number}.distcp",
-                    [(item, of_item[item.index]) for item in share],
-                )
+                threads.submit(self._write, folder / f"__{dist.get_rank()}_{number}.distcp", share)
                 for number, share in enumerate(shares)
             ),
         ]
@@ -200,12 +178,14 @@ class ShardWriter:
         for future in self._futures:
             future.exception()
 
-    def _write(self, path: Path, tensors: Sequence[tuple[WriteItem, torch.Tensor]]) -> Written:
+    def _write(self, path: Path, items: Sequence[WriteItem]) -> Written:
+        tensors = self._tensors()
+
         def wanted() -> Iterator[tuple[MetadataIndex, torch.Tensor]]:
-            for item, tensor in tensors:
+            for item in items:
                 if self._given_up.is_set():
                     raise CheckpointError(f"{path} was given up")
-                yield item.index, tensor
+                yield item.index, tensors[item.index]
 
         return write_file(path, wanted(), read_back=self._read_back)
 

@@ -56,7 +56,8 @@ class StopSignal:
     ) -> None:
         if self._before:
             for number, handler in self._before.items():
-                signal.signal(number, handler)  # type: ignore[arg-type]
+                if signal.getsignal(number) == self._note:  # else somebody wants it another way from now on
+                    signal.signal(number, handler)  # type: ignore[arg-type]
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._pipe[1])  # the thread ends
             self._before = {}

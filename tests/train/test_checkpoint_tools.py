@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from steel_megatron.cli import main
-from steel_megatron.config import RunConfig
+from steel_megatron.config import ParallelConfig, RunConfig
 from steel_megatron.errors import CheckpointError
 from steel_megatron.train import checkpoint, checkpoint_reshard, checkpoint_tensors
 from steel_megatron.train.checkpoint_compare import compare
@@ -26,6 +26,7 @@ from tests.distributed import run_distributed
 from tests.train.small_run import LAYOUTS, PROCESSES, small_run, train
 
 LAYOUT = "tp2 pp2"
+INTERLEAVED = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
 
 
 def of(name: str, directory: str = "unused", **training: Any) -> RunConfig:
@@ -136,7 +137,7 @@ def test_verify_names_the_damaged_file(step2: Path, capsys: pytest.CaptureFixtur
 
 
 def measured(run: RunConfig) -> int:
-    """Bytes of all tensors that making the engine has left in memory."""
+    """Bytes of all tensors that making the engine has left in memory, without states of random generators."""
     from steel_megatron.parallel.topology import initialize
     from steel_megatron.train.engine import Engine
 
@@ -144,7 +145,7 @@ def measured(run: RunConfig) -> int:
 
     def storages() -> dict[int, torch.UntypedStorage]:
         gc.collect()
-        tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+        tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.dtype != torch.uint8]
         return {one.untyped_storage()._cdata: one.untyped_storage() for one in tensors}
 
     before = storages()
@@ -155,10 +156,19 @@ def measured(run: RunConfig) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "precision"), [("tp2 pp2", "float32"), ("cp2 dp2", "bfloat16")])
-def test_the_planned_memory_is_what_a_run_holds(name: str, precision: str) -> None:
-    run = of(name, precision=precision)
-    world_size = PROCESSES[name]
+@pytest.mark.parametrize(
+    ("name", "precision", "model"),
+    [
+        ("tp2 pp2", "float32", {}),
+        ("cp2 tp2 sp ep2", "bfloat16", {}),
+        ("tp2 sp ep2", "bfloat16", {"ffn": "top_k_moe", "ffn_activation": "swiglu"}),
+        ("interleaved", "float32", {}),
+    ],
+)
+def test_the_planned_memory_is_what_a_run_holds(name: str, precision: str, model: dict[str, Any]) -> None:
+    run = dataclasses.replace(of(LAYOUT, precision=precision), parallel=LAYOUTS.get(name, INTERLEAVED))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **model))
+    world_size = PROCESSES.get(name, 2)
     planned = []
     for rank in range(world_size):
         with simulated_engine(run, rank, world_size) as engine:
@@ -206,6 +216,14 @@ def test_what_cannot_load_is_refused_by_the_numbers(
     assert code == 2 and message in line
     code, line = said(capsys, "checkpoint", "reshard", step2, step2.parent / "out", *words)
     assert code == 2 and message in line and not (step2.parent / "out").exists()
+
+
+def test_a_run_yaml_of_another_version_is_named(step2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (step2 / "run.yaml").read_text()
+    other = text.replace("hidden_size", "hiden_size", 1)
+    (step2 / "run.yaml").write_text(other + "#" * (len(text) - len(other)))
+    code, line = said(capsys, "checkpoint", "plan", step2)
+    assert code == 2 and f"{step2 / 'run.yaml'}: unknown key 'hiden_size' in ModelConfig" in line
 
 
 # ---- reshard ----
@@ -264,6 +282,22 @@ def test_a_resharded_checkpoint_is_what_the_other_layout_saves(
     straight = run_distributed(train, 2, saved_by_a_run, 3, 4, False, True)
     again = run_distributed(train, 2, resumed, 3, 4, False, True)
     assert [one.loss for one in again[0][:2]] == [one.loss for one in straight[0][:2]]
+
+
+@pytest.mark.slow
+def test_experts_of_other_kinds_and_interleaved_stages_are_resharded(tmp_path: Path) -> None:
+    top_k = {"ffn": "top_k_moe", "ffn_activation": "swiglu", "routing_mode": None}
+    before, after = (
+        small_run(parallel, str(tmp_path / name), steps=4, **top_k)
+        for name, parallel in (("before", LAYOUTS["tp2 sp ep2"]), ("after", INTERLEAVED))
+    )
+    run_distributed(train, 4, before, 1, 1, True)
+    info = checkpoint.read_info(before.checkpoints_dir / "step_00000001")
+    made = checkpoint_reshard.reshard(info, tmp_path / "made", after, 2)
+    run_distributed(load_and_save, 2, after, info.path)
+    real = after.checkpoints_dir / "step_00000001"
+    assert in_files(made.path) == in_files(real) != in_files(info.path)
+    assert compare(info.path, made.path).differences == [] and compare(made.path, real).differences == []
 
 
 def test_a_reshard_is_there_whole_or_not_at_all(

@@ -31,8 +31,8 @@ class Batch:
         tokens: int64 [B, T].
         labels: int64 [B, T]; labels[:, t] is the token to be predicted at position t (already shifted).
         loss_mask: float32 [B, T]; 0 where a label does not count.
-        document_starts: int64 [B, T], for each token the position of the first token of its document; None where
-            documents that share a sequence see each other.
+        document_starts: int64 [B, T of whole sequences], for each token the position of the first token of its
+            document; None where documents that share a sequence see each other.
     """
 
     tokens: torch.Tensor
@@ -48,13 +48,13 @@ class Batch:
     def part(self, topology: Topology) -> Batch:
         """What this process has of whole sequences, on its device: all of them, or its pieces of each."""
         context_size = topology.parallel.context_parallel_size
-        assert context_size == 1 or self.document_starts is None  # RunConfig refuses it
         if context_size == 1:
             return self.to(topology.device)
         positions = SequenceSplit(self.tokens.size(1), context_size).positions(topology.context_parallel_rank)
-        return Batch(self.tokens[:, positions], self.labels[:, positions], self.loss_mask[:, positions]).to(
-            topology.device
-        )
+        # Where documents begin is asked of whole sequences: a chunk may hold the end of one, and a mean over it.
+        return Batch(
+            self.tokens[:, positions], self.labels[:, positions], self.loss_mask[:, positions], self.document_starts
+        ).to(topology.device)
 
 
 class NextToken:
