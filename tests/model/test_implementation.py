@@ -173,6 +173,48 @@ def test_each_implementation_resumes_from_the_other_one(fused_first: bool, tmp_p
     assert "implementation" not in manifest["model"]  # so that earlier versions read it as well
 
 
+def seen_by_megatron(stage: Any) -> dict[str, Any]:
+    """Of each weight by its name in checkpoints: shape, type, initial values, and marks that megatron-core reads."""
+    from steel_megatron.model.weights import sharded_weights
+
+    marks = ("sequence_parallel", "tensor_model_parallel", "partition_dim")
+    return {
+        one.key + str(one.global_offset): (
+            tuple(one.global_shape),
+            one.data.dtype,
+            one.data.float().sum().item(),
+            [getattr(one.data, name, None) for name in marks],
+        )
+        for one in sharded_weights(stage).values()
+    }
+
+
+def build_both() -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """What there is of the weights in both implementations, and the names of the second one's own."""
+    from steel_megatron.model import spec
+    from steel_megatron.parallel.topology import initialize
+
+    topology = initialize(LAYOUTS["tp2 sp"])
+    local = spec.build_model(MODEL, topology, "bfloat16", seed=1)
+    spec.choose_implementation = lambda wanted: Implementation("of this machine")
+    if not torch.cuda.is_available():  # its modules ask before they are built; what they are told computes nothing
+        answers: Any = type("Properties", (), {"major": 9, "minor": 0, "multi_processor_count": 132, "name": "none"})
+        torch.cuda.is_available = lambda: True
+        torch.cuda.current_device = lambda: 0  # type: ignore[assignment]
+        torch.cuda.get_device_capability = lambda *_: (9, 0)
+        torch.cuda.get_device_properties = lambda *_: answers
+    fused = spec.build_model(MODEL, topology, "bfloat16", seed=1)
+    names = [type(module).__name__ for module in fused.decoder.layers[0].self_attention.children()]
+    return seen_by_megatron(local), seen_by_megatron(fused), names
+
+
+@needs.transformer_engine.mark
+def test_weights_of_transformer_engine_itself_are_the_same_to_checkpoints_and_optimizer() -> None:
+    for local, fused, names in run_distributed(build_both, 2):
+        assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "FusedAttention"} <= set(names)
+        assert fused == local
+
+
 # ---- the adapters ----
 
 
