@@ -6,12 +6,14 @@ the options; docstrings are the help. They import heavy modules locally, so that
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steel_megatron.cli import corpora, ledgers, models
+from steel_megatron.cli import checkpoints, corpora, ledgers, models
 from steel_megatron.cli.help import Command, command_help, completion, group_overview, overview, version
 from steel_megatron.cli.options import settings_of
 from steel_megatron.cli.suggestions import did_you_mean
@@ -39,13 +41,21 @@ COMMANDS = {
     "data relocate": Command(ledgers.relocate, ("ledger", "old", "new")),
     "data skip": Command(ledgers.skip, ("ledger",)),
     "data show": Command(ledgers.show, ("ledger",)),
+    "checkpoint list": Command(checkpoints.list_checkpoints, ("folder",)),
+    "checkpoint verify": Command(checkpoints.verify, ("path",)),
+    "checkpoint plan": Command(checkpoints.plan, ("path",), base=checkpoints.base_options),
+    "checkpoint reshard": Command(checkpoints.reshard, ("path", "output"), base=checkpoints.base_options),
+    "checkpoint compare": Command(checkpoints.compare, ("a", "b")),
     "pretrain": Command(models.pretrain),
     "export-hf": Command(models.export_hf),
     "import-hf": Command(models.import_hf),
     "generate": Command(models.generate),
     "audit": Command(models.audit, ("path",)),
 }
-GROUPS = {"data": "Create, change and show a run's ledger: its corpora, their mixture, the samples of a step."}
+GROUPS = {
+    "data": "Create, change and show a run's ledger: its corpora, their mixture, the samples of a step.",
+    "checkpoint": "List, verify and compare checkpoints, and plan the layout of the run that loads one.",
+}
 """The first words of two-word commands, with their help."""
 
 
@@ -67,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(text)
             return
         name, options = _parse(words)
+        options = _with_base(name, options, words)
         called = COMMANDS[name]
         if called.config is not None:
             code = called.function(from_dict(called.config, options, f"the options of {name}"))
@@ -104,6 +115,19 @@ def _command_of(words: Sequence[str]) -> tuple[str, list[str]]:
     return name, list(words[size:])
 
 
+def _with_base(name: str, options: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """The options of a command, on top of those that it begins from where no file is given."""
+    base = COMMANDS[name].base
+    if base is None or any(word.partition("=")[0] == "--config" for word in arguments):
+        return options
+    words, path = len(name.split()), Path(options["path"])
+    text = json.dumps(base(path))
+    try:
+        return _parse([*arguments[:words], "--config", text, *arguments[words:]])[1]
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(text, str(path / "run.yaml"))) from None
+
+
 def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The command's name and its options."""
     name, words = _command_of(list(arguments))
@@ -118,7 +142,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         message = explain(" ".join(str(error).split()), settings)
         raise ConfigError(f"{message} (steel-megatron {name} --help lists the options)") from None
     options.pop("config", None)
-    if command.config is RunConfig:
+    if issubclass(command.config or object, RunConfig):
         refuse_old_and_new_name(options, arguments)
     return name, options
 

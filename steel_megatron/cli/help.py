@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -17,7 +18,12 @@ from steel_megatron.cli.options import REQUIRED, Option, is_section, list_part, 
 from steel_megatron.cli.suggestions import did_you_mean
 from steel_megatron.errors import ConfigError
 
-TASKS = {"corpora": "Prepare a corpus", "ledgers": "Data of a run", "models": "Train and use a model"}
+TASKS = {
+    "corpora": "Prepare a corpus",
+    "ledgers": "Data of a run",
+    "checkpoints": "Checkpoints",
+    "models": "Train and use a model",
+}
 """What the commands of a module are for."""
 OFTEN_USED = (
     "model.num_layers", "model.hidden_size", "model.routing_mode", "model.sequence_length",
@@ -34,10 +40,14 @@ _WIDEST = 100
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its function, and the names of its positional arguments in order."""
+    """A command: its function, and the names of its positional arguments in order.
+
+    ``base`` are the options that it begins from without ``--config``, found by the argument ``path``.
+    """
 
     function: Callable[..., int | None]
     positional: tuple[str, ...] = ()
+    base: Callable[[Path], dict[str, Any]] | None = None
 
     @property
     def config(self) -> type | None:

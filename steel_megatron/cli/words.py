@@ -83,8 +83,11 @@ class _Line:
             self.take_option(name, [value] if equals else None)
 
     def take_file(self, path: str) -> None:
-        """Take the options of a file in place of the word that names it."""
-        self.take_settings(read_settings(path, self.settings))
+        """Take the options of a file, or of YAML in braces, in place of the word."""
+        if path.startswith("{"):
+            self.take_settings(settings_in(path, "--config", self.settings, ""))
+        else:
+            self.take_settings(read_settings(path, self.settings))
 
     def take_section(self, name: str, value: str) -> None:
         """Take the options of a section from a file, or from YAML in braces."""

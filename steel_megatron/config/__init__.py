@@ -21,6 +21,7 @@ from steel_megatron.config.loading import dump_yaml, from_dict, to_dict
 from steel_megatron.config.model import (
     Activation,
     FeedForward,
+    ImplementationName,
     ModelConfig,
     SlotInput,
     take_old_names,
@@ -50,6 +51,7 @@ __all__ = [
     "ExecutionConfig",
     "ExecutorName",
     "FeedForward",
+    "ImplementationName",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",

@@ -24,9 +24,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from steel_megatron.config import ModelConfig, ParallelConfig, Precision
-from steel_megatron.model.attention import Float32, RMSNorm, ScaledDotProductAttention
+from steel_megatron.model.attention import Float32
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.dropout import AFTER_ATTENTION, AFTER_FEED_FORWARD, Dropout, DropoutAdd, EmbeddingDropout
+from steel_megatron.model.implementation import implementation_fields, layer_parts
 from steel_megatron.model.megatron_fields import (
     check_recompute_modules,
     model_fields,
@@ -36,6 +37,7 @@ from steel_megatron.model.soft_moe import DenseFeedForward, ParallelSoftMoE, slo
 from steel_megatron.model.top_k_moe import TopKMoE, top_k_moe_settings
 from steel_megatron.model.weights import initialize_weights
 from steel_megatron.parallel.topology import Topology
+from steel_megatron.platform import LOCAL, Implementation, choose_implementation
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -53,7 +55,11 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, precision: Precision, device: torch.device
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    device: torch.device,
+    chosen: Implementation = LOCAL,
 ) -> TransformerConfig:
     """The settings as megatron-core wants them.
 
@@ -62,6 +68,7 @@ def transformer_config(
         parallel: the sizes of the layout.
         precision: type of the weights, and of what pipeline stages send.
         device: where the weights are.
+        chosen: the implementation.
 
     Raises:
         ConfigError: ``model.megatron`` has a field that may not be set, or a value that megatron-core refuses.
@@ -100,11 +107,7 @@ def transformer_config(
         # The weights are set by initialize_weights, whose result does not depend on the layout.
         "perform_initialization": False,
         "use_cpu_initialization": device.type != "cuda",
-        # Fusions of transformer-engine and apex that torch does not have.
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
+        **implementation_fields(chosen),
     }
     check_recompute_modules(model.ffn, model.megatron)
     return with_further_fields(TransformerConfig, own, model.megatron, "model.megatron", model_fields(model.ffn))
@@ -140,6 +143,7 @@ def layer_spec(
     dropout: Dropout,
     *,
     recompute_routing: bool = False,
+    chosen: Implementation = LOCAL,
 ) -> ModuleSpec:
     """One transformer layer: pre-norm attention with biases on q, k and v only, and the feed-forward layer.
 
@@ -149,30 +153,33 @@ def layer_spec(
         documents: shared by the modules that keep packed documents apart.
         dropout: shared by the modules that drop something.
         recompute_routing: whether the backward pass makes slots and combine weights again.
+        chosen: the implementation.
     """
+    parts = layer_parts(chosen)
     feed_forward = _feed_forward_spec(model, groups, documents, recompute_routing)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=parts.input_norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=parts.linear_qkv,
                     core_attention=ModuleSpec(
-                        module=ScaledDotProductAttention, params={"documents": documents, "dropout": dropout}
+                        module=parts.attention, params={"documents": documents, "dropout": dropout}
                     ),
-                    linear_proj=RowParallelLinear,
+                    linear_proj=parts.linear_proj,
                     q_layernorm=Float32,
                     k_layernorm=Float32,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             # Without a feed-forward layer its norm and its residual connection go as well.
-            pre_mlp_layernorm=RMSNorm if feed_forward else IdentityOp,
+            pre_mlp_layernorm=parts.norm if feed_forward else IdentityOp,
             mlp=feed_forward or IdentityOp,
             mlp_bda=get_bias_dropout_add if feed_forward else IdentityFuncOp,
+            sharded_state_dict_keys_map=dict(parts.names),
         ),
     )
 
@@ -220,22 +227,23 @@ def build_chunks(
         precision: type of the weights.
         seed: of the initial weights; None leaves the matrices uninitialised, to be loaded.
     """
-    config = transformer_config(model, topology.parallel, precision, topology.device)
+    chosen = choose_implementation(model.implementation)
+    config = transformer_config(model, topology.parallel, precision, topology.device, chosen)
     if config.sequence_parallel:
         _name_random_state()
     groups = topology.groups
     documents = PackedDocuments(slot_exchange_group(groups))
     dropout = Dropout(model.hidden_dropout, model.attention_dropout, groups, sequence_parallel=config.sequence_parallel)
     routing = topology.parallel.recompute == "routing"
-    spec = layer_spec(model, groups, documents, dropout, recompute_routing=routing)
+    spec = layer_spec(model, groups, documents, dropout, recompute_routing=routing, chosen=chosen)
     # It warns of every feed-forward module that is not its own.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     layers = topology.parallel.layers_of_chunks(model.num_layers)[groups.pp.rank() :: groups.pp.size()]
-    chunks = []
+    chunks, norm = [], layer_parts(chosen).norm
     for number, count in enumerate(layers):
         stage = GPTModel(
             config=config,
-            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm),
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=norm),
             vocab_size=model.padded_vocab_size,
             max_sequence_length=model.sequence_length,
             pre_process=topology.is_first_stage and number == 0,

@@ -56,7 +56,7 @@ def _fill(sharded: ShardedTensor, name: str, model: ModelConfig, seed: int) -> N
     if name.endswith("mlp.scale"):
         weight.fill_(model.routing_scale_init)
         return
-    if name.endswith("norm.weight") or name.endswith("layernorm.weight"):
+    if sharded.key.endswith("norm.weight"):
         weight.fill_(1.0)
         return
     if name.endswith(".bias"):

@@ -111,6 +111,27 @@ def _already_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = F
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _optimizers_of_torch() -> None:
+    """Let megatron-core update with torch's optimizers, also where transformer-engine or apex is installed.
+
+    It takes theirs wherever they can be imported, as on the login node of a cluster; they need a GPU.
+    """
+    from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l2_norm, local_multi_tensor_scale
+
+    many = {"multi_tensor_applier": local_multi_tensor_applier, "multi_tensor_scale_impl": local_multi_tensor_scale}
+    theirs = {"HAVE_APEX_OR_TE": False, "USING_TE_OPTIMIZER": False, "USING_APEX_OPTIMIZER": False}
+    for name, own in (
+        ("", {"Adam": torch.optim.AdamW, "SGD": torch.optim.SGD, "USING_PYTORCH_OPTIMIZER": True}),
+        (".distrib_optimizer", {"Adam": torch.optim.Adam, **theirs}),
+        (".optimizer", many),
+        (".clip_grads", {**many, "l2_norm_impl": local_multi_tensor_l2_norm}),
+    ):
+        module = importlib.import_module(f"megatron.core.optimizer{name}")
+        missing = own.keys() - module.__dict__.keys()
+        assert not missing, f"{module.__name__} has no {', '.join(sorted(missing))} any more"
+        module.__dict__.update(own)
+
+
 def _called_from_megatron(depth: int = 2) -> bool:
     return str(sys._getframe(depth).f_globals.get("__name__", "")).startswith("megatron.core")
 
@@ -161,6 +182,7 @@ def install() -> None:
         f"{dispatcher.__name__} moves no tensors to the CPU any more"
     )
     dispatcher.__dict__["maybe_move_tensor_to_cpu"] = _already_on_cpu
-    # The router asks whether transformer-engine's matrix product is there by a name that is only there if it is.
-    sys.modules["megatron.core.transformer.moe.moe_utils"].__dict__.setdefault("te_general_gemm", None)
+    # The router takes transformer-engine's matrix product where it is, by a name that is only there if it is.
+    sys.modules["megatron.core.transformer.moe.moe_utils"].__dict__["te_general_gemm"] = None
+    _optimizers_of_torch()
     _patch_tensor_methods()

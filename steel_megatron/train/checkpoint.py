@@ -52,7 +52,7 @@ _READABLE = (1, 2)
 MANIFEST = "steel.json"
 NOT_COMPUTED = {"sequence_length", "init_method_std", "expert_init_method_std", "routing_scale_init"}
 NOT_COMPUTED |= {"moe_aux_loss_coeff", "moe_router_load_balancing_type", "identical_expert_init"}
-NOT_COMPUTED |= {"hidden_dropout", "attention_dropout"}
+NOT_COMPUTED |= {"hidden_dropout", "attention_dropout", "implementation"}
 """Settings of a model that do not change what given weights compute: these may always differ from a checkpoint's."""
 ROUTING = {"routing_mode", "slot_input", "block_length", "moe_top_k"}
 """How tokens reach experts: a new run may choose it anew for the weights it begins with."""
@@ -116,7 +116,7 @@ def read_info(path: Path) -> CheckpointInfo:
         CheckpointError: the folder is not a whole checkpoint.
         ConfigError: its routing mode is code that has not been imported.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name, facts in manifest["files"].items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
@@ -149,7 +149,12 @@ def _model_of(manifest: Mapping[str, Any], path: Path) -> ModelConfig:
     return model
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint's ``steel.json`` says, checked as far as it goes without the other files.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of an unknown format.
+    """
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
@@ -180,7 +185,7 @@ def verify(path: Path, rank: int = 0, world_size: int = 1) -> None:
     Raises:
         CheckpointError: a file differs, or its index names something that does not belong there.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     compare_checksums(path, manifest["files"], rank, world_size)
     if rank == 0:
         check_metadata(path, manifest.get("norms", {}))
@@ -240,7 +245,7 @@ def go_back(run: RunConfig, step: int, check: Callable[[Path], None] = verify) -
 def _went_back_to(path: Path) -> int | None:
     """The step that the run had gone back to which saved a checkpoint."""
     try:
-        step: int | None = _read_manifest(path).get("resume_from")
+        step: int | None = read_manifest(path).get("resume_from")
     except CheckpointError:
         return None
     return step

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +209,8 @@ def _facts(model: ModelConfig, step: int, consumed_samples: int, layout: str) ->
         "layout": layout,
         "world_size": dist.get_world_size(),
         "data_fingerprint": "",
-        "model": to_dict(model),
+        # What computed it is no property of the weights.
+        "model": {name: value for name, value in to_dict(model).items() if name != "implementation"},
     }
 
 
@@ -319,20 +320,34 @@ def _finish(partial: Path, final: Path, facts: dict[str, Any], index: Metadata |
     with _disk_errors(final, partial):
         if index is not None:
             write_index(partial, index, together)
-        files = sorted(partial.iterdir())
-        for name, written_file in together.files.items():
-            if not (partial / name).is_file() or (partial / name).stat().st_size != written_file["bytes"]:
-                raise OSError(f"{partial / name} is not there as it was written")
-        found = together.files | {
-            path.name: {"bytes": path.stat().st_size, ALGORITHM: checksum_of(path)}
-            for path in files
-            if path.name not in together.files
-        }
-        norms = {key: math.sqrt(square) for key, square in sorted(together.squares.items())}
-        manifest = {**facts, "norms": norms, "files": found}
-        content = json.dumps({**manifest, "sha256": manifest_checksum(manifest)}, indent=1)
-        (partial / MANIFEST).write_text(content, encoding="utf-8")
+        write_manifest(partial, facts, together)
         replace_folder(partial, final)
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any], written: Written) -> None:
+    """Write ``steel.json`` into a folder that holds everything else.
+
+    Args:
+        folder: the checkpoint's, under its temporary name.
+        facts: what it says of the run.
+        written: what was written of the tensors.
+
+    Raises:
+        OSError: a file is not there as it was written.
+    """
+    files = sorted(folder.iterdir())
+    for name, one in written.files.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != one["bytes"]:
+            raise OSError(f"{folder / name} is not there as it was written")
+    found = written.files | {
+        path.name: {"bytes": path.stat().st_size, ALGORITHM: checksum_of(path)}
+        for path in files
+        if path.name not in written.files
+    }
+    norms = {key: math.sqrt(square) for key, square in sorted(written.squares.items())}
+    manifest = {**facts, "norms": norms, "files": found}
+    content = json.dumps({**manifest, "sha256": manifest_checksum(manifest)}, indent=1)
+    (folder / MANIFEST).write_text(content, encoding="utf-8")
 
 
 def _remove_old(run: RunConfig, final: Path) -> None:

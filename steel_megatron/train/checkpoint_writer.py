@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -179,29 +179,51 @@ class ShardWriter:
             future.exception()
 
     def _write(self, path: Path, items: Sequence[WriteItem]) -> Written:
-        written, tensors = Written(), self._tensors()
-        with path.open("wb") as file, _without_crc32():
-            stream = _HashingFile(file)
+        tensors = self._tensors()
+
+        def wanted() -> Iterator[tuple[MetadataIndex, torch.Tensor]]:
             for item in items:
                 if self._given_up.is_set():
                     raise CheckpointError(f"{path} was given up")
-                tensor = tensors[item.index]
-                written.add(Written(squares={item.index.fqn: _square(item, tensor)}))
-                start = stream.size
-                torch.save(alone_in_storage(tensor), stream)  # type: ignore[arg-type] # it only writes
-                stream.begin_sync()
-                written.places[item.index] = _StorageInfo(path.name, start, stream.size - start)
-            file.flush()
-            os.fsync(file.fileno())
-            if self._read_back:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
-        if self._read_back and checksum_of(path) != stream.hash.hexdigest():
-            raise OSError(f"{path} reads back other than it was written")
-        written.files[path.name] = {"bytes": stream.size, ALGORITHM: stream.hash.hexdigest()}
-        return written
+                yield item.index, tensors[item.index]
+
+        return write_file(path, wanted(), read_back=self._read_back)
 
 
-def _square(item: WriteItem, tensor: torch.Tensor) -> float:
+def write_file(
+    path: Path, tensors: Iterable[tuple[MetadataIndex, torch.Tensor]], *, read_back: bool = False
+) -> Written:
+    """Write tensors to one file, sync it, and say where they lie.
+
+    Args:
+        path: the file.
+        tensors: they may be made one at a time; none is kept.
+        read_back: whether to read the file again from the disk, and compare.
+
+    Raises:
+        OSError, RuntimeError: the disk is full, or the file reads back other than it was written.
+        CheckpointError: a tensor is not finite.
+    """
+    written = Written()
+    with path.open("wb") as file, _without_crc32():
+        stream = _HashingFile(file)
+        for index, tensor in tensors:
+            written.add(Written(squares={index.fqn: _square(index, tensor)}))
+            start = stream.size
+            torch.save(alone_in_storage(tensor), stream)  # type: ignore[arg-type] # it only writes
+            stream.begin_sync()
+            written.places[index] = _StorageInfo(path.name, start, stream.size - start)
+        file.flush()
+        os.fsync(file.fileno())
+        if read_back:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+    if read_back and checksum_of(path) != stream.hash.hexdigest():
+        raise OSError(f"{path} reads back other than it was written")
+    written.files[path.name] = {"bytes": stream.size, ALGORITHM: stream.hash.hexdigest()}
+    return written
+
+
+def _square(index: MetadataIndex, tensor: torch.Tensor) -> float:
     """The sum of a tensor's squared values; that it is finite is the quickest proof that they all are.
 
     Raises:
@@ -213,9 +235,9 @@ def _square(item: WriteItem, tensor: torch.Tensor) -> float:
     if not math.isfinite(norm):
         wrong = int((~torch.isfinite(tensor)).sum())
         if wrong:
-            at = list(item.index.offset or ())
+            at = list(index.offset or ())
             raise CheckpointError(
-                f"{item.index.fqn} (the part at {at}) holds {wrong:,} of {tensor.numel():,} numbers that are not finite"
+                f"{index.fqn} (the part at {at}) holds {wrong:,} of {tensor.numel():,} numbers that are not finite"
             )
         norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))  # the squares were too large for float32
     return norm * norm

@@ -22,6 +22,7 @@ from steel_megatron.parallel import agreement
 from steel_megatron.parallel.agreement import any_rank, broadcast_from_rank0, on_rank0, raise_if_any_rank_failed
 from steel_megatron.parallel.peers import Peers
 from steel_megatron.parallel.topology import Topology, initialize, read_launch, shutdown
+from steel_megatron.platform import choose_implementation
 from steel_megatron.train import checkpoint, random_states
 from steel_megatron.train.bad_samples import naming_documents, note_skipped
 from steel_megatron.train.batches import Batches
@@ -82,6 +83,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         )
     with ExitStack() as stack:
         stack.callback(_UNDER_WAY.release)
+        implementation = choose_implementation(run.model.implementation)
         run.num_micro_batches(read_launch(os.environ).world_size)  # checks the batch before anything is started
         topology = stack.enter_context(_process_groups(run))
         peers = stack.enter_context(Peers(Path(run.checkpoint.directory), run.training.watchdog_seconds))
@@ -92,6 +94,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         on_rank0(lambda: stack.enter_context(held))
         if run.ledger_path.parent != Path(run.checkpoint.directory):
             on_rank0(lambda: stack.enter_context(_ledger_lock(run.ledger_path)))
+        logger.info(implementation.describe())
         return _train(run, topology, peers, [*callbacks_of(run), CopyFirst(callbacks), *callbacks])
 
 

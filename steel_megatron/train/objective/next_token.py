@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from steel_megatron.config import RunConfig
 from steel_megatron.model.documents import PackedDocuments
+from steel_megatron.model.implementation import cross_entropy
 from steel_megatron.parallel.sequence import SequenceSplit
 from steel_megatron.parallel.topology import Topology
+from steel_megatron.platform import LOCAL, Implementation, choose_implementation
 from steel_megatron.train.objective.base import OBJECTIVES, LossFunction
 
 if TYPE_CHECKING:
@@ -64,14 +65,21 @@ class NextToken:
         vocab_size: ids from here on are padding of the embedding matrix and get no probability.
         groups: the process groups.
         documents: read by the stage's modules to keep packed documents apart.
+        implementation: what computes the cross entropy.
     """
 
     def __init__(
-        self, loss_name: str, vocab_size: int, groups: ProcessGroupCollection, documents: PackedDocuments
+        self,
+        loss_name: str,
+        vocab_size: int,
+        groups: ProcessGroupCollection,
+        documents: PackedDocuments,
+        implementation: Implementation = LOCAL,
     ) -> None:
         self.terms = (loss_name,)
         self.vocab_size, self.documents = vocab_size, documents
         self.tp_group, self.cp_group = groups.tp, groups.cp
+        self.cross_entropy = cross_entropy(implementation, groups.tp)
 
     @classmethod
     def build(cls, run: RunConfig, topology: Topology, stage: GPTModel) -> NextToken:
@@ -79,7 +87,8 @@ class NextToken:
 
         Args: as for :meth:`steel_megatron.train.objective.Objective.build`.
         """
-        return cls(run.model.loss_name, run.model.vocab_size, topology.groups, stage.documents)
+        chosen = choose_implementation(run.model.implementation)
+        return cls(run.model.loss_name, run.model.vocab_size, topology.groups, stage.documents, chosen)
 
     @classmethod
     def batch(
@@ -123,7 +132,7 @@ class NextToken:
         if own_vocabulary < local:
             padding = torch.arange(local, device=logits.device) >= own_vocabulary
             logits = logits.masked_fill(padding, torch.finfo(torch.float32).min)
-        return vocab_parallel_cross_entropy(logits, labels)
+        return self.cross_entropy(logits, labels)
 
     def loss(self, batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sum of losses, number of labels that count, and the report of both: float64 [1, 2]."""
