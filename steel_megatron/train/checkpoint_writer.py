@@ -143,11 +143,11 @@ class ShardWriter:
             return Written()
 
         self._futures: list[Future[Written]] = [
-            threads.submit(rest),
             *(
                 threads.submit(self._write, folder / f"__{dist.get_rank()}_{number}.distcp", share)
                 for number, share in enumerate(shares)
             ),
+            threads.submit(rest),  # the last one, as it does not wait for a copy: this thread has gone on by then
         ]
         threads.shutdown(wait=False)
 
