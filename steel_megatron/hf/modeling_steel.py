@@ -9,6 +9,7 @@ step computes the whole text again.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -588,8 +589,8 @@ class SteelDecoderLayer(GradientCheckpointingLayer):
         documents: torch.Tensor | None,
         cache: DynamicCache | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, T, d] to the same, and the attention weights if the attention function gives them.
+    ) -> torch.Tensor:
+        """[B, T, d] to the same.
 
         Args:
             x: tokens.
@@ -600,17 +601,16 @@ class SteelDecoderLayer(GradientCheckpointingLayer):
             cache: of the tokens before; those of ``x`` are added.
             kwargs: for the attention function.
         """
-        y, weights = self.self_attn(self.input_layernorm(x), angles, mask, cache, **kwargs)
-        x = x + y
+        x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache, **kwargs)[0]
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, SteelMLP):
-            return x + self.mlp(normed), weights
+            return x + self.mlp(normed)
         routing = cache.routing if isinstance(cache, SteelCache) else None
         state = routing[self.layer_idx] if routing else None
         y, state = self.mlp(normed, real, state, routing is not None, documents)
         if routing is not None:
             routing[self.layer_idx] = state
-        return x + y, weights
+        return x + y
 
 
 class SteelPreTrainedModel(PreTrainedModel):
@@ -725,8 +725,12 @@ class SteelModel(SteelPreTrainedModel):
             kwargs = {name: kwargs[name] for name in kwargs if name not in flash} | {"position_ids": position_ids}
         states, attentions = [x], []
         for layer in self.layers:
-            x, weights = layer(x, angles, mask, real[:, past:], documents, cache=cache, **kwargs)
-            attentions.append(weights)
+            with contextlib.ExitStack() as stack:
+                if output_attentions:
+                    attention = cast(nn.Module, layer.self_attn)
+                    hook = attention.register_forward_hook(lambda *call: attentions.append(call[-1][1]))
+                    stack.callback(hook.remove)
+                x = layer(x, angles, mask, real[:, past:], documents, cache=cache, **kwargs)
             if output_hidden_states:
                 states.append(x)
         x = states[-1] = self.norm(x)

@@ -98,7 +98,9 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 @pytest.fixture
 def run(corpora: DataConfig, tmp_path: Path) -> RunConfig:
-    return make_run(corpora, tmp_path / "run", LAYOUTS["dp2"], watchdog_seconds=None)
+    run = make_run(corpora, tmp_path / "run", LAYOUTS["dp2"], watchdog_seconds=None)
+    # Without this a line says that the run is saved only at its end.
+    return dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, save_interval=6))
 
 
 def watched(run: RunConfig, seconds: float) -> RunConfig:
@@ -228,6 +230,7 @@ def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_a_kill_is_one_line_for_each_of_the_others(run: RunConfig, tmp_path: Path) -> None:
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, train_steps=100_000))
+    run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, save_interval=1000))
     (tmp_path / "run.yaml").write_text(dump_yaml(run))
     with launched(tmp_path, "steel_megatron.launch", *TORCHRUN) as process:
         killed = wait_for_step(process, 3)[1]
