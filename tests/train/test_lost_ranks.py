@@ -239,5 +239,5 @@ def test_a_kill_is_one_line_for_each_of_the_others(run: RunConfig, tmp_path: Pat
         said = [line for line in process.stderr.read().splitlines() if not line.startswith("step ")]
         assert process.wait(60) == ExitCode.LOST
     # torchrun itself says that it ends the others, and they note its signal.
-    own = [line for line in said if not re.match(r"[WEI]\d{4} .*/torch/distributed/elastic/|SIGTERM: ", line)]
-    assert len(own) == 1 and own[0].startswith(f"error: lost rank 1 (process {killed.pid} on "), said
+    own = [line for line in said if not re.match(r"[WEI]\d{4} .*torch/distributed/elastic/|SIGTERM: ", line)]
+    assert len(own) == 1 and own[0].startswith(f"error: lost rank 1 (process {killed.pid} on "), own
