@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from typing import Any, get_type_hints
 
 from steel_megatron.config.loading import described, is_a
 from steel_megatron.errors import ConfigError
 
+_hints = cache(get_type_hints)  # takes most of the time of building a config
+
 
 def typed(owner: Any) -> None:
     """Raise a ConfigError for the first of a config's fields that holds a value of another type than it is to have."""
-    hints = get_type_hints(type(owner))
+    hints = _hints(owner.__class__)
     for field in dataclasses.fields(owner):
         value, hint = getattr(owner, field.name), hints[field.name]
         if not is_a(value, hint):

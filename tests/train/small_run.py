@@ -163,7 +163,7 @@ def norms_of_tensors(ranks: Sequence[Trained]) -> dict[str, float]:
     return {name: square**0.5 for name, square in norms.items()}
 
 
-def _squares(engine: Any) -> dict[str, float]:
+def squares(engine: Any) -> dict[str, float]:
     from steel_megatron.model.weights import sharded_weights
 
     gather_gradients(engine.model)
@@ -199,7 +199,7 @@ def train(run: RunConfig, first: int = 1, last: int | None = None, save: bool = 
     results = []
     for step in range(first, (last or run.training.train_steps) + 1):
         result = engine.step(own_batches(run, step, topology))
-        results.append(Trained(result.loss, result.grad_norm, _squares(engine)))
+        results.append(Trained(result.loss, result.grad_norm, squares(engine)))
     results.append(tuple(minimised(engine.evaluate(own_batches(run, 0, topology)))))
     if save:
         checkpoint_save.save(engine, engine.step_number * run.training.global_batch_size)
