@@ -64,7 +64,13 @@ FEATURES: dict[str, dict[str, Settings]] = {
     "pipeline": {
         "": {},
         "PP2": {"parallel.pipeline_model_parallel_size": 2},
-        "PP4": {"parallel.pipeline_model_parallel_size": 4, "model.num_layers": 4},
+        "PP4": {"parallel.pipeline_model_parallel_size": 4, "parallel.pipeline_layers": [0, 1, 1, 0]},
+        "VPP2": {
+            "parallel.pipeline_model_parallel_size": 2,
+            "parallel.virtual_pipeline_model_parallel_size": 2,
+            "parallel.pipeline_layers": [0, 1, 1, 0],
+        },
+        "uneven": {"parallel.pipeline_model_parallel_size": 2, "parallel.pipeline_layers": [0, 2]},
     },
     "context": {"": {}, "CP2": {"parallel.context_parallel_size": 2}, "CP4": {"parallel.context_parallel_size": 4}},
     "expert": {
@@ -72,17 +78,18 @@ FEATURES: dict[str, dict[str, Settings]] = {
         "EP2": {"parallel.expert_model_parallel_size": 2},
         "EP4": {"parallel.expert_model_parallel_size": 4},
     },
+    "expert_tensor": {
+        "": {},
+        "ETP1": {"parallel.expert_tensor_parallel_size": 1},
+        "ETP2": {"parallel.expert_tensor_parallel_size": 2},
+    },
     "data": {"": {}, "DP2": {COPIES: 2}},
     "precision": {"": {}, "bf16": {"training.precision": "bfloat16"}},
     "recompute": {
         "": {},
-        "full": {
-            "model.megatron": {
-                "recompute_granularity": "full",
-                "recompute_method": "uniform",
-                "recompute_num_layers": 1,
-            }
-        },
+        "selective": {"parallel.recompute": "selective"},
+        "full": {"parallel.recompute": "full"},
+        "routing": {"parallel.recompute": "routing"},
     },
     "dropout": {"": {}, "dropout": {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}},
     "documents": {"": {}, "packed": {"data.reset_at_eod": True}},
@@ -93,7 +100,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
     "shared": {"": {}, "unshared": {"model.shared_expert_intermediate_size": 0}},
     "micro": {"": {}, "micro2": {"training.micro_batch_size": 2}},
 }
-LAYOUT = ("tensor", "sequence", "pipeline", "context", "expert", "data", "recompute")
+LAYOUT = ("tensor", "sequence", "pipeline", "context", "expert", "expert_tensor", "data", "recompute")
 """Factors that do not change what a run computes; the others make another model or other data."""
 ROUNDED = {("precision", "bf16")}
 """What is compared within wide bounds: pairs of other values meet elsewhere as well."""

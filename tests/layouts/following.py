@@ -50,7 +50,7 @@ def follow(run: RunConfig) -> Record:
 
 def weights_of(engine: Any) -> Pieces:
     """This process's parts of the weights."""
-    return pieces(engine.stage, lambda weight: weight.detach().float().clone())
+    return pieces(engine.chunks, lambda weight: weight.detach().float().clone())
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def state_of(engine: Any) -> State:
     from steel_megatron.model.weights import sharded_weights
     from steel_megatron.train.optimizer_state import OptimizerState
 
-    optimizer = OptimizerState(engine.optimizer, sharded_weights(engine.stage))
+    optimizer = OptimizerState(engine.optimizer, sharded_weights(*engine.chunks))
     held = {
         f"{one.key}|{','.join(map(str, one.global_offset))}|0": one.data.clone() for one in optimizer.sharded.values()
     }
