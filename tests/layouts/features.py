@@ -100,8 +100,8 @@ FEATURES: dict[str, dict[str, Settings]] = {
     "shared": {"": {}, "unshared": {"model.shared_expert_intermediate_size": 0}},
     "micro": {"": {}, "micro2": {"training.micro_batch_size": 2}},
 }
-LAYOUT = ("tensor", "sequence", "pipeline", "context", "expert", "expert_tensor", "data", "recompute")
-"""Factors that do not change what a run computes; the others make another model or other data."""
+MOVED = ("tensor", "sequence", "pipeline", "context", "expert", "expert_tensor", "data")
+"""Factors that say where a checkpoint's tensors are."""
 ROUNDED = {("precision", "bf16")}
 """What is compared within wide bounds: pairs of other values meet elsewhere as well."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from steel_megatron.errors import ConfigError
-from tests.layouts.features import FEATURES, ROUNDED, Case, case_of
+from tests.layouts.features import FEATURES, MOVED, ROUNDED, Case, case_of
 from tests.layouts.pairs import Goal, Planner, Row, goals_of, met
 
 
@@ -50,3 +50,33 @@ def planned() -> tuple[list[Case], list[Goal]]:
         rows += found
         impossible += refused
     return [case_of(row) for row in rows], impossible
+
+
+@cache
+def moves() -> list[tuple[Case, Case]]:
+    """Layouts that save and layouts that load: every value of one side meets every value of the other.
+
+    The network and the precision are the same on both sides, and meet all values of either side.
+    """
+    sides = ("from", "to")
+    # The other modes have the tensors of the first.
+    factors = {"mode": ["block_causal", "dense", "top_k_moe"], "precision": list(FEATURES["precision"])}
+    factors |= {f"{side} {name}": list(FEATURES[name]) for side in sides for name in MOVED}
+
+    def cases(row: Row) -> list[Case]:
+        neutral = {name: next(iter(values)) for name, values in FEATURES.items()}
+        network = {name: row[name] for name in ("mode", "precision")}
+        return [case_of(neutral | network | {name: row[f"{side} {name}"] for name in MOVED}) for side in sides]
+
+    def processes(row: Row) -> float | None:
+        try:
+            return sum(case.processes for case in cases(row))
+        except ConfigError:
+            return None
+
+    def across(goal: Goal) -> bool:
+        one, other = (name.split()[0] for name, _ in goal)
+        return one != other
+
+    rows, _ = Planner(factors, processes).cover(goal for goal in goals_of(factors, 2) if across(goal))
+    return [(cases(row)[0], cases(row)[1]) for row in rows]

@@ -21,7 +21,7 @@ GRACE = 5.0
 
 def _serve(tasks: Connection) -> None:
     """Run tasks until there are no more; each gets process groups of its own, which are left after it."""
-    os.environ.update(OMP_NUM_THREADS="1", STEEL_DISTRIBUTED_TIMEOUT_MINUTES="1", MASTER_ADDR="localhost")
+    os.environ.update(OMP_NUM_THREADS="1", STEEL_DISTRIBUTED_TIMEOUT_MINUTES="8", MASTER_ADDR="localhost")
     import torch
 
     torch.set_num_threads(1)
@@ -119,7 +119,7 @@ class Pool:
     def __init__(self) -> None:
         self._idle: list[Worker] = []
 
-    def start(self, function: Callable[..., Any], processes: int, *args: Any, timeout: float = 200.0) -> Task:
+    def start(self, function: Callable[..., Any], processes: int, *args: Any, timeout: float = 500.0) -> Task:
         """Begin ``function(*args)`` on so many processes, which see torchrun's variables.
 
         Args:
@@ -137,7 +137,7 @@ class Pool:
             worker.tasks.send_bytes(pickle.dumps((function, args, own)))
         return Task(workers, time.monotonic() + timeout, self._idle.extend)
 
-    def run(self, function: Callable[..., Any], processes: int, *args: Any, timeout: float = 200.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], processes: int, *args: Any, timeout: float = 500.0) -> list[Any]:
         """:meth:`start`, and wait for the results."""
         return self.start(function, processes, *args, timeout=timeout).results()
 

@@ -23,7 +23,7 @@ class State:
     Attributes:
         weights: its parts of the weights.
         optimizer: its parts of the running means, and of the float32 weights where there are copies.
-        steps: the optimizer's steps so far, of each parameter or group.
+        steps: the optimizer's steps so far, of each parameter.
         losses: losses and gradient norms of the steps that it did.
     """
 
@@ -72,11 +72,12 @@ def trained_on(state: State, engine: Any) -> State:
 def state_of(engine: Any) -> State:
     """What this process holds now."""
     from steel_megatron.model.weights import sharded_weights
-    from steel_megatron.train.optimizer_state import OptimizerState
+    from steel_megatron.train.optimizer_state import OptimizerState, _parts
 
     optimizer = OptimizerState(engine.optimizer, sharded_weights(*engine.chunks))
     held = {
         f"{one.key}|{','.join(map(str, one.global_offset))}|0": one.data.clone() for one in optimizer.sharded.values()
     }
-    steps = {int(group["step"]) for group in engine.optimizer.param_groups if "step" in group}
+    values = [value for part in _parts(engine.optimizer) for value in part.optimizer.state.values()]
+    steps = {int(value["step"]) for value in values}
     return State(weights_of(engine), held, steps)

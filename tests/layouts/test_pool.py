@@ -67,7 +67,12 @@ def test_two_tasks_at_the_same_time(own: Pool) -> None:
     [
         ("fails", 60.0, r"rank 1 of 2 failed: ValueError: a bug"),
         ("dies", 60.0, r"rank 1 of 2 died with exit code 3"),
-        ("hangs", 8.0, r"rank 0 of 2 did not answer in time\nrank 1 of 2 did not answer in time"),
+        pytest.param(
+            "hangs",
+            8.0,
+            r"rank 0 of 2 did not answer in time\nrank 1 of 2 did not answer in time",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_goes_wrong_is_said_and_processes_are_replaced(own: Pool, what: str, timeout: float, said: str) -> None:
