@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import cache
 from typing import Any, get_type_hints
 
 from steel_megatron.config.loading import described, is_a
 from steel_megatron.errors import ConfigError
+
+_hints = cache(get_type_hints)  # takes most of the time of building a config
 
 NO_PATHS = ("prompts", "json_keys", "text_key", "eod_token", "names", "weights", "mixture", "domain")
 """Texts that are no paths: a ``~`` in them stays."""
@@ -36,7 +39,7 @@ def typed(owner: Any) -> None:
     Raises:
         ConfigError: for the first field that holds a value of another type than it is to have.
     """
-    hints = get_type_hints(type(owner))
+    hints = _hints(owner.__class__)
     for name, value in with_homes(vars(owner)).items():
         if value != getattr(owner, name):
             object.__setattr__(owner, name, value)

@@ -43,13 +43,13 @@ Pieces = dict[str, torch.Tensor]
 """Parts of tensors, by name, offset and number of axes put in front."""
 
 
-def pieces(stage: Any, value_of: Callable[[torch.Tensor], torch.Tensor]) -> Pieces:
-    """What ``value_of`` gives for each of a stage's weights, labelled with its place in the whole tensor."""
+def pieces(chunks: Any, value_of: Callable[[torch.Tensor], torch.Tensor]) -> Pieces:
+    """What ``value_of`` gives for each weight of a stage's chunks, labelled with its place in the whole tensor."""
     from steel_megatron.model.weights import sharded_weights
 
     return {
         f"{sharded.key}|{','.join(map(str, sharded.global_offset))}|{sharded.prepend_axis_num}": value_of(sharded.data)
-        for sharded in sharded_weights(stage).values()
+        for sharded in sharded_weights(*chunks).values()
     }
 
 
@@ -81,7 +81,7 @@ def training_gradients(
         loss = minimised(engine.accumulate_gradients([Batch(ids, labels, torch.ones(labels.shape))])).mean
         gather_gradients(engine.models[0])
         by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in stage.parameters()}
-        results[name] = (loss, pieces(stage, lambda weight, of=by_storage: of[weight.data_ptr()].clone()))
+        results[name] = (loss, pieces([stage], lambda weight, of=by_storage: of[weight.data_ptr()].clone()))
     return results
 
 
@@ -113,7 +113,7 @@ def library_logits(models: list[ModelConfig], tokens: torch.Tensor) -> list[tupl
                 if model.slot_input == "normalized":  # short vectors; the experts are cubic
                     layer.mlp.experts.up.mul_(4.0)
                     layer.mlp.experts.down.mul_(4.0)
-            results.append((stage(tokens, positions, None), pieces(stage, lambda weight: weight.detach().clone())))
+            results.append((stage(tokens, positions, None), pieces([stage], lambda weight: weight.detach().clone())))
     return results
 
 

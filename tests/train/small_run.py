@@ -171,7 +171,7 @@ def _gradient_inside(parameter: torch.Tensor, weight: torch.Tensor) -> torch.Ten
     return parameter.main_grad.flatten()[start : start + weight.numel()]
 
 
-def _squares(engine: Any) -> dict[str, float]:
+def squares(engine: Any) -> dict[str, float]:
     from steel_megatron.model.weights import sharded_weights
 
     for model in engine.models:
@@ -207,7 +207,7 @@ def train(run: RunConfig, first: int = 1, last: int | None = None, save: bool = 
     results = []
     for step in range(first, (last or run.training.train_steps) + 1):
         result = engine.step(own_batches(run, step, topology))
-        results.append(Trained(result.loss, result.grad_norm, _squares(engine)))
+        results.append(Trained(result.loss, result.grad_norm, squares(engine)))
     results.append(tuple(minimised(engine.evaluate(own_batches(run, 0, topology)))))
     if save:
         checkpoint_save.save(engine, engine.step_number * run.training.global_batch_size)
