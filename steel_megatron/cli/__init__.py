@@ -14,15 +14,26 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 import jsonargparse
+import yaml
 
 from steel_megatron.cli import corpora, ledgers, models
 from steel_megatron.cli.options import REQUIRED, Option, options_of
 from steel_megatron.cli.wrong_options import explain, refuse_old_and_new_name
-from steel_megatron.config import RunConfig, from_dict
+from steel_megatron.config import RunConfig, from_dict, refuse_repeated_keys
 from steel_megatron.errors import ConfigError
 from steel_megatron.log import exit_code
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+_load_value = jsonargparse.get_loader("yaml")
+
+
+def _load_once(text: str) -> Any:
+    """What the parser reads YAML with, of files and of values, but for keys that are there twice."""
+    refuse_repeated_keys(text)
+    return _load_value(text)
+
+
+jsonargparse.set_loader("yaml", _load_once, (yaml.YAMLError,))
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,7 @@ class Command:
 
 
 COMMANDS = {
+    "sources": Command(corpora.sources),
     "clean": Command(corpora.clean, ("recipe",)),
     "preprocess": Command(corpora.preprocess),
     "inspect": Command(corpora.inspect_corpora, ("prefixes",)),

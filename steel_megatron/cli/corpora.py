@@ -1,4 +1,4 @@
-"""The corpus commands: clean, preprocess, inspect, verify, merge."""
+"""The corpus commands: sources, clean, preprocess, inspect, verify, merge."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ def preprocess(config: PreprocessConfig) -> None:
     from steel_megatron.data.preprocessing.pipeline import preprocess as run
 
     sys.stdout.write(run(config).summary() + "\n")
+
+
+def sources() -> None:
+    """List what can be read: forms of files, addresses, named sources, an example each."""
+    from steel_megatron.data.reading.listing import listing
+
+    sys.stdout.write(listing() + "\n")
 
 
 def inspect_corpora(

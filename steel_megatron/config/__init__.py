@@ -37,6 +37,7 @@ from steel_megatron.config.routing import (
 )
 from steel_megatron.config.run import RunConfig
 from steel_megatron.config.training import Precision, TrainingConfig
+from steel_megatron.config.yaml_files import load_yaml, refuse_repeated_keys
 
 __all__ = [
     "MEGATRON_TOKENIZER_TYPES",
@@ -64,6 +65,8 @@ __all__ = [
     "dump_yaml",
     "from_dict",
     "import_routing_code",
+    "load_yaml",
+    "refuse_repeated_keys",
     "refuse_unknown_routing_code",
     "routing_facts",
     "routing_mode_names",
