@@ -16,13 +16,21 @@ from megatron.core.models.gpt import GPTModel
 from steel_megatron.config import ModelConfig
 
 
-def sharded_weights(stage: GPTModel) -> dict[str, ShardedTensor]:
-    """A stage's weights and their place in the whole model, by name.
+def sharded_weights(*chunks: GPTModel) -> dict[str, ShardedTensor]:
+    """A process's weights and their place in the whole model, by a name of its own.
 
     megatron-core also lists empty pickled objects (the state of transformer-engine's modules); they are left out, so
     that checkpoints hold tensors only.
+
+    Args:
+        chunks: the process's model chunks; the names of several begin with the chunk's number.
     """
-    return {name: one for name, one in stage.sharded_state_dict().items() if isinstance(one, ShardedTensor)}
+    return {
+        name if len(chunks) == 1 else f"{number}.{name}": one
+        for number, chunk in enumerate(chunks)
+        for name, one in chunk.sharded_state_dict().items()
+        if isinstance(one, ShardedTensor)
+    }
 
 
 def initialize_weights(stage: GPTModel, model: ModelConfig, seed: int) -> None:
@@ -48,7 +56,7 @@ def _fill(sharded: ShardedTensor, name: str, model: ModelConfig, seed: int) -> N
     if name.endswith("mlp.scale"):
         weight.fill_(model.routing_scale_init)
         return
-    if name.endswith("norm.weight") or name.endswith("layernorm.weight"):
+    if sharded.key.endswith("norm.weight"):
         weight.fill_(1.0)
         return
     if name.endswith(".bias"):

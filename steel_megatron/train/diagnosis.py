@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,22 +14,21 @@ from megatron.core.models.gpt import GPTModel
 PARTS = ("self_attention", "mlp")
 
 
-def where_forward_fails(stage: GPTModel, forward: Callable[[], object]) -> str:
+def where_forward_fails(chunks: Sequence[GPTModel], forward: Callable[[], object]) -> str:
     """Which part of the model first gives a value that is not finite; every process of the launch calls it.
 
     Args:
-        stage: this process's part of the model.
+        chunks: this process's parts of the model.
         forward: computes the batches again that went wrong.
 
     Returns:
         such as ``layer 3's mlp (at token 17 of sequence 0), from finite inputs``.
     """
     found: list[tuple[int, str]] = []
-    for name, parameter in stage.named_parameters():
+    for number, name, parameter in _parameters(chunks):
         if not torch.isfinite(parameter).all():
-            number = _layer_number(stage, name)
             found.append((3 * number, f"the weight {name} of layer {number}" if number else f"the weight {name}"))
-    with _watching(stage, found):
+    with _watching(chunks, found):
         forward()
     return _earliest(found) or (
         "in no weight and no layer: the sum of the losses overflows, or computing the same batch again gave finite "
@@ -37,18 +36,17 @@ def where_forward_fails(stage: GPTModel, forward: Callable[[], object]) -> str:
     )
 
 
-def where_backward_fails(stage: GPTModel) -> str:
+def where_backward_fails(chunks: Sequence[GPTModel]) -> str:
     """Which weight's gradient is not finite, nearest to the loss; every process of the launch calls it."""
     found = []
-    for name, parameter in stage.named_parameters():
+    for number, name, parameter in _parameters(chunks):
         if not torch.isfinite(parameter.main_grad).all():
-            number = _layer_number(stage, name)
             found.append((-number, f"the gradient of {name}" + (f" (layer {number})" if number else "")))
     return _earliest(found) or "no single gradient: their norm overflows"
 
 
 @contextmanager
-def _watching(stage: GPTModel, found: list[tuple[int, str]]) -> Iterator[None]:
+def _watching(chunks: Sequence[GPTModel], found: list[tuple[int, str]]) -> Iterator[None]:
     """Notes each part of a layer that gives something not finite."""
 
     def watch(number: int, part: str) -> Callable[..., None]:
@@ -70,7 +68,8 @@ def _watching(stage: GPTModel, found: list[tuple[int, str]]) -> Iterator[None]:
 
     handles = [
         getattr(layer, part).register_forward_hook(watch(layer.layer_number, part), with_kwargs=True)
-        for layer in stage.decoder.layers
+        for chunk in chunks
+        for layer in chunk.decoder.layers
         for part in PARTS
     ]
     try:
@@ -80,10 +79,12 @@ def _watching(stage: GPTModel, found: list[tuple[int, str]]) -> Iterator[None]:
             handle.remove()
 
 
-def _layer_number(stage: GPTModel, name: str) -> int:
-    """The number of a parameter's layer in the whole model, from 1; 0 outside the layers."""
-    match = re.search(r"\bdecoder\.layers\.(\d+)\.", name)
-    return stage.decoder.layers[int(match[1])].layer_number if match else 0
+def _parameters(chunks: Sequence[GPTModel]) -> Iterator[tuple[int, str, Any]]:
+    """Each parameter with its name, and before it the number of its layer in the whole model, from 1; 0 outside."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            match = re.search(r"\bdecoder\.layers\.(\d+)\.", name)
+            yield chunk.decoder.layers[int(match[1])].layer_number if match else 0, name, parameter
 
 
 def _earliest(found: list[tuple[int, str]]) -> str:

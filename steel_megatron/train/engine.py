@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from steel_megatron.config import RunConfig
 from steel_megatron.config.megatron import OPTIMIZER_FIELDS
-from steel_megatron.errors import TrainingError
+from steel_megatron.errors import ConfigError, TrainingError
 from steel_megatron.model.megatron_fields import with_further_fields
-from steel_megatron.model.spec import DTYPES, build_model
+from steel_megatron.model.spec import DTYPES, build_chunks
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.bad_steps import BadSteps, agreed
 from steel_megatron.train.diagnosis import where_backward_fails, where_forward_fails
 from steel_megatron.train.objective import Term
-from steel_megatron.train.objective.base import LossFunction, objective_of
+from steel_megatron.train.objective.base import objective_of
 from steel_megatron.train.optimizer_state import OptimizerState, allocate_state
 
 _DECAY_STYLES = {
@@ -80,31 +80,58 @@ class Engine:
         run: the run's settings.
         topology: the process groups.
         stage: this process's part of the model; None builds it with the run's seed.
+
+    Attributes:
+        before_update: called before anything changes weights or the optimizer's state, which a save may be copying.
+        chunks: this process's parts of the model, in the order of their layers: one, or several under the interleaved
+            schedule.
+        models: the same, each with its gradients.
     """
 
     def __init__(self, run: RunConfig, topology: Topology, stage: GPTModel | None = None) -> None:
         self.run, self.topology = run, topology
         self.groups = topology.groups
-        self.stage = stage or build_model(run.model, topology, run.training.precision, seed=run.training.seed)
-        self.config = self.stage.config
-        self.objective = objective_of(run).build(run, topology, self.stage)
-        self.step_number = 0
-        self.bad_steps = BadSteps(run.training)
-        self.model = DistributedDataParallel(
-            config=self.config,
-            ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=True,
-                overlap_grad_reduce=topology.device.type == "cuda",
-            ),
-            module=self.stage,
-            pg_collection=self.groups,
+        self.chunks = (
+            [stage] if stage else build_chunks(run.model, topology, run.training.precision, seed=run.training.seed)
         )
+        self.config = self.chunks[0].config
+        self.objective = objective_of(run).build(run, topology, self.chunks[0])
+        self.step_number = 0
+        self.before_update: Callable[[], None] = lambda: None
+        self.bad_steps = BadSteps(run.training)
+        self.models = [
+            DistributedDataParallel(
+                config=self.config,
+                ddp_config=DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=True,
+                    overlap_grad_reduce=topology.device.type == "cuda",
+                ),
+                module=chunk,
+                pg_collection=self.groups,
+            )
+            for chunk in self.chunks
+        ]
         self.optimizer = self._optimizer()
         self.scheduler = self._scheduler()
         self.config.finalize_model_grads_func = finalize_model_grads
-        self.config.no_sync_func = self.model.no_sync
+        no_syncs = [model.no_sync for model in self.models]
+        self.config.no_sync_func = no_syncs if topology.parallel.interleaved else no_syncs[0]
         self.config.grad_scale_func = None
+
+    @property
+    def stage(self) -> GPTModel:
+        """This process's only part of the model.
+
+        Raises:
+            ConfigError: it has several.
+        """
+        if len(self.chunks) > 1:
+            raise ConfigError(
+                f"each process has {len(self.chunks)} model chunks (parallel.virtual_pipeline_model_parallel_size): "
+                "use chunks, not stage or model, which only a process with a single one has"
+            )
+        return self.chunks[0]
 
     def _optimizer(self) -> MegatronOptimizer:
         settings = self.run.optimizer
@@ -125,7 +152,7 @@ class Engine:
         config = with_further_fields(
             MegatronOptimizerConfig, own, settings.megatron, "optimizer.megatron", OPTIMIZER_FIELDS
         )
-        optimizer = get_megatron_optimizer(config, [self.model])
+        optimizer = get_megatron_optimizer(config, self.models)
         allocate_state(optimizer)
         return optimizer
 
@@ -154,8 +181,9 @@ class Engine:
         Returns:
             the objective's terms over the global batch.
         """
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.train()
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._run(batches, forward_only=False)
 
@@ -181,6 +209,7 @@ class Engine:
         self.scheduler.step(increment=1)  # so that step n uses the rate of step n, not of step n - 1
         lr = max(group["lr"] for group in self.optimizer.param_groups if group["default_config"])  # not decoupled_lr
         if skipped is None:
+            self.before_update()
             self.optimizer.step()
         self.step_number = step
         return StepResult(step=step, terms=terms, grad_norm=norm, lr=lr, skipped=skipped)
@@ -188,10 +217,10 @@ class Engine:
     def _where_it_fails(self, batches: Sequence[Any], loss: float, norm: float) -> str:
         """What the model says of numbers that are wrong on all processes."""
         if not math.isfinite(loss):
-            where = where_forward_fails(self.stage, lambda: self.evaluate(batches))
+            where = where_forward_fails(self.chunks, lambda: self.evaluate(batches))
             return f"The first number that is not finite: {where}"
         if not math.isfinite(norm):
-            return f"Nearest to the loss: {where_backward_fails(self.stage)}"
+            return f"Nearest to the loss: {where_backward_fails(self.chunks)}"
         return "All numbers are finite"
 
     def resume_at(self, step: int, optimizer_state: OptimizerState) -> None:
@@ -203,7 +232,8 @@ class Engine:
 
     def evaluate(self, batches: Sequence[Any]) -> dict[str, Term]:
         """The objective's terms over all processes' micro batches, without training on them."""
-        self.model.eval()
+        for model in self.models:
+            model.eval()
         with torch.no_grad():
             return self._run(batches, forward_only=True)
 
@@ -211,16 +241,18 @@ class Engine:
         sizes, step = self.objective.sizes(batches[0]), self.step_number + 1
         size, topology = sizes["micro_batch_size"], self.topology
         apart = size * topology.data_parallel_size
-        firsts = itertools.count(size * topology.data_parallel_rank, apart)  # of micro batches in the global batch
 
-        def forward_step(iterator: Iterator[Any], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
-            self.stage.dropout.set(self.run.training.seed, step, next(firsts))
-            return self.objective.forward_step(iterator, model)
+        def read() -> Iterator[Any]:
+            """The micro batches, for one chunk; each sets the dropout of its forward pass."""
+            firsts = itertools.count(size * topology.data_parallel_rank, apart)  # of micro batches in the global batch
+            for batch, first in zip(batches, firsts, strict=False):
+                self.chunks[0].dropout.set(self.run.training.seed, step, first)
+                yield batch
 
         reports = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.model],
+            forward_step_func=self.objective.forward_step,
+            data_iterator=[read() for _ in self.chunks] if topology.parallel.interleaved else read(),
+            model=self.models,
             num_microbatches=len(batches),
             forward_only=forward_only,
             **sizes,

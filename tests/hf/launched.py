@@ -79,7 +79,7 @@ def training_gradients(
         # Data-parallel processes all see the same batch: their mean is the fixture's.
         ids, labels = given["input_ids"], given["labels"]
         loss = minimised(engine.accumulate_gradients([Batch(ids, labels, torch.ones(labels.shape))])).mean
-        gather_gradients(engine.model)
+        gather_gradients(engine.models[0])
         by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in stage.parameters()}
         results[name] = (loss, pieces(stage, lambda weight, of=by_storage: of[weight.data_ptr()].clone()))
     return results

@@ -20,7 +20,7 @@ _PLACES = (
 
 def listing() -> str:
     """The forms of files, the places they may lie in, and the sources by name, each with an example."""
-    lines = [f"Forms, by the end of the file's name (most also with {', '.join(COMPRESSIONS)}):"]
+    lines = [f"Forms, by the end of the name (most also with {', '.join(COMPRESSIONS)}):"]
     for form in FORMS:
         suffixes = [suffix for suffix in form.suffixes if suffix not in CODE_SUFFIXES]
         suffixes += ["source code"] if len(suffixes) < len(form.suffixes) else []
