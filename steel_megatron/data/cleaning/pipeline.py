@@ -32,7 +32,6 @@ from steel_megatron.data.cleaning.steps import (
     WriteKept,
     forget_units_without_documents,
 )
-from steel_megatron.data.reading.forms import name_of, packages_of
 from steel_megatron.data.reading.inputs import Input, find_inputs
 from steel_megatron.data.reading.storage import is_installed, is_remote, status_of
 from steel_megatron.errors import ConfigError, DataError
@@ -78,7 +77,7 @@ def clean_corpus(config: CleanConfig) -> CleaningResult:
         raise ConfigError(f"{config.recipe} names no output folder; name it with --output, or output: in the recipe")
     found = find_inputs(loaded.sources, streams_for="clean reads inputs in parts")
     inputs = found.files
-    packages = check_packages(loaded, inputs, config.executor)
+    packages = check_packages(loaded, config.executor)
 
     final = Path(os.path.realpath(loaded.output))
     folder = with_suffix(final, ".partial")
@@ -126,14 +125,13 @@ def _steps(job: Job) -> list[CleaningStep]:
     return steps
 
 
-def check_packages(recipe: Recipe, inputs: Sequence[Input], executor: ExecutorName = "local") -> list[str]:
-    """Refuse operators, formats or an executor that need a package that is not installed.
+def check_packages(recipe: Recipe, executor: ExecutorName = "local") -> list[str]:
+    """Refuse operators or an executor that need a package that is not installed.
 
     Nothing is installed.
 
     Args:
         recipe: its operators.
-        inputs: the files; their names show their format.
         executor: where the job runs.
 
     Returns:
@@ -152,8 +150,6 @@ def check_packages(recipe: Recipe, inputs: Sequence[Input], executor: ExecutorNa
     needed = dict(deciding)
     if executor != "local":
         needed["datatrove"] = f"executor {executor}"
-    for given in inputs:
-        needed |= {package: name_of(given.path) for package in packages_of(given.path) if package not in needed}
     missing = {package: name for package, name in needed.items() if not is_installed(package)}
     if missing:
         what = ", ".join(f"{package} (for {name})" for package, name in missing.items())

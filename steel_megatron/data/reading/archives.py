@@ -24,6 +24,13 @@ def tar_chunks(
 ) -> Iterator[RawChunk]:
     """The samples of a tar file: what its consecutive files hold whose paths differ behind the first dot only.
 
+    Args:
+        path: the file, for messages.
+        content: its decompressed content.
+        start: where to begin; the ``end`` of an earlier chunk.
+        chunk_bytes: about as many bytes are in a chunk; a longer row is one of its own.
+        columns: the columns that are needed; None for all.
+
     Raises:
         Damaged: the archive is truncated or damaged.
     """
@@ -111,6 +118,12 @@ class _Blocks:
 
 def warc_chunks(path: str, content: Content, start: FileOffset, chunk_bytes: int) -> Iterator[RawChunk]:
     """The records of a crawl that may be documents: ``url``, ``date``, ``content_type`` and ``text``.
+
+    Args:
+        path: the file, for messages.
+        content: its decompressed content.
+        start: where to begin; the ``end`` of an earlier chunk.
+        chunk_bytes: about as many bytes are in a chunk; a longer row is one of its own.
 
     Raises:
         Damaged: the file is truncated or damaged.

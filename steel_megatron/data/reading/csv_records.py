@@ -25,6 +25,13 @@ def csv_chunks(
     has more or fewer fields than there are names, or quotes that RFC 4180 does not know, is a bad row. Blank lines are
     no records.
 
+    Args:
+        path: the file, for messages.
+        content: its decompressed content.
+        start: where to begin; the ``end`` of an earlier chunk.
+        chunk_bytes: about as many bytes are in a chunk; a longer row is one of its own.
+        columns: the columns that are needed; None for all.
+
     Raises:
         Damaged: the file ends within quotes.
         DataError: it has none of the columns, or two of one name, or a record is too long.

@@ -121,7 +121,13 @@ def below_pattern(pattern: str) -> tuple[str, list[str]]:
 
 
 def matches(path: str, root: str, pattern: Sequence[str]) -> bool:
-    """Whether a path below a root, or a folder it is in, matches the parts of a pattern."""
+    """Whether a path below a root, or a folder it is in, matches the parts of a pattern.
+
+    Args:
+        path: the path.
+        root: the folder that the pattern begins in.
+        pattern: the parts between slashes; ``**`` stands for any number of folders.
+    """
     parts = os.path.relpath(path, root).split("/")
     return any(_match(parts[:count], pattern) for count in range(1, len(parts) + 1))
 

@@ -28,7 +28,14 @@ def is_array(content: Content) -> bool:
 
 
 def line_chunks(path: str, content: Content, start: FileOffset, chunk_bytes: int) -> Iterator[RawChunk]:
-    """Whole lines: up to the last line end within ``chunk_bytes``, or the first one after it."""
+    """Whole lines: up to the last line end within ``chunk_bytes``, or the first one after it.
+
+    Args:
+        path: the file, for messages.
+        content: its decompressed content.
+        start: where to begin; the ``end`` of an earlier chunk.
+        chunk_bytes: about as many bytes are in a chunk; a longer row is one of its own.
+    """
     content.move_to(start.offset)
     buffer = bytearray()
 
@@ -125,7 +132,14 @@ def _whole_lines(raw: Any, offset: int, chunk_bytes: int) -> int:
 
 
 def array_chunks(path: str, content: Content, start: FileOffset, chunk_bytes: int) -> Iterator[RawChunk]:
-    """The elements of one JSON array as JSON lines, with blanks between them so that offsets are the file's."""
+    """The elements of one JSON array as JSON lines, with blanks between them so that offsets are the file's.
+
+    Args:
+        path: the file, for messages.
+        content: its decompressed content.
+        start: where to begin; the ``end`` of an earlier chunk.
+        chunk_bytes: about as many bytes are in a chunk; a longer row is one of its own.
+    """
     content.move_to(start.offset)
     payload, rows, first_offset = bytearray(), 0, start.offset
 

@@ -29,7 +29,15 @@ _ROW_BYTES = 64
 def parquet_chunks(
     path: str, raw: Any, start: FileOffset, chunk_bytes: int, columns: Sequence[str] | None
 ) -> Iterator[RawChunk]:
-    """Batches of rows, row group by row group."""
+    """Batches of rows, row group by row group.
+
+    Args:
+        path: the file, for messages.
+        raw: the file, open for reading, which can seek.
+        start: where to begin; the ``end`` of an earlier chunk.
+        chunk_bytes: about as many bytes are in a chunk; a longer row is one of its own.
+        columns: the columns that are needed; None for all.
+    """
     from pyarrow import parquet
 
     def batches() -> Iterator[tuple[int, Any]]:
@@ -53,7 +61,15 @@ def parquet_chunks(
 def arrow_chunks(
     path: str, raw: Any, start: FileOffset, chunk_bytes: int, columns: Sequence[str] | None
 ) -> Iterator[RawChunk]:
-    """The batches of an Arrow file or stream, as ``datasets`` and others save them."""
+    """The batches of an Arrow file or stream, as ``datasets`` and others save them.
+
+    Args:
+        path: the file, for messages.
+        raw: the file, open for reading, which can seek.
+        start: where to begin; the ``end`` of an earlier chunk.
+        chunk_bytes: about as many bytes are in a chunk; a longer row is one of its own.
+        columns: the columns that are needed; None for all.
+    """
     import pyarrow
 
     def batches() -> Iterator[tuple[int, Any]]:

@@ -83,6 +83,8 @@ def test_truncated_files_of_every_form_are_errors(tmp_path: Path, name: str) -> 
         ends = [last + 2, last - last % 512 + 512, last - last % 512 - 100]  # in a file, behind one, in what names it
     if name in ("a.csv", "b.csv", "a.tsv"):
         ends = [whole.index(b"lines")]  # within quotes; elsewhere a last record looks as one may
+    if name == "a.warc.wet.gz":  # each record is a frame of its own; between two of them nothing tells a cut
+        ends = [len(whole) - 10, whole.rindex(b"\x1f\x8b") + 5, whole.index(b"\x1f\x8b", 20) + 5]
     for end in ends:
         path.write_bytes(whole[:end])
         for policy in ("stop", "skip"):
