@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import yaml
 
-from steel_megatron.config import ModelConfig, TokenizerKind
+from steel_megatron.config import ModelConfig, TokenizerKind, load_yaml
 from steel_megatron.data.ledger.ledger import Ledger
 from steel_megatron.data.tokenizing.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from steel_megatron.errors import CheckpointError, ConfigError, DataError
@@ -227,7 +227,7 @@ def _tokenizer_of_folder(path: Path) -> tuple[TokenizerKind, str]:
 def _tokenizer_of_run(path: Path) -> Tokenizer:
     """The tokenizer named in the run.yaml of a checkpoint."""
     try:
-        data = yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8"))["data"]
+        data = load_yaml((path / "run.yaml").read_text(encoding="utf-8"))["data"]
         kind, tokenizer_path = data["tokenizer_kind"], data["tokenizer_path"]
     except (OSError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError):
         kind = tokenizer_path = None

@@ -14,7 +14,7 @@ import yaml
 from megatron.core.models.gpt import GPTModel
 
 from steel_megatron.audit.report import Kind
-from steel_megatron.config import ModelConfig, from_dict
+from steel_megatron.config import ModelConfig, from_dict, load_yaml
 from steel_megatron.errors import ConfigError
 from steel_megatron.files import disk_errors
 from steel_megatron.hf.convert import is_exported, read_config, read_weights
@@ -93,7 +93,7 @@ def _read_settings(path: Path) -> ModelConfig:
     with disk_errors("read", path, ConfigError):
         content = path.read_bytes()
     try:
-        values = yaml.safe_load(content.decode("utf-8"))
+        values = load_yaml(content.decode("utf-8"))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is neither a model's folder nor YAML: {' '.join(str(error).split())}") from None
     values = values.get("model", values) if isinstance(values, dict) else values

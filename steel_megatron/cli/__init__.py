@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import jsonargparse
 
 COMMANDS = {
+    "sources": Command(corpora.sources),
     "clean": Command(corpora.clean, ("recipe",)),
     "preprocess": Command(corpora.preprocess),
     "inspect": Command(corpora.inspect_corpora, ("prefixes",)),

@@ -1,4 +1,4 @@
-"""The corpus commands: clean, preprocess, inspect, verify, merge."""
+"""The corpus commands: sources, clean, preprocess, inspect, verify, merge."""
 
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ def preprocess(config: PreprocessConfig) -> None:
 def _tell_doubts(config: ExecutionConfig) -> None:
     for doubt in job_doubts(config):
         logger.warning(doubt)
+
+
+def sources() -> None:
+    """List what can be read: forms of files, addresses, named sources, an example each."""
+    from steel_megatron.data.reading.listing import listing
+
+    say(listing())
 
 
 def inspect_corpora(

@@ -384,11 +384,13 @@ def _run_settings(ledger: Path) -> dict[str, dict[str, Any]]:
     """Sections ``data`` and ``training`` of the run.yaml in the ledger's folder; empty if there is none."""
     import yaml
 
+    from steel_megatron.config import load_yaml
+
     path = ledger.parent / "run.yaml"
     found: object = {}
     if path.exists():
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            found = load_yaml(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise DataError(f"{path} cannot be read: {error}") from error
     sections = found if isinstance(found, dict) else {}

@@ -11,7 +11,7 @@ import yaml
 
 from steel_megatron.cli.options import Option, entry_of, find, list_part
 from steel_megatron.cli.suggestions import did_you_mean
-from steel_megatron.config.loading import YamlLoader, described, is_a
+from steel_megatron.config.loading import RepeatedKeyError, YamlLoader, described, is_a
 from steel_megatron.errors import ConfigError
 
 
@@ -87,7 +87,13 @@ class _File:
             node: the section.
             prefix: its name and a dot; empty for the whole file.
         """
-        loader.flatten_mapping(node)  # <<: *anchor
+        try:
+            loader.flatten_mapping(node)  # <<: *anchor
+        except RepeatedKeyError as error:
+            name = f"{prefix}{error.key}"
+            raise self.error(
+                error.line, f"{name} is given twice, first in line {error.first}; leave one of them out"
+            ) from error
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             name = f"{prefix}{loader.construct_object(key_node, deep=True)}"

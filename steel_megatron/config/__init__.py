@@ -17,7 +17,7 @@ from steel_megatron.config.data import (
 )
 from steel_megatron.config.doubts import doubts, job_doubts
 from steel_megatron.config.execution import ExecutionConfig, ExecutorName
-from steel_megatron.config.loading import dump_yaml, from_dict, to_dict
+from steel_megatron.config.loading import dump_yaml, from_dict, load_yaml, to_dict
 from steel_megatron.config.model import (
     Activation,
     FeedForward,
@@ -70,6 +70,7 @@ __all__ = [
     "from_dict",
     "import_routing_code",
     "job_doubts",
+    "load_yaml",
     "refuse_unknown_routing_code",
     "routing_facts",
     "routing_mode_names",

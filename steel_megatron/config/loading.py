@@ -12,8 +12,53 @@ import yaml
 from steel_megatron.errors import ConfigError
 
 
+class RepeatedKeyError(yaml.YAMLError):
+    """A mapping has a key twice, of which PyYAML alone would drop the first."""
+
+    def __init__(self, key: str, first: int, line: int) -> None:
+        super().__init__(f"line {line}: {key} is given twice, first in line {first}; leave one of them out")
+        self.key, self.first, self.line = key, first, line
+
+
 class YamlLoader(yaml.SafeLoader):
-    """YAML in which ``1e-3`` is a number, as in version 1.2; PyYAML alone reads it as text."""
+    """YAML as of version 1.2, where ``1e-3`` is a number (to PyYAML alone it is text), and no key is there twice."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._checked: set[yaml.Node] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Take up what ``<<`` names; before that, every key must be there once.
+
+        Args:
+            node: the mapping.
+
+        Raises:
+            RepeatedKeyError: a key is there twice.
+        """
+        if node in self._checked:  # what << added may stand beside a key of the mapping's own
+            return
+        self._checked.add(node)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise RepeatedKeyError(key.value, lines[name], line)
+                lines[name] = line
+        super().flatten_mapping(node)
+
+
+def load_yaml(text: str) -> Any:
+    """What YAML says, as plain values.
+
+    Args:
+        text: YAML of one document.
+
+    Raises:
+        YAMLError: it is broken, or a mapping has a key twice.
+    """
+    return yaml.load(text, YamlLoader)
 
 
 YamlLoader.add_implicit_resolver(

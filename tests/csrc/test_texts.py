@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steel_megatron.data.native import helpers
+from steel_megatron.data.reading.chunks import FileOffset, RawChunk
 from steel_megatron.data.reading.documents import SkippedRow, documents_of, plain_texts, text_batches
-from steel_megatron.data.reading.formats import FileOffset, RawChunk
 from steel_megatron.data.reading.sources import Row, SkyPile, Source, Text
 from steel_megatron.data.tokenizing.gigatoken_engine import unsure, unsure_by_numpy
 from steel_megatron.errors import DataError

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from steel_megatron.config import BadRowPolicy
 from steel_megatron.data.cleaning.recipe import Recipe
@@ -39,6 +40,8 @@ class Job:
     """Where the job works; the result is its sub-folder ``output``."""
     text_key: str = "text"
     on_bad_row: BadRowPolicy = "stop"
+    left_out: dict[str, Any] = field(default_factory=dict)
+    """What the inputs hold in addition to what is read."""
 
     @property
     def output(self) -> Path:

@@ -15,6 +15,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from steel_megatron.data.reading.html import takes_long
 from steel_megatron.errors import ConfigError
 
 ChineseMode = Literal["t2s", "s2t", "tw2s", "s2tw", "hk2s", "s2hk", "tw2sp", "s2twp"]
@@ -147,12 +148,6 @@ _ELEMENTS = (
 _TAG = rf"(?:/?(?:(?:{_ELEMENTS})(?=[\s/>])|[abipqsu](?=/?>|\s+[a-z-]+\s*=))|!doctype\b)(?=[^<>]*+>)"
 _LINE_BREAKS = r"br|hr|/p|/div|/tr|/h[1-6]|/table|/ul|/ol|/dl|/dt|/dd|/pre|/blockquote|/section|/article"
 _HIDING = ("script", "style", "iframe", "textarea", "title")
-_VOID = {"br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "wbr", "!doctype"}
-_CLOSED_BY_NEXT = {"p", "li", "option", "tr", "td", "th", "dt", "dd"}
-_DEEPEST = 512
-"""Levels of HTML that are parsed, as in browsers: the parser takes time by their square."""
-_LONGEST_TAG = 1 << 16
-"""Characters of a tag that is parsed: the parser takes time by the square of the number of attributes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +174,7 @@ class CleanHtml(Mapper):
         from selectolax.lexbor import LexborHTMLParser
 
         marked = self._item.sub("\n* <li", self._line_break.sub("\n", self._other_sign.sub("&lt;", text)))
-        if self._takes_long(marked):
+        if takes_long(self._whole_tag, marked):
             return self._entity.sub(self._unescape, self._whole_tag.sub("", marked))
         tree = LexborHTMLParser(marked)
         tree.strip_tags(["head"])
@@ -208,25 +203,6 @@ class CleanHtml(Mapper):
                 at = ends[name][place][1]
                 pieces.append(text[begin.start() : at] if name in ("title", "textarea") else "")
         return "".join([*pieces, text[at:]])
-
-    def _takes_long(self, text: str) -> bool:
-        """Whether the parser's time would grow with the square of the text.
-
-        So it does where a tag is very long, or tags nest deep: an end closes only the tag that is next to be closed.
-        """
-        nest: list[str] = []
-        for tag in self._whole_tag.finditer(text):
-            if len(tag[0]) > _LONGEST_TAG:
-                return True
-            name = tag[2].lower()
-            if tag[1]:
-                if nest and nest[-1] == name:
-                    nest.pop()
-            elif name not in _VOID and not (name in _CLOSED_BY_NEXT and nest and nest[-1] == name):
-                nest.append(name)
-                if len(nest) > _DEEPEST:
-                    return True
-        return False
 
     @staticmethod
     def _unescape(entity: re.Match[str]) -> str:

@@ -9,7 +9,6 @@ any moment the same command resumes. The output folder appears under its name on
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -33,8 +32,8 @@ from steel_megatron.data.cleaning.steps import (
     WriteKept,
     forget_units_without_documents,
 )
-from steel_megatron.data.reading.documents import Input, parse_inputs
-from steel_megatron.data.reading.formats import PARQUET_SUFFIX
+from steel_megatron.data.reading.inputs import Input, find_inputs
+from steel_megatron.data.reading.storage import is_installed, is_remote, status_of
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import disk_errors, exclusive_lock, with_suffix
 from steel_megatron.jobs.folder import prepare, remove_rest
@@ -76,11 +75,13 @@ def clean_corpus(config: CleanConfig) -> CleaningResult:
         raise ConfigError(f"{config.recipe} names no sources; name them with --sources, or sources: in the recipe")
     if not loaded.output:
         raise ConfigError(f"{config.recipe} names no output folder; name it with --output, or output: in the recipe")
-    inputs = parse_inputs(loaded.sources)
-    packages = check_packages(loaded, inputs, config.executor)
+    found = find_inputs(loaded.sources, streams_for="clean reads inputs in parts")
+    inputs = found.files
+    packages = check_packages(loaded, config.executor)
 
     final = Path(os.path.realpath(loaded.output))
-    job = Job(loaded, _units(inputs), with_suffix(final, ".partial"), config.text_key, config.on_bad_row)
+    folder = with_suffix(final, ".partial")
+    job = Job(loaded, _units(inputs), folder, config.text_key, config.on_bad_row, found.left_out)
     check_places(job, loaded.sources, inputs, final)
     _check_resources(job)
     plan = plan_of(job, inputs, packages)
@@ -124,14 +125,13 @@ def _steps(job: Job) -> list[CleaningStep]:
     return steps
 
 
-def check_packages(recipe: Recipe, inputs: Sequence[Input], executor: ExecutorName = "local") -> list[str]:
-    """Refuse operators, formats or an executor that need a package that is not installed.
+def check_packages(recipe: Recipe, executor: ExecutorName = "local") -> list[str]:
+    """Refuse operators or an executor that need a package that is not installed.
 
     Nothing is installed.
 
     Args:
         recipe: its operators.
-        inputs: the files; their names show their format.
         executor: where the job runs.
 
     Returns:
@@ -150,30 +150,21 @@ def check_packages(recipe: Recipe, inputs: Sequence[Input], executor: ExecutorNa
     needed = dict(deciding)
     if executor != "local":
         needed["datatrove"] = f"executor {executor}"
-    parquet = next((given.path for given in inputs if given.path.name.endswith(PARQUET_SUFFIX)), None)
-    if parquet is not None:
-        needed["pyarrow"] = parquet.name
-    missing = {package: name for package, name in needed.items() if not _is_installed(package)}
+    missing = {package: name for package, name in needed.items() if not is_installed(package)}
     if missing:
         what = ", ".join(f"{package} (for {name})" for package, name in missing.items())
         raise DataError(f"cleaning needs packages that are not installed: {what}; pip install 'steel-megatron[data]'")
     return list(deciding)
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def _units(inputs: Sequence[Input]) -> tuple[Unit, ...]:
     units: list[Unit] = []
     for number, given in enumerate(inputs):
-        with disk_errors("read", given.path, DataError):
-            size = given.path.stat().st_size
-        file = {str(given.path): number}
-        parts = min(math.ceil(size / UNIT_BYTES), _MOST_PARTS)
+        with disk_errors("read", Path(given.path), DataError):
+            size = status_of(given.path).size
+        file = {given.path: number}
+        # Every part reads all of the file, which costs too much over a network.
+        parts = 1 if is_remote(given.path) else min(math.ceil(size / UNIT_BYTES), _MOST_PARTS)
         last = units[-1] if units else None
         if parts > 1:
             units += [Unit(file, given.source, size // parts, part, parts) for part in range(parts)]

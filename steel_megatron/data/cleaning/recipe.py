@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from steel_megatron.config import from_dict
+from steel_megatron.config import from_dict, load_yaml
 from steel_megatron.data.cleaning.deduplication import ExactDeduplicator, SimhashDeduplicator
 from steel_megatron.data.cleaning.filters import FILTERS, Alphanumeric, Filter, Perplexity, WordRepetition, WordsNum
 from steel_megatron.data.cleaning.mappers import MAPPERS, Mapper
@@ -74,7 +74,7 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     """
     path = Path(path)
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        read = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(read, dict):

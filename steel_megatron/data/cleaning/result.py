@@ -23,7 +23,8 @@ from steel_megatron.data.cleaning.filters import Perplexity, tokenizer_at
 from steel_megatron.data.cleaning.job import Job
 from steel_megatron.data.cleaning.steps import CleanUnits, WriteKept
 from steel_megatron.data.cleaning.unit_files import damaged
-from steel_megatron.data.reading.documents import Input
+from steel_megatron.data.reading.inputs import Input
+from steel_megatron.data.reading.storage import is_remote, status_of
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, replace_folder, sha256_of, write_atomically
 from steel_megatron.jobs.folder import PLAN, is_plan, matches, read_json, remove_folder
@@ -51,12 +52,16 @@ def check_places(job: Job, sources: Sequence[str], inputs: Sequence[Input], fina
     """
     written = (final, job.folder)
     for given in inputs:
-        path = given.path.resolve()
+        if is_remote(given.path):
+            continue
+        path = Path(given.path).resolve()
         for folder in written:
             if path.is_relative_to(folder):
                 raise DataError(f"input {path} is in {folder}, which this job writes; choose another output")
     for source in sources:
         pattern = source if os.path.exists(source) else source.partition("=")[2] or source
+        if is_remote(pattern):
+            continue
         head, anything, _ = pattern.partition("**")
         pattern = os.path.join(os.path.realpath(head), "*") if anything else os.path.realpath(pattern)
         # A folder that matches is searched through all levels: so "*", which stands for "/" too here, is right.
@@ -77,7 +82,7 @@ def plan_of(job: Job, inputs: Sequence[Input], packages: Iterable[str]) -> dict[
         packages: those whose versions decide it.
     """
     with disk_errors("read", Path("the inputs"), DataError):
-        stats = [given.path.stat() for given in inputs]
+        stats = [status_of(given.path) for given in inputs]
     recipe = job.recipe
     given_model = job.language_model if recipe.perplexity and recipe.perplexity.model != "train" else None
     return {
@@ -90,8 +95,7 @@ def plan_of(job: Job, inputs: Sequence[Input], packages: Iterable[str]) -> dict[
         "text_key": job.text_key,
         "on_bad_row": job.on_bad_row,
         "inputs": [
-            [str(given.path), given.source, stat.st_size, stat.st_mtime_ns]
-            for given, stat in zip(inputs, stats, strict=True)
+            [given.path, given.source, stat.size, stat.mtime_ns] for given, stat in zip(inputs, stats, strict=True)
         ],
         "units": [[*unit.files.values(), unit.part, unit.parts] for unit in job.units],
     }
@@ -165,7 +169,10 @@ def publish(job: Job, final: Path, overwrite: bool) -> dict[str, Any]:
         for step in (CleanUnits.name, WriteKept.name)
         if (done := marker(job.folder, step, number)).exists()
     ]
-    report = {"format": REPORT_FORMAT, "kind": job.recipe.kind, **funnel.merge(units, operators)}
+    about: dict[str, Any] = {"format": REPORT_FORMAT, "kind": job.recipe.kind}
+    if job.left_out:
+        about["left_out"] = job.left_out
+    report = {**about, **funnel.merge(units, operators)}
     content = json.dumps(report, indent=1, ensure_ascii=False).encode()
     write_atomically(job.output / "funnel.json", content, DataError)
     with disk_errors("write", final, DataError):

@@ -160,15 +160,22 @@ class Corpora:
         outputs: path that each corpus is to have, without shard number and suffix, by split and key.
         dtype: how ids are stored.
         folder: the job's folder.
+        left_out: what the inputs hold in addition to what is read.
 
     Raises:
         DataError: the disk refuses.
     """
 
     def __init__(
-        self, job: Mapping[str, Any], outputs: Mapping[Corpus, str], dtype: np.dtype[Any], folder: Path
+        self,
+        job: Mapping[str, Any],
+        outputs: Mapping[Corpus, str],
+        dtype: np.dtype[Any],
+        folder: Path,
+        left_out: Mapping[str, Any],
     ) -> None:
         self.job, self.folder = job, folder / "corpora"
+        self.left_out = left_out
         self.outputs: dict[Corpus, ShardedWriter] = {}
         self.skipped_rows: dict[str, int] = {}
         """Rows that gave no document, by source."""
@@ -182,6 +189,8 @@ class Corpora:
         with ExitStack() as opened:
             for (split, key), prefix in outputs.items():
                 about = {**job["settings"], "split": split, "key": key}
+                if left_out:
+                    about["left_out"] = left_out
                 writer = ShardedWriter(prefix, self.folder, dtype, inputs, about, job["shard_size"])
                 self.outputs[split, key] = opened.enter_context(writer)
             self._opened = opened.pop_all()
@@ -293,9 +302,17 @@ def content_of(prefix: str) -> str | None:
     return None if manifest is None else manifest["content"]
 
 
+_ESCAPED = re.compile(r"[%/\\*?\[\]\x00-\x1f\x7f]")
+
+
+def file_name_of(key: str) -> str:
+    """A key as it is in the names of files: what could name a folder or be a pattern is escaped, as in an address."""
+    return _ESCAPED.sub(lambda found: f"%{ord(found[0]):02X}", key)
+
+
 def _before_named(corpora: Path, prefix: str) -> Path:
-    """Where in a job's folder a corpus lies before it has its name, which has folders if a key holds slashes."""
-    return corpora / os.path.relpath(prefix, corpora.parent.parent)
+    """Where in a job's folder a corpus lies before it has its name."""
+    return corpora / Path(prefix).name
 
 
 def publish(corpora: Path, shards: Mapping[str, str], outputs: Iterable[str], overwrite: bool) -> None:

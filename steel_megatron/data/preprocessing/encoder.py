@@ -16,8 +16,8 @@ import xxhash
 
 from steel_megatron.config import BadRowPolicy
 from steel_megatron.data.preprocessing.stored_documents import stored_documents
+from steel_megatron.data.reading.chunks import BEGIN, FileOffset, RawChunk
 from steel_megatron.data.reading.documents import SkippedRow, text_batches
-from steel_megatron.data.reading.formats import FileOffset, RawChunk
 from steel_megatron.data.reading.sources import Source
 from steel_megatron.data.reading.text_batch import TextBatch, as_strings
 from steel_megatron.data.tokenizing.chunking import groups, pieces
@@ -29,8 +29,6 @@ TRAIN, VALID = "train", "valid"
 SPLIT_BY = "xxh3_64"
 """The hash of a document's text that decides between them."""
 
-_BEGIN = FileOffset()
-
 
 @dataclass(frozen=True)
 class Position:
@@ -38,7 +36,7 @@ class Position:
 
     input: int = 0
     """Number of the input file, from 0."""
-    place: FileOffset = _BEGIN
+    place: FileOffset = BEGIN
     """Offset in that file."""
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from steel_megatron.data.reading.documents import Input
 from steel_megatron.data.reading.formats import check_size
+from steel_megatron.data.reading.inputs import Input
+from steel_megatron.data.reading.storage import is_stream, open_input, status_of
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors
 
@@ -25,15 +26,17 @@ class InputFile:
     bytes: int
     mtime_ns: int
     fingerprint: str
-    """SHA-256 (hex) of size, first and last 64 KiB."""
+    """SHA-256 (hex) of size, first and last 64 KiB; of a stream, of what it begins with."""
 
     def check_unchanged(self) -> None:
         """Raise a DataError when the file is not of the size and age it was."""
+        if is_stream(self.path):
+            return
         with disk_errors("read", Path(self.path), DataError):
-            now = os.stat(self.path)
-        if (now.st_size, now.st_mtime_ns) != (self.bytes, self.mtime_ns):
+            now = status_of(self.path)
+        if now != (self.bytes, self.mtime_ns):
             raise DataError(
-                f"{self.path} changed while it was read ({self.bytes:,} bytes then, {now.st_size:,} now); start again "
+                f"{self.path} changed while it was read ({self.bytes:,} bytes then, {now.size:,} now); start again "
                 "when it is complete"
             )
 
@@ -45,14 +48,15 @@ def examine(found: Input) -> InputFile:
         DataError: it cannot be read, is too large for one document, or its path cannot be written down.
     """
     try:
-        str(found.path).encode()
+        found.path.encode()
     except UnicodeEncodeError:
-        raise DataError(f"the path {str(found.path)!r} is not valid UTF-8; rename the file or its folder") from None
-    with disk_errors("read", found.path, DataError), found.path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        check_size(found.path, status.st_size)
-        digest = hashlib.sha256(f"{status.st_size}\n".encode())
-        digest.update(file.read(_SAMPLE))
-        file.seek(max(file.tell(), status.st_size - _SAMPLE))
-        digest.update(file.read(_SAMPLE))
-    return InputFile(str(found.path), found.source, status.st_size, status.st_mtime_ns, digest.hexdigest())
+        raise DataError(f"the path {found.path!r} is not valid UTF-8; rename the file or its folder") from None
+    with disk_errors("read", Path(found.path), DataError), closing(open_input(found.path, peek=True)) as file:
+        status = status_of(found.path)
+        check_size(found.path, status.size)
+        digest = hashlib.sha256(f"{status.size}\n".encode())
+        digest.update(file.raw.read(_SAMPLE))
+        if file.seekable:
+            file.raw.seek(max(file.raw.tell(), status.size - _SAMPLE))
+            digest.update(file.raw.read(_SAMPLE))
+    return InputFile(found.path, found.source, status.size, status.mtime_ns, digest.hexdigest())

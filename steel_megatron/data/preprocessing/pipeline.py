@@ -21,7 +21,7 @@ from typing import Any
 
 from steel_megatron.config import PreprocessConfig
 from steel_megatron.data.indexed.dataset import token_dtype
-from steel_megatron.data.preprocessing.corpora import Corpora, EmptyCorpus, refuse_existing
+from steel_megatron.data.preprocessing.corpora import Corpora, EmptyCorpus, file_name_of, refuse_existing
 from steel_megatron.data.preprocessing.encoder import SPLIT_BY, TRAIN, VALID, Encoder
 from steel_megatron.data.preprocessing.inputs import InputFile, examine
 from steel_megatron.data.preprocessing.report import (
@@ -39,8 +39,11 @@ from steel_megatron.data.preprocessing.report import (
 )
 from steel_megatron.data.preprocessing.segments import Corpus, Segment, segments_of
 from steel_megatron.data.preprocessing.step import ChunkSizes, EncodeUnits, units_of
-from steel_megatron.data.reading.documents import documents_of, parse_inputs, plain_texts
-from steel_megatron.data.reading.formats import RawChunk, has_keys, read_chunks
+from steel_megatron.data.reading.chunks import RawChunk
+from steel_megatron.data.reading.documents import documents_of, plain_texts
+from steel_megatron.data.reading.formats import read_chunks
+from steel_megatron.data.reading.forms import has_keys
+from steel_megatron.data.reading.inputs import find_inputs
 from steel_megatron.data.reading.sources import Source, get_source
 from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import ConfigError, DataError
@@ -66,6 +69,7 @@ _KEPT = (
     "What is written so far is kept: the same command resumes there, with any number of workers or tasks and with "
     "either --on_bad_row. Where an input has to change, start anew with --overwrite true"
 )
+_OF_TASKS = "tasks read inputs by themselves, so leave out --tasks and --executor, or"
 PLAN_FORMAT = "steel_megatron preprocessing job 1"
 """Name and version of the plan in a job's folder."""
 
@@ -87,7 +91,7 @@ def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> Preprocess
     differ), it resumes, and what it writes is what it would have written.
 
     Args:
-        config: the job. Its inputs are read by :func:`~steel_megatron.data.reading.documents.parse_inputs`; what the
+        config: the job. Its inputs are read by :func:`~steel_megatron.data.reading.inputs.find_inputs`; what the
             job itself writes is none.
         pace: the size of the steps.
 
@@ -99,7 +103,9 @@ def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> Preprocess
     prefix, keys = config.output_prefix, config.json_keys
     outputs = _outputs(prefix, keys, config.valid_fraction)
     _check_names([prefix, *outputs.values()])
-    files = [examine(found) for found in parse_inputs(config.inputs, _own_files(prefix, keys, config.report))]
+    tasks = config.executor != "local" or config.tasks is not None
+    inputs = find_inputs(config.inputs, _own_files(prefix, keys, config.report), _OF_TASKS if tasks else None)
+    files = [examine(found) for found in inputs.files]
     sources = _sources(files, keys)
     if config.report is not None:
         _check_report(config.report, _own_files(prefix, keys, None))
@@ -141,7 +147,7 @@ def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> Preprocess
         on_slurm = config.executor == "slurm"
         prepare(folder, plan, EncodeUnits.job_name, [EncodeUnits.name], config.overwrite, on_slurm)
         step = EncodeUnits(folder, tuple(files), units, encoder, tuple(outputs), pace)
-        return _work(step, job, outputs, config, signals)
+        return _work(step, job, outputs, inputs.left_out, config, signals)
 
 
 def _finished(
@@ -193,13 +199,14 @@ def _work(
     step: EncodeUnits,
     job: Mapping[str, Any],
     outputs: Mapping[Corpus, str],
+    left_out: Mapping[str, Any],
     config: PreprocessConfig,
     signals: StopSignals,
 ) -> PreprocessReport:
     """Do a job, or what is left of it."""
     started, folder = time.monotonic(), step.folder
     try:
-        with Corpora(job, outputs, step.encoder.dtype, folder) as corpora:
+        with Corpora(job, outputs, step.encoder.dtype, folder, left_out) as corpora:
             _encode(step, corpora, config, signals)
             with signals.held():
                 segments = [segment for unit in range(step.count) for segment in step.segments(unit)]
@@ -261,7 +268,10 @@ def _leave(step: EncodeUnits, resumable: bool) -> bool:
 def _outputs(prefix: str, json_keys: Sequence[str], valid_fraction: float) -> dict[Corpus, str]:
     """Paths of a job's corpora, without shard number and suffix, by split and key."""
     splits = {TRAIN: f"_{TRAIN}", VALID: f"_{VALID}"} if valid_fraction else {TRAIN: ""}
-    return {(split, key): f"{prefix}{infix}_{key}_document" for key in json_keys for split, infix in splits.items()}
+    names = {key: file_name_of(key) for key in json_keys}
+    return {
+        (split, key): f"{prefix}{infix}_{names[key]}_document" for key in json_keys for split, infix in splits.items()
+    }
 
 
 def _check_names(prefixes: Iterable[str]) -> None:
@@ -292,11 +302,12 @@ def _write_report_to(path: str | None, report: PreprocessReport) -> None:
 
 
 def _own_files(prefix: str, json_keys: Sequence[str], report: str | None) -> Callable[[Path], bool]:
-    """Tells the files that a job under this prefix may write and that look like inputs."""
+    """Tells the files that a job under this prefix may write."""
     corpora = "|".join(map(re.escape, [*_outputs("", json_keys, 0).values(), *_outputs("", json_keys, 0.5).values()]))
     name = re.compile(
         re.escape(os.path.basename(prefix))
-        + rf"(\.progress\.json|\.report\.json|_skipped\.jsonl|({corpora})(_\d{{5,}})?\.json)"
+        + r"(\.progress\.json|\.report\.json|_skipped\.jsonl|\.lock|"
+        + rf"({corpora})(_\d{{5,}})?(\.json|\.bin|\.idx|\.rows\.npy))"
     )
     folder = os.path.realpath(os.path.dirname(prefix))
     reported = None if report is None else os.path.realpath(report)
@@ -307,7 +318,7 @@ def _own_files(prefix: str, json_keys: Sequence[str], report: str | None) -> Cal
             return True
         if name.fullmatch(os.path.relpath(os.path.join(os.path.realpath(path.parent), path.name), folder)):
             return True
-        return reported is not None and os.path.realpath(path) == reported
+        return reported is not None and os.path.realpath(path) in (reported, f"{reported}.lock")
 
     return own
 
@@ -315,7 +326,7 @@ def _own_files(prefix: str, json_keys: Sequence[str], report: str | None) -> Cal
 def _sources(files: Sequence[InputFile], json_keys: Sequence[str]) -> dict[str, dict[str, Source]]:
     """By key: the sources of the inputs by name."""
     for file in files if len(json_keys) > 1 else ():
-        if file.source != "text" or not has_keys(Path(file.path)):
+        if file.source != "text" or not has_keys(file.path):
             what = f"is read as {file.source}, which has" if file.source != "text" else "has"
             raise DataError(f"{file.path} {what} no keys to choose from; give it to a run with a single json key")
     names = dict.fromkeys(file.source for file in files)
@@ -347,7 +358,7 @@ def _first_texts(files: Iterable[InputFile], sources: Mapping[str, Source]) -> t
         for file in files:
             source = sources[file.source]
             with suppress(DataError):
-                for chunk in read_chunks(file.path, columns=source.columns):
+                for chunk in read_chunks(file.path, columns=source.columns, peek=True):
                     yield chunk, source
 
     for chunk, source in itertools.islice(chunks(), _LOOKED_AT):

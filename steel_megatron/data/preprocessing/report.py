@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from steel_megatron.data.indexed.format import BIN
 from steel_megatron.data.preprocessing.corpora import Corpora, CorpusCounts, content_of, corpora_at, publish
 from steel_megatron.data.preprocessing.encoder import TRAIN
+from steel_megatron.data.reading.folders import in_words
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, remove, sync_folder, with_suffix, write_atomically
 from steel_megatron.jobs.folder import differences, read_json
@@ -65,6 +66,8 @@ class PreprocessReport:
     unigram_entropy: float
     """Nats per token of the distribution of single tokens in the training split: the loss of a model that knows
     nothing but how often each token occurs."""
+    left_out: dict[str, Any] = field(default_factory=dict)
+    """What folders and patterns among the inputs hold in addition: how many files by reason, with examples."""
 
     def as_json(self) -> str:
         """The report as a JSON object with the fields above."""
@@ -90,6 +93,8 @@ class PreprocessReport:
             f"{self.tokens:,} tokens, {self.bytes / self.tokens:.2f} bytes each, {self.seconds:,.1f} s"
         )
         lines.append(f"unigram entropy: {self.unigram_entropy:.4f} nats per token")
+        if self.left_out:
+            lines.append(f"left out of the inputs: {in_words(self.left_out)}")
         return "\n".join(lines)
 
 
@@ -121,6 +126,7 @@ def report_of(corpora: Corpora, seconds: float) -> PreprocessReport:
         split_tokens={name: writer.tokens for name, writer in named.items()},
         sources=sources,
         unigram_entropy=_entropy(corpora.token_counts),
+        left_out=dict(corpora.left_out),
     )
 
 

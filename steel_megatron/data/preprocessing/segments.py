@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from steel_megatron.data.preprocessing.encoder import Documents, Encoded, Position
-from steel_megatron.data.reading.formats import FileOffset
+from steel_megatron.data.reading.chunks import FileOffset
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, remove, sync_folder, write_atomically
 from steel_megatron.jobs.step import marker

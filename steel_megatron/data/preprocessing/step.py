@@ -15,7 +15,8 @@ from steel_megatron.data.preprocessing.encoder import Documents, Encoder, Positi
 from steel_megatron.data.preprocessing.inputs import InputFile
 from steel_megatron.data.preprocessing.segments import STEP, Corpus, Segment, SegmentWriter, segments_of
 from steel_megatron.data.preprocessing.workers import encoded
-from steel_megatron.data.reading.formats import FileOffset, RawChunk, read_chunks
+from steel_megatron.data.reading.chunks import FileOffset, RawChunk
+from steel_megatron.data.reading.formats import read_chunks
 from steel_megatron.data.reading.sources import Source
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors
@@ -47,12 +48,13 @@ def units_of(files: Sequence[InputFile]) -> tuple[tuple[int, int], ...]:
     units: list[tuple[int, int]] = []
     size = 0
     for number, file in enumerate(files):
-        if units and size + file.bytes <= UNIT_BYTES:
+        expected = UNIT_BYTES if file.mtime_ns == file.bytes == 0 else file.bytes  # of a stream, nobody knows
+        if units and size + expected <= UNIT_BYTES:
             units[-1] = (units[-1][0], number + 1)
-            size += file.bytes
+            size += expected
         else:
             units.append((number, number + 1))
-            size = file.bytes
+            size = expected
     return tuple(units)
 
 

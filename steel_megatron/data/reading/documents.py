@@ -7,12 +7,10 @@ reported with its reason; nothing disappears silently.
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 import operator
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,39 +19,12 @@ import numpy as np
 
 from steel_megatron.config import BadRowPolicy
 from steel_megatron.data.native import helpers
-from steel_megatron.data.reading.formats import (
-    CODE_SUFFIXES,
-    KNOWN_SUFFIXES,
-    BadRow,
-    RawChunk,
-    has_keys,
-    parse_chunk,
-    read_chunks,
-)
-from steel_megatron.data.reading.sources import SOURCES, Dialogue, Source, get_source
+from steel_megatron.data.reading.chunks import BadRow, NoDocument, RawChunk
+from steel_megatron.data.reading.formats import parse_chunk, read_chunks
+from steel_megatron.data.reading.sources import Dialogue, Source, get_source
 from steel_megatron.data.reading.text_batch import TextBatch
 from steel_megatron.errors import DataError
-from steel_megatron.jobs.folder import is_job
-from steel_megatron.log import get_logger
 
-__all__ = [
-    "CODE_SUFFIXES",
-    "Document",
-    "Input",
-    "SkippedRow",
-    "documents_of",
-    "expand_inputs",
-    "get_source",
-    "has_keys",
-    "parse_inputs",
-    "plain_texts",
-    "read_documents",
-    "text_batches",
-]
-
-_log = get_logger(__name__)
-
-_SKIPPED_FOLDERS = ("__pycache__",)
 _QUARANTINED = 2000
 """Characters of a row that are kept to show what was skipped."""
 
@@ -88,120 +59,6 @@ class SkippedRow:
     """How the row begins, as it is stored."""
 
 
-@dataclass(frozen=True)
-class Input:
-    """A file to read, and as what."""
-
-    path: Path
-    source: str
-    """Name of a source."""
-
-
-def parse_inputs(inputs: Sequence[str], own: Callable[[Path], bool] | None = None) -> list[Input]:
-    """Turn files, folders and glob patterns, each alone or as ``SOURCE=PATTERN``, into a list of files.
-
-    The order is that of ``inputs``, and within a folder or a pattern sorted by path, so it does not depend on the
-    file system. A file that is named twice, in whichever way, is read once, under its first name. Folders are
-    searched through all levels for files of a known format; hidden files, ``__pycache__`` and the folders of unfinished
-    jobs are left out, and links to folders are not followed.
-
-    Args:
-        inputs: paths or patterns (``*``, ``?``, ``[...]``, and ``**`` for any depth); without a source's name, rows
-            are read by their text key.
-        own: whether the caller itself writes a file; such files are left out of folders and patterns.
-
-    Raises:
-        DataError: an input matches nothing, a file is of no known format or named with two sources, or one that the
-            caller itself writes, or there is no such source.
-    """
-    if isinstance(inputs, str):
-        raise DataError(f"the inputs are one string, {inputs!r}, where a list is expected: [{inputs}]")
-    files: dict[tuple[int, ...] | str, Input] = {}
-    for given in inputs:
-        name, pattern = "text", given
-        if "=" in given and not os.path.exists(given):
-            name, pattern = given.split("=", 1)
-            if name not in SOURCES:
-                raise DataError(f"input {given!r}: there is no source {name!r}; known are {', '.join(SOURCES)}")
-        for path in _not_own(_matching(pattern, given), pattern, own):
-            first = files.setdefault(_identity(path), Input(path, name))
-            if first.source != name:
-                raise DataError(f"{path} is named as {first.source} and as {name}; a file has one source")
-            if first.path != path:
-                _log.info(f"{path} is {first.path}, which is read already")
-    if not files:
-        raise DataError("no input was given; name at least one file, folder or pattern")
-    return [*files.values()]
-
-
-def _identity(path: Path) -> tuple[int, ...] | str:
-    """The same for all names of a file."""
-    try:
-        found = path.stat()
-    except OSError:  # reported when it is read
-        return os.path.realpath(path)
-    # Some network file systems number their files carelessly: not by the number alone.
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _not_own(paths: Sequence[Path], pattern: str, own: Callable[[Path], bool] | None) -> Iterator[Path]:
-    """Files without those that the job itself writes."""
-    for path in paths:
-        if own is None or not own(path):
-            yield path
-        elif os.path.isfile(pattern):
-            raise DataError(f"{path} is a file that this very job writes; name other inputs, or another output")
-        else:
-            _log.info(f"{path} is left out of the inputs: this very job writes it")
-
-
-def _without_unfinished(paths: Iterable[Path]) -> Iterator[Path]:
-    """Files without those in the folder of an unfinished job: what is there is the input of that job once more."""
-    left_out: set[Path] = set()
-    for path in paths:
-        found = next((folder for folder in path.parents if folder.name.endswith(".partial") and is_job(folder)), None)
-        if found is None:
-            yield path
-        elif found not in left_out:
-            left_out.add(found)
-            _log.info(f"{found} is left out of the inputs: an unfinished job works there")
-
-
-def expand_inputs(inputs: Sequence[str]) -> list[Path]:
-    """The files of :func:`parse_inputs`, where their sources do not matter."""
-    return [found.path for found in parse_inputs(inputs)]
-
-
-def _matching(pattern: str, given: str) -> list[Path]:
-    searched = not os.path.exists(pattern)
-    matches = sorted(glob.glob(pattern, recursive=True)) if searched else [pattern]
-    found: list[Path] = []
-    for match in map(Path, matches):
-        if match.is_dir():
-            found.extend(_files_below(match))
-        elif not match.name.endswith(KNOWN_SUFFIXES):
-            raise DataError(f"{match} is of no known format; a file name must end in {', '.join(KNOWN_SUFFIXES)}")
-        else:
-            found.append(match)
-    if searched or os.path.isdir(pattern):
-        found = list(_without_unfinished(found))
-    if not found:
-        what = f"holds no file that ends in {', '.join(KNOWN_SUFFIXES)}" if matches else "matches no file"
-        raise DataError(f"input {given!r} {what}")
-    return found
-
-
-def _files_below(folder: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise DataError(f"cannot read folder {error.filename}: {error.strerror}") from error
-
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS]
-        found += [Path(parent, name) for name in names if name.endswith(KNOWN_SUFFIXES) and name[0] != "."]
-    return sorted(found)
-
-
 def documents_of(
     chunk: RawChunk,
     source: Source,
@@ -222,16 +79,16 @@ def documents_of(
     for row, offset, raw, value in parse_chunk(chunk):
         dialogue = False
         try:
-            text: object = value if isinstance(value, (str, BadRow)) and chunk.kind == "file" else _read(source, value)
-            if isinstance(text, BadRow):
-                raise text
+            if isinstance(value, BadRow):
+                raise value
+            text: object = value if chunk.kind in ("file", "html") else source.text_of(value)
             if isinstance(text, Dialogue):
                 text, dialogue = text.text, True
             assert isinstance(text, str), type(text)
             _check_unicode(text)
         except BadRow as problem:
             at = offset + problem.offset
-            if on_bad_row == "stop":
+            if on_bad_row == "stop" and not isinstance(problem, NoDocument):
                 where = f"row {row}" if chunk.kind == "arrow" else f"row {row}, byte {at}"
                 raise DataError(
                     f"{chunk.path}, {where}: {problem}; repair the row, or skip such rows with on_bad_row = skip"
@@ -316,14 +173,6 @@ def text_batches(
         yield texts.part(done, len(texts)), rows[done:], False
 
 
-def _read(source: Source, value: object) -> object:
-    if isinstance(value, BadRow):
-        return value
-    if not isinstance(value, dict):
-        return BadRow(f"a JSON {type(value).__name__} where an object was expected")
-    return source.text(value)
-
-
 def _beginning(raw: bytes, value: object) -> str:
     if not raw and isinstance(value, dict):  # a row of a table
         return json.dumps(value, ensure_ascii=False, default=str)[:_QUARANTINED]
@@ -351,7 +200,7 @@ def read_documents(
     missing last newline are fine. An empty text is skipped under both policies.
 
     Args:
-        path: a file of a known format.
+        path: a file of a known form, an address, or ``-``.
         text_key: which value of a row is the text, for the source ``text``.
         on_bad_row: what to do with a row that is no text: broken JSON, no object, the key missing, its value null
             or no string, invalid UTF-8, lone surrogates. ``stop`` raises; ``skip`` reports and continues.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO
 
+from steel_megatron.data.reading import chunks
+from steel_megatron.data.reading.compression import Readable
 from steel_megatron.errors import DataError
 
 
-def elements(path: Path, stream: BinaryIO, number: int, offset: int, chunk_bytes: int) -> Iterator[tuple[int, bytes]]:
+def elements(path: str, stream: Readable, number: int, offset: int, chunk_bytes: int) -> Iterator[tuple[int, bytes]]:
     """The elements of a JSON array, each with its byte in the file, in the memory of the largest and a chunk.
 
     An element is as it is written in the file, but on one line.
@@ -46,7 +46,7 @@ def elements(path: Path, stream: BinaryIO, number: int, offset: int, chunk_bytes
 class _ArrayText:
     """The text of a JSON array, as much of it as is needed at a time, from the next visible character on."""
 
-    def __init__(self, path: Path, stream: BinaryIO, number: int, offset: int, chunk_bytes: int) -> None:
+    def __init__(self, path: str, stream: Readable, number: int, offset: int, chunk_bytes: int) -> None:
         self.number = number
         """Elements that were read."""
         self._path, self._stream, self._chunk_bytes = path, stream, chunk_bytes
@@ -114,6 +114,8 @@ class _ArrayText:
                 raise self.error(f"brackets nested beyond any use in element {self.number + 1}") from None
             except ValueError as error:
                 raise self.error(f"JSON beyond any use in element {self.number + 1} ({error})") from None
+            if len(self._text) - self._at > chunks.LONGEST_ROW:
+                raise self.error(f"element {self.number + 1} has more than {chunks.LONGEST_ROW:,} characters")
             self._more(wanted)
             wanted *= 2  # so an element of any size is looked at a few times only
         line = self._text[self._at : stop].encode()

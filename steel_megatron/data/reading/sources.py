@@ -1,20 +1,19 @@
 """What the rows of each corpus mean: one small class per source, found by its name.
 
 The sources are those of the Steel-LLM paper (section 5, table 5), in the formats they are published in, and ``text``
-for everything else. ``docs/sources.md`` shows how to add one.
+for everything else. A source of your own is named ``module:Class``; ``docs/sources.md`` shows one.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from steel_megatron.data.reading.formats import BadRow
+from steel_megatron.data.reading.chunks import BadRow
+from steel_megatron.data.reading.keys import Row, lines_of, string, text_at
 from steel_megatron.errors import DataError
-
-Row = Mapping[str, Any]
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 MARKS = ("<|im_start|>", "<|im_end|>")
@@ -62,6 +61,16 @@ class Source:
         """
         raise NotImplementedError
 
+    def text_of(self, value: object) -> str | Dialogue:
+        """The document of one row, whatever the row is.
+
+        Raises:
+            BadRow: the row cannot be one.
+        """
+        if not isinstance(value, dict):
+            raise BadRow(f"a JSON {type(value).__name__} where an object was expected")
+        return self.text(value)
+
     def plain_key(self) -> tuple[str, Sequence[str]] | None:
         """The key whose string is :meth:`text` of a row, and the keys without which that holds; None for no such key.
 
@@ -85,30 +94,43 @@ def register(name: str) -> Callable[[type[Source]], type[Source]]:
     return add
 
 
+def is_source(name: str) -> bool:
+    """Whether there is a source of this name; ``module:Class`` imports the module.
+
+    Raises:
+        DataError: that module cannot be imported, or has no such class.
+    """
+    return name in SOURCES or (":" in name and bool(_imported(name)))
+
+
+def _imported(name: str) -> type[Source]:
+    module, _, kind = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), kind, None)
+    except ImportError as error:
+        raise DataError(
+            f"the module of the source {name!r} cannot be imported ({error}); put its folder into PYTHONPATH"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, Source)):
+        raise DataError(f"the source {name!r}: {module} has no class {kind} that is a {Source.__module__}.Source")
+    return found
+
+
 def get_source(name: str, text_key: str = "text") -> Source:
     """A source by its name; ``text_key`` is which value of a row is the text, for the source ``text``.
+
+    Args:
+        name: of this module's, or ``module:Class``.
+        text_key: a key, or a path such as ``data.text`` or ``messages[].content``.
 
     Raises:
         DataError: there is none of this name.
     """
-    if name not in SOURCES:
-        raise DataError(f"there is no source {name!r}; known are {', '.join(SOURCES)}")
-    return Text(text_key) if name == "text" else SOURCES[name]()
-
-
-def string(row: Row, key: str) -> str:
-    """The string under a key.
-
-    Raises:
-        BadRow: there is none.
-    """
-    if key not in row:
-        raise BadRow(f"key {key!r} is missing; the row has {', '.join(map(repr, list(row)[:8])) or 'no keys'}")
-    value = row[key]
-    if not isinstance(value, str):
-        kind = "null" if value is None else f"a {type(value).__name__}"
-        raise BadRow(f"key {key!r} holds {kind} where a string was expected")
-    return value
+    if not is_source(name):
+        raise DataError(f"there is no source {name!r}; known are {', '.join(SOURCES)}, or module:Class for your own")
+    if name == "text":
+        return Text(text_key)
+    return SOURCES[name]() if name in SOURCES else _imported(name)()
 
 
 def optional(row: Row, key: str) -> str:
@@ -123,15 +145,24 @@ def paragraphs(*parts: str) -> str:
 
 @register("text")
 class Text(Source):
-    """Rows with the text under one key; ``"dialogue": true`` says that it is in the dialogue template already."""
+    """Rows with the text under one key; ``"dialogue": true`` says that it is in the dialogue template already.
+
+    The key may be a path (``data.text``, ``messages[].content``). Under the key ``text``, a row that is itself a
+    string, or a list of strings, is the text.
+    """
 
     def __init__(self, key: str = "text") -> None:
         self._key = key
         self.columns = (key, "dialogue")
 
     def text(self, row: Row) -> str | Dialogue:
-        found = string(row, self._key)
+        found = text_at(row, self._key)
         return Dialogue(found) if row.get("dialogue") is True else found
+
+    def text_of(self, value: object) -> str | Dialogue:
+        if self._key == "text" and isinstance(value, (str, list)):
+            return lines_of([value], self._key)
+        return super().text_of(value)
 
     def plain_key(self) -> tuple[str, Sequence[str]] | None:
         return (self._key, ("dialogue",)) if type(self) is Text else None  # another class has another text()

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steel_megatron.config import BadRowPolicy
-from steel_megatron.data.reading.documents import (
-    CODE_SUFFIXES,
-    Document,
-    Input,
-    parse_inputs,
-    read_documents,
-)
+from steel_megatron.data.reading.documents import Document, read_documents
+from steel_megatron.data.reading.forms import is_code
+from steel_megatron.data.reading.inputs import Input, find_inputs
+from steel_megatron.data.reading.storage import status_of
 from steel_megatron.data.tokenizing.sentencepiece import SentencePieceTokenizer
 from steel_megatron.data.tokenizing.sentencepiece_training import train_sentencepiece
 from steel_megatron.data.tokenizing.tokenizer import DIALOGUE_MARKS, Tokenizer, encode_dialogues
@@ -61,6 +58,8 @@ class TrainedTokenizer:
     """Whether that was measured on text that the tokenizer was not trained on."""
     skipped: int
     """Rows that gave no document, of the text to train on and of the text to measure on."""
+    left_out: dict[str, Any]
+    """What the inputs hold in addition to what is read, by reason."""
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -69,6 +68,7 @@ class TrainedTokenizer:
             **self.tokenizer.describe(),
             "held_out": self.held_out,
             "skipped": self.skipped,
+            "left_out": self.left_out,
             "kinds": {kind: measure.as_dict() for kind, measure in self.kinds.items()},
         }
 
@@ -89,7 +89,7 @@ def train_tokenizer(
     """Train a lossless SentencePiece BPE on a corpus and measure it.
 
     Args:
-        inputs: what to train on; see :func:`~steel_megatron.data.reading.documents.parse_inputs`.
+        inputs: what to train on; see :func:`~steel_megatron.data.reading.inputs.find_inputs`.
         output: path of the model without its suffix ``.model``.
         vocab_size: ids of the tokenizer.
         valid: what to measure on, in the same form; the text that was trained on if there is none.
@@ -112,12 +112,15 @@ def train_tokenizer(
         skipped += 1
 
     def documents(chosen: list[Input], title: str) -> Iterator[tuple[TextKind, Document]]:
-        with progress(title, sum(found.path.stat().st_size for found in chosen), "bytes") as bar:
+        with progress(title, sum(status_of(found.path).size for found in chosen), "bytes") as bar:
             for found in chosen:
                 rows = read_documents(found.path, text_key, on_bad_row, count, bar.advance, found.source)
                 yield from ((kind_of(document, found.source), document) for document in rows)
 
-    trained_on, measured_on = parse_inputs(inputs), parse_inputs(valid or inputs)
+    once = "training reads its text more than once"
+    found = find_inputs(inputs, streams_for=once)
+    trained_on = found.files
+    measured_on = find_inputs(valid, streams_for=once).files if valid else trained_on
     if both := {found.path for found in trained_on} & {found.path for found in measured_on if valid}:
         raise DataError(f"{min(both)} is among the text to train on and the held-out text; leave it out of one of them")
     model = train_sentencepiece(
@@ -133,12 +136,12 @@ def train_tokenizer(
         skipped = 0  # the same rows will be met again
     tokenizer = SentencePieceTokenizer(model)
     kinds = measure(tokenizer, documents(measured_on, "measure"))
-    return TrainedTokenizer(model, tokenizer, kinds, bool(valid), skipped)
+    return TrainedTokenizer(model, tokenizer, kinds, bool(valid), skipped, found.left_out)
 
 
 def kind_of(document: Document, source: str = "text") -> TextKind:
     """``code`` by the file's suffix or the source's name; ``zh`` by the share of Chinese characters; ``en`` else."""
-    if document.source.endswith(CODE_SUFFIXES) or source == _CODE_SOURCE:
+    if is_code(document.source) or source == _CODE_SOURCE:
         return "code"
     chinese = sum("\u3400" <= character <= "\u9fff" for character in document.text)
     return "zh" if chinese >= ZH_SHARE * len(document.text) else "en"

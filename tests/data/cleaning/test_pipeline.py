@@ -19,6 +19,7 @@ from steel_megatron.data.cleaning import pipeline as clean
 from steel_megatron.data.cleaning import result as results
 from steel_megatron.data.cleaning.funnel import table
 from steel_megatron.data.cleaning.steps import CleanUnits, SampleTexts, WriteKept
+from steel_megatron.data.reading import storage
 from steel_megatron.data.reading.sources import Dialogue
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import exclusive_lock
@@ -290,18 +291,20 @@ def test_missing_packages_are_named(
     recipe: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe.write_text("kind: text\noperators: [fix_unicode_mapper, clean_html_mapper, words_num_filter]")
-    find_spec: Callable[..., Any] = clean.importlib.util.find_spec
+    find_spec: Callable[..., Any] = storage.importlib.util.find_spec
     monkeypatch.setattr(
-        clean.importlib.util, "find_spec", lambda name: None if name in ("ftfy", "rjieba") else find_spec(name)
+        storage.importlib.util, "find_spec", lambda name: None if name in ("ftfy", "rjieba") else find_spec(name)
     )
     with pytest.raises(
         DataError, match=r"ftfy \(for fix_unicode_mapper\), rjieba \(for words_num_filter\); pip install"
     ):
         clean_corpus(recipe, inputs(corpus), tmp_path / "out")
-    monkeypatch.setattr(clean.importlib.util, "find_spec", lambda name: None if name == "pyarrow" else find_spec(name))
+    monkeypatch.setattr(
+        storage.importlib.util, "find_spec", lambda name: None if name == "pyarrow" else find_spec(name)
+    )
     table_file = tmp_path / "a.parquet"
     table_file.touch()
-    with pytest.raises(DataError, match=r"not installed: pyarrow \(for a.parquet\); pip install"):
+    with pytest.raises(DataError, match=r"a.parquet needs pyarrow, which is not installed: pip install"):
         clean_corpus(recipe, [*inputs(corpus), str(table_file)], tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
 

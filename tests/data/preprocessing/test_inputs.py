@@ -11,7 +11,7 @@ import pytest
 
 from steel_megatron.data.indexed.dataset import open_indexed
 from steel_megatron.data.preprocessing.step import ChunkSizes
-from steel_megatron.data.reading import formats
+from steel_megatron.data.reading import chunks
 from steel_megatron.errors import ConfigError, DataError
 from tests.data.configured import preprocess
 from tests.data.conftest import make_texts, write_jsonl
@@ -83,7 +83,7 @@ def test_a_text_file_that_is_too_large_is_refused_at_once(
 ) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["text"])
     with (tmp_path / "b.txt").open("wb") as file:
-        file.truncate(formats.WHOLE_FILE_BYTES + 1)
+        file.truncate(chunks.LONGEST_ROW + 1)
     for policy in ("stop", "skip"):
         with pytest.raises(DataError, match=r"b\.txt has 1,073,741,825 bytes; .* one document, of at most"):
             preprocess([str(tmp_path)], tmp_path / "out" / "c", "sentencepiece", sp_model, on_bad_row=policy)

@@ -42,13 +42,16 @@ def test_start_up_needs_neither_torch_nor_megatron() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_keys_with_slashes_make_folders(tmp_path: Path, sp_model: Path) -> None:
-    (tmp_path / "in.jsonl").write_text('{"a/t": "one", "b/t": "two words"}\n')
-    keys = {"a/t": "c_a", "b/t": "c_b"}
+def test_a_key_cannot_name_a_folder(tmp_path: Path, sp_model: Path) -> None:
+    folder = tmp_path / "out"
+    keys = {"../../esc": "..%2F..%2Fesc", "a/b": "a%2Fb", "a%2Fb": "a%252Fb", "[标题]*": "%5B标题%5D%2A"}
+    folder.mkdir()
+    (folder / "in.jsonl").write_text(json.dumps({key: key for key in keys}) + "\n")
     for _ in range(2):  # the second time it is finished already, and its own files are no input
-        preprocess([str(tmp_path)], tmp_path / "c", "sentencepiece", sp_model, json_keys=tuple(keys))
-    sizes = [len(documents_of(f"{tmp_path}/{folder}/t_document")[0]) for folder in keys.values()]
-    assert sizes[0] < sizes[1] and not (tmp_path / "c.partial").exists()
+        preprocess([str(folder)], folder / "c", "sentencepiece", sp_model, json_keys=tuple(keys))
+    written = {path.name for path in folder.iterdir() if path.suffix == ".bin"}
+    assert written == {f"c_{name}_document.bin" for name in keys.values()}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and all(path.is_file() for path in folder.iterdir())
 
 
 def test_ids_counts_and_entropy(tmp_path: Path, sp_model: Path, sp: SentencePieceTokenizer) -> None:

@@ -24,7 +24,7 @@ from steel_megatron.data.preprocessing.inputs import examine
 from steel_megatron.data.preprocessing.report import PreprocessReport
 from steel_megatron.data.preprocessing.segments import SegmentWriter
 from steel_megatron.data.preprocessing.step import ChunkSizes
-from steel_megatron.data.reading.documents import Input
+from steel_megatron.data.reading.inputs import Input
 from steel_megatron.errors import DataError
 from tests.data.configured import preprocess
 from tests.data.conftest import make_texts, write_jsonl
@@ -463,4 +463,4 @@ def test_a_fingerprint_is_of_size_and_both_ends(tmp_path: Path) -> None:
         path.write_bytes(content[:size])
         tail = content[max(size - sample, sample) : size]  # what the head has not
         expected = hashlib.sha256(b"%d\n" % size + content[: min(size, sample)] + tail)
-        assert examine(Input(path, "text")).fingerprint == expected.hexdigest(), size
+        assert examine(Input(str(path), "text")).fingerprint == expected.hexdigest(), size

@@ -25,8 +25,9 @@ from steel_megatron.data.preprocessing.encoder import Encoded, Encoder, Position
 from steel_megatron.data.preprocessing.inputs import InputFile, examine
 from steel_megatron.data.preprocessing.step import ChunkSizes, EncodeUnits, units_of
 from steel_megatron.data.preprocessing.workers import encoded
-from steel_megatron.data.reading.documents import Input, get_source
 from steel_megatron.data.reading.formats import read_chunks
+from steel_megatron.data.reading.inputs import Input
+from steel_megatron.data.reading.sources import get_source
 from steel_megatron.data.tokenizing.chunking import groups
 from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
 from tests.data.configured import preprocess
@@ -35,7 +36,7 @@ from tests.data.jobs import THREADS
 
 
 def examined(path: Path, source: str = "text") -> InputFile:
-    return examine(Input(path, source))
+    return examine(Input(str(path), source))
 
 
 class _Slow:

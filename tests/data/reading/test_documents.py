@@ -8,15 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from steel_megatron.data.reading.documents import (
-    Document,
-    SkippedRow,
-    documents_of,
-    expand_inputs,
-    parse_inputs,
-    read_documents,
-)
+from steel_megatron.data.reading.documents import Document, SkippedRow, documents_of, read_documents
 from steel_megatron.data.reading.formats import read_chunks
+from steel_megatron.data.reading.inputs import parse_inputs
 from steel_megatron.data.reading.sources import Row, Source, string
 from steel_megatron.errors import DataError
 
@@ -25,19 +19,23 @@ GOOD = b'{"text": "fine"}\n'
 BAD_ROWS = {
     "broken": (b'{"text": "x"', "broken JSON"),
     "trailing": (b'{"text": "x"} {"text": "y"}', "broken JSON"),
-    "array": (b'["text"]', "a JSON list where an object"),
+    "array": (b'["text", 5]', "key 'text' holds a int"),
     "number": (b"3", "a JSON int where an object"),
     "missing": (b'{"content": "x"}', "key 'text' is missing; the row has 'content'"),
     "no keys": (b"{}", "the row has no keys"),
     "null": (b'{"text": null}', "key 'text' holds null"),
     "number value": (b'{"text": 5}', "key 'text' holds a int"),
-    "list value": (b'{"text": ["x"]}', "key 'text' holds a list"),
+    "list value": (b'{"text": ["x", {}]}', "key 'text' holds a dict"),
     "utf-8": (b'{"text": "ab\xff"}', "not valid UTF-8 (byte 0xff"),
     "cut character": (b'{"text": "\xe4\xbd"}', "not valid UTF-8"),
     "surrogate": (b'{"text": "x\\ud83d"}', "lone surrogate (U+D83D)"),
     "deep": (b"[" * 200_000, "JSON"),
     "long number": (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "JSON beyond any use"),
 }
+
+
+def expand_inputs(inputs: list[str]) -> list[Path]:
+    return [Path(found.path) for found in parse_inputs(inputs)]
 
 
 def texts_of(path: Path, **options: object) -> list[str]:
@@ -137,7 +135,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
 
 
 def test_expand_inputs_is_sorted_and_filtered(tmp_path: Path) -> None:
-    names = ["b/x.jsonl", "a/y.txt", "a/__pycache__/z.py", "a/.hidden/z.py", "a/.z.py", "a/deep/w.jsonl.gz", "a/n.csv"]
+    names = ["b/x.jsonl", "a/y.txt", "a/__pycache__/z.py", "a/.hidden/z.py", "a/.z.py", "a/deep/w.jsonl.gz", "a/n.old"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -157,11 +155,14 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path: Path) -
 def test_inputs_that_match_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no\*\.jsonl' matches no file"):
         expand_inputs([str(tmp_path / "no*.jsonl")])
-    with pytest.raises(DataError, match="holds no file that ends in"):
+    with pytest.raises(DataError, match=r"matches no file; the name of a file must end in \.jsonl"):
         expand_inputs([str(tmp_path)])
-    (tmp_path / "x.csv").touch()
-    with pytest.raises(DataError, match=r"x\.csv is of no known format"):
-        expand_inputs([str(tmp_path / "x.csv")])
+    (tmp_path / "x.old").touch()
+    with pytest.raises(DataError, match=r"x\.old is of no known form"):
+        expand_inputs([str(tmp_path / "x.old")])
+    for given in (tmp_path, tmp_path / "*"):
+        with pytest.raises(DataError, match=r"holds no file of a known form \(1 of no known form \(.*x\.old\)\)"):
+            expand_inputs([str(given)])
     with pytest.raises(DataError, match="no input was given"):
         expand_inputs([])
 
@@ -179,7 +180,7 @@ def test_files_that_a_caller_writes_itself_are_left_out(tmp_path: Path) -> None:
         return path.name == "own.jsonl"
 
     for given in (tmp_path, tmp_path / "*.jsonl"):
-        assert [found.path for found in parse_inputs([str(given)], own)] == [tmp_path / "a.jsonl"]
+        assert [found.path for found in parse_inputs([str(given)], own)] == [str(tmp_path / "a.jsonl")]
     with pytest.raises(DataError, match=r"own\.jsonl is a file that this very job writes"):
         parse_inputs([f"{tmp_path}/../{tmp_path.name}/own.jsonl"], own)
 

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from steel_megatron.data.reading.chunks import BadRow, FileOffset, RawChunk
 from steel_megatron.data.reading.documents import SkippedRow, read_documents
-from steel_megatron.data.reading.formats import BadRow, FileOffset, RawChunk, parse_chunk, read_chunks
+from steel_megatron.data.reading.formats import parse_chunk, read_chunks
 from steel_megatron.errors import DataError
 
 TEXTS = ["一" * 30, "two\nlines", 'a "quote", [bracket], {brace}', "", "\\u2028 \\", "😀" * 5, "x" * 3000, "last"]

@@ -9,12 +9,18 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from steel_megatron.data.reading.documents import Document, Input, SkippedRow, parse_inputs, read_documents
+from steel_megatron.data.reading.compression import COMPRESSIONS
+from steel_megatron.data.reading.documents import Document, SkippedRow, read_documents
+from steel_megatron.data.reading.forms import CODE_SUFFIXES, KNOWN_SUFFIXES
+from steel_megatron.data.reading.inputs import Input, parse_inputs
+from steel_megatron.data.reading.listing import listing
 from steel_megatron.data.reading.sources import SOURCES, Dialogue, get_source
 from steel_megatron.errors import DataError
 from tests.data.conftest import KINDS, REAL
 from tests.data.growth import is_linear
 from tests.fixtures.make_samples import LAYOUTS, Sample, make_samples
+
+PAGE = (Path(__file__).resolve().parents[3] / "docs/sources.md").read_text(encoding="utf-8")
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
@@ -219,10 +225,10 @@ def test_inputs_name_their_source(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     found = parse_inputs([f"skypile={tmp_path}/sky/*", str(tmp_path / "plain.jsonl"), str(tmp_path / "text=odd.jsonl")])
     assert found == [
-        Input(tmp_path / "sky/a.parquet", "skypile"),
-        Input(tmp_path / "sky/b.jsonl.zst", "skypile"),
-        Input(tmp_path / "plain.jsonl", "text"),
-        Input(tmp_path / "text=odd.jsonl", "text"),
+        Input(f"{tmp_path}/sky/a.parquet", "skypile"),
+        Input(f"{tmp_path}/sky/b.jsonl.zst", "skypile"),
+        Input(f"{tmp_path}/plain.jsonl", "text"),
+        Input(f"{tmp_path}/text=odd.jsonl", "text"),
     ]
     with pytest.raises(DataError, match="there is no source 'skypil'; known are text, skypile, wanjuan"):
         parse_inputs([f"skypil={tmp_path}/sky"])
@@ -230,23 +236,28 @@ def test_inputs_name_their_source(tmp_path: Path) -> None:
         parse_inputs([f"skypile={tmp_path}/sky", str(tmp_path / "sky")])
 
 
-def test_the_page_shows_how_to_add_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_shows_a_source_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example in docs/sources.md runs, and does what the page says."""
-    page = (Path(__file__).resolve().parents[3] / "docs/sources.md").read_text(encoding="utf-8")
-    example = page.split("```python\n")[1].split("```")[0]
-    monkeypatch.delitem(SOURCES, "poems", raising=False)
-    exec(example, {"__name__": "example"})
-    try:
-        path = tmp_path / "a.jsonl"
-        path.write_text('{"title": "静夜思", "lines": ["床前明月光", "疑是地上霜"]}\n', encoding="utf-8")
-        assert [document.text for document in read_documents(path, source="poems")] == [
-            "静夜思\n床前明月光\n疑是地上霜"
-        ]
-        path.write_text('{"title": "静夜思"}\n', encoding="utf-8")
-        with pytest.raises(DataError, match="row 1, byte 0: key 'lines' holds no list"):
-            list(read_documents(path, source="poems"))
-    finally:
-        SOURCES.pop("poems", None)
+    (tmp_path / "my_sources.py").write_text(PAGE.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"title": "静夜思", "lines": ["床前明月光", "疑是地上霜"]}\n', encoding="utf-8")
+    (found,) = parse_inputs([f"my_sources:Poems={path}"])
+    documents = read_documents(found.path, source=found.source)
+    assert [document.text for document in documents] == ["静夜思\n床前明月光\n疑是地上霜"]
+    path.write_text('{"title": "静夜思"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="row 1, byte 0: key 'lines' holds no list"):
+        list(read_documents(path, source=found.source))
+
+
+def test_every_form_and_source_is_listed_and_on_the_page() -> None:
+    listed = listing()
+    assert max(map(len, listed.splitlines())) <= 80
+    for suffix in (*KNOWN_SUFFIXES, *COMPRESSIONS):
+        assert suffix in PAGE and (suffix in listed or suffix in CODE_SUFFIXES), suffix
+    for source in SOURCES:
+        assert f"| `{source}` |" in PAGE and f"\n  {source} " in listed, source
+        assert source == "text" or f"--inputs {source}=" in listed, source
 
 
 def test_all_sources_of_the_paper_are_there() -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from steel_megatron.data.indexed.dataset import token_dtype
 from steel_megatron.data.preprocessing.encoder import Encoder, Position, Task
-from steel_megatron.data.reading.formats import FileOffset, RawChunk
+from steel_megatron.data.reading.chunks import FileOffset, RawChunk
 from steel_megatron.data.reading.sources import get_source
 from steel_megatron.data.tokenizing.chunking import DIALOGUE_MARKS, pieces
 from steel_megatron.data.tokenizing.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
