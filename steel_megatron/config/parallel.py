@@ -24,6 +24,12 @@ class ParallelConfig:
     """Whether tensor-parallel processes also share the tokens between attention and matrices (needs 2 or more)."""
     context_parallel_size: int = 1
     """Processes that share each sequence: process r has chunks r and 2 * size - 1 - r of 2 * size."""
+    fsdp: bool = False
+    """Whether data- and context-parallel processes shard weights and gradients too, not only the optimizer's state."""
+    overlap_grad_reduce: bool | None = None
+    """Whether gradients are reduced while the backward pass goes on; none means where a GPU is (fsdp always does)."""
+    overlap_param_gather: bool | None = None
+    """Whether updated weights are gathered while the next step begins; none means where a GPU is (fsdp always does)."""
 
     def __post_init__(self) -> None:
         typed(self)
@@ -34,6 +40,18 @@ class ParallelConfig:
                 "ParallelConfig.sequence_parallel is true, but tensor_model_parallel_size is 1; it shares tokens among "
                 "tensor-parallel processes: set tensor_model_parallel_size to 2 or more, or sequence_parallel to false"
             )
+
+        if self.overlap_param_gather and self.overlap_grad_reduce is False:
+            raise ConfigError(
+                "ParallelConfig.overlap_param_gather is True with overlap_grad_reduce = False, without which all "
+                "weights are one bucket that nothing overlaps with; leave overlap_grad_reduce unset"
+            )
+        for name in ("overlap_grad_reduce", "overlap_param_gather"):
+            if self.fsdp and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"ParallelConfig.{name} is {getattr(self, name)} with fsdp = True, which gathers weights and "
+                    "reduces gradients layer by layer in its own way; leave it unset"
+                )
 
     @property
     def sequence_parallel_size(self) -> int:
@@ -70,7 +88,7 @@ class ParallelConfig:
         context = f"CP{self.context_parallel_size} " if self.context_parallel_size > 1 else ""
         return (
             f"TP{self.tensor_model_parallel_size} {sequence}PP{self.pipeline_model_parallel_size} {context}"
-            f"EP{self.expert_model_parallel_size} DP{self.data_parallel_size(world_size)}"
+            f"EP{self.expert_model_parallel_size} DP{self.data_parallel_size(world_size)}{' FSDP' if self.fsdp else ''}"
         )
 
 

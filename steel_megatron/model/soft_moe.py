@@ -166,6 +166,6 @@ class ParallelSoftMoE(OldNames, MegatronModule):
         Args: as for :meth:`steel_megatron.model.routing.RoutedLayer.run_merged_experts`.
         """
         if not self.sequence_parallel:
-            return self.experts.forward_merged(segments, weights, equal_segments)
+            return self.experts(segments, shares=weights, equal_segments=equal_segments)
         everyones = gather_copies(segments, self.tp_group), gather_copies(weights, self.tp_group)
-        return own_part(self.experts.forward_merged(*everyones), self.tp_group)
+        return own_part(self.experts(everyones[0], shares=everyones[1]), self.tp_group)

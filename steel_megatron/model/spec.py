@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from steel_megatron.config import ModelConfig, ParallelConfig, Precision
+from steel_megatron.errors import ConfigError
 from steel_megatron.model.attention import Float32, RMSNorm, ScaledDotProductAttention
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.dropout import AFTER_ATTENTION, AFTER_FEED_FORWARD, Dropout, DropoutAdd, EmbeddingDropout
@@ -40,11 +41,23 @@ from steel_megatron.parallel.topology import Topology
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+_TRANSFORMER_ENGINE = "transformer_engine"
+"""In the names of the modules that its layers come from."""
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, precision: Precision, device: torch.device
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    device: torch.device,
+    fp8: str | None = None,
 ) -> TransformerConfig:
     """The settings as megatron-core wants them.
 
@@ -53,6 +66,7 @@ def transformer_config(
         parallel: the sizes of the layout.
         precision: type of the weights, and of what pipeline stages send.
         device: where the weights are.
+        fp8: format of matrix products in FP8; None for none.
 
     Raises:
         ConfigError: ``model.megatron`` has a field that may not be set, or a value that megatron-core refuses.
@@ -85,6 +99,7 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
         "calculate_per_token_loss": True,
         "deallocate_pipeline_outputs": True,
         # The weights are set by initialize_weights, whose result does not depend on the layout.
@@ -95,6 +110,7 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
+        **({"fp8": fp8} if fp8 else {}),
     }
     check_recompute_modules(model.ffn, model.megatron)
     return with_further_fields(TransformerConfig, own, model.megatron, "model.megatron", model_fields(model.ffn))
@@ -158,6 +174,7 @@ def build_model(
     precision: Precision = "float32",
     *,
     seed: int | None = None,
+    fp8: str | None = None,
 ) -> GPTModel:
     """This process's part of the model.
 
@@ -166,8 +183,12 @@ def build_model(
         topology: the process groups.
         precision: type of the weights.
         seed: of the initial weights; None leaves the matrices uninitialised, to be loaded.
+        fp8: format of matrix products in FP8; None for none.
+
+    Raises:
+        ConfigError: ``fp8`` is set, and no layer of the model is transformer-engine's.
     """
-    config = transformer_config(model, topology.parallel, precision, topology.device)
+    config = transformer_config(model, topology.parallel, precision, topology.device, fp8)
     if config.sequence_parallel:
         _name_random_state()
     groups = topology.groups
@@ -191,6 +212,11 @@ def build_model(
         rotary_base=model.rotary_base,
         pg_collection=groups,
     )
+    if fp8 and not any(_TRANSFORMER_ENGINE in type(module).__module__ for module in stage.modules()):
+        raise ConfigError(
+            f"training.fp8 = {fp8} has no effect on this model: only transformer-engine's layers compute in FP8, and "
+            "it has none"
+        )
     stage.documents = documents  # set before each forward pass, see NextToken
     stage.register_forward_hook(lambda _stage, _inputs, output: documents.keep_for_backward(output))
     _add_dropout(stage, dropout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,18 +14,21 @@ from megatron.core.models.gpt import GPTModel
 PARTS = ("self_attention", "mlp")
 
 
-def where_forward_fails(stage: GPTModel, forward: Callable[[], object]) -> str:
+def where_forward_fails(
+    stage: GPTModel, weights: Mapping[str, torch.nn.Parameter], forward: Callable[[], object]
+) -> str:
     """Which part of the model first gives a value that is not finite; every process of the launch calls it.
 
     Args:
         stage: this process's part of the model.
+        weights: what this process holds of its weights, by name.
         forward: computes the batches again that went wrong.
 
     Returns:
         such as ``layer 3's mlp (at token 17 of sequence 0), from finite inputs``.
     """
     found: list[tuple[int, str]] = []
-    for name, parameter in stage.named_parameters():
+    for name, parameter in weights.items():
         if not torch.isfinite(parameter).all():
             number = _layer_number(stage, name)
             found.append((3 * number, f"the weight {name} of layer {number}" if number else f"the weight {name}"))
@@ -37,11 +40,16 @@ def where_forward_fails(stage: GPTModel, forward: Callable[[], object]) -> str:
     )
 
 
-def where_backward_fails(stage: GPTModel) -> str:
-    """Which weight's gradient is not finite, nearest to the loss; every process of the launch calls it."""
+def where_backward_fails(stage: GPTModel, weights: Mapping[str, torch.nn.Parameter]) -> str:
+    """Which weight's gradient is not finite, nearest to the loss; every process of the launch calls it.
+
+    Args:
+        stage: this process's part of the model.
+        weights: what this process holds of its weights, by name.
+    """
     found = []
-    for name, parameter in stage.named_parameters():
-        if not torch.isfinite(parameter.main_grad).all():
+    for name, parameter in weights.items():
+        if not torch.isfinite(parameter.main_grad).all():  # type: ignore[attr-defined] # megatron-core's
             number = _layer_number(stage, name)
             found.append((-number, f"the gradient of {name}" + (f" (layer {number})" if number else "")))
     return _earliest(found) or "no single gradient: their norm overflows"

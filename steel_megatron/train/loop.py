@@ -22,6 +22,7 @@ from steel_megatron.parallel import agreement
 from steel_megatron.parallel.agreement import any_rank, broadcast_from_rank0, on_rank0, raise_if_any_rank_failed
 from steel_megatron.parallel.peers import Peers
 from steel_megatron.parallel.topology import Topology, initialize, shutdown
+from steel_megatron.platform.fp8 import missing_for_fp8
 from steel_megatron.train import checkpoint, random_states
 from steel_megatron.train.bad_samples import naming_documents, note_skipped
 from steel_megatron.train.batches import Batches
@@ -82,6 +83,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         )
     with ExitStack() as stack:
         stack.callback(_UNDER_WAY.release)
+        _check_machine(run)
         topology = initialize(run.parallel)
         stack.callback(shutdown)
         peers = stack.enter_context(Peers(Path(run.checkpoint.directory), run.training.watchdog_seconds))
@@ -93,6 +95,12 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         if run.ledger_path.parent != Path(run.checkpoint.directory):
             on_rank0(lambda: stack.enter_context(_ledger_lock(run.ledger_path)))
         return _train(run, topology, peers, [*callbacks_of(run), *callbacks])
+
+
+def _check_machine(run: RunConfig) -> None:
+    """Refuse what this machine cannot compute, before the processes meet."""
+    if run.training.fp8 and (missing := missing_for_fp8()):
+        raise ConfigError(f"training.fp8 = {run.training.fp8} needs {' and '.join(missing)}; leave it unset here")
 
 
 @contextmanager

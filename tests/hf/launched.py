@@ -89,6 +89,8 @@ def gather_gradients(model: Any) -> None:
     """Every process's part of the reduced gradients, on all: the distributed optimizer reduces to one part each."""
     import torch.distributed as dist
 
+    if not hasattr(model, "expert_parallel_buffers"):  # the gradients belong to the shards of fully sharded weights
+        return
     for buffer in [*model.buffers, *model.expert_parallel_buffers]:
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:

@@ -163,11 +163,12 @@ def norms_of_tensors(ranks: Sequence[Trained]) -> dict[str, float]:
     return {name: square**0.5 for name, square in norms.items()}
 
 
-def _squares(engine: Any) -> dict[str, float]:
+def gradient_squares(engine: Any) -> dict[str, float]:
+    """The sum of the squared gradient of each weight, or part of one, that this process holds."""
     from steel_megatron.model.weights import sharded_weights
 
     gather_gradients(engine.model)
-    by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in engine.stage.parameters()}
+    by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in engine.model.parameters()}
     squares = {}
     for sharded in sharded_weights(engine.stage).values():
         layer = sharded.global_offset[: sharded.prepend_axis_num]
@@ -199,7 +200,7 @@ def train(run: RunConfig, first: int = 1, last: int | None = None, save: bool = 
     results = []
     for step in range(first, (last or run.training.train_steps) + 1):
         result = engine.step(own_batches(run, step, topology))
-        results.append(Trained(result.loss, result.grad_norm, _squares(engine)))
+        results.append(Trained(result.loss, result.grad_norm, gradient_squares(engine)))
     results.append(tuple(minimised(engine.evaluate(own_batches(run, 0, topology)))))
     if save:
         checkpoint_save.save(engine, engine.step_number * run.training.global_batch_size)
