@@ -13,6 +13,7 @@ import torch
 
 from steel_megatron.config import CheckpointConfig, DataConfig, ParallelConfig, RunConfig
 from steel_megatron.errors import ConfigError
+from steel_megatron.report import read_scalars
 from tests.distributed import run_distributed
 from tests.train.fully_sharded_runs import (
     Outcome,
@@ -24,7 +25,7 @@ from tests.train.fully_sharded_runs import (
     train_all,
 )
 from tests.train.small_run import LAYOUTS, compare, small_run
-from tests.train.test_loop import make_run, outcome, read_scalars, write_corpus
+from tests.train.test_loop import make_run, outcome, write_corpus
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 TOP_K = {"ffn": "top_k_moe", "ffn_activation": "swiglu", "routing_mode": None, "shared_expert_intermediate_size": 0}
@@ -163,7 +164,7 @@ def test_a_run_through_the_loop(tmp_path: Path) -> None:
         run = make_run(data, tmp_path / name, ParallelConfig(fsdp=name == "fsdp"), train_steps=3)
         run = dataclasses.replace(
             run,
-            model=dataclasses.replace(run.model, routing_mode="sequence", block_length=None),
+            model=dataclasses.replace(run.model, routing_mode="sequence"),
             training=dataclasses.replace(run.training, routing_metrics_interval=1),
         )
         summary = run_distributed(outcome, processes, run)[-1]
