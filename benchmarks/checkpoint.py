@@ -5,8 +5,13 @@
 Both write the same tensors (weights and the two means of Adam, in float32) and sync them to disk; ours also hashes
 every file, checks that every tensor is finite, and on loading compares the hashes. Each way runs in turn, so that
 whatever else the machine does hits all, and a ratio is the median of the rounds' ratios. Loads read what was just
-written, which mostly is in the memory of the machine. ``pause`` is the part of a save for which training stops. The
-seconds of processor time say more than the others where something else runs on the machine.
+written, which mostly is in the memory of the machine. The seconds of processor time say more than the others where
+something else runs on the machine.
+
+A save is also begun before a training step. ``pause`` is how long the begin takes, in which training stands still.
+``wait`` is how long the step's update then waits for the copy, after forward and backward; pause and wait together are
+the ``stall``. A step that shares the machine with a save computes more slowly as well: its time is printed next to
+that of the same step alone. Neither updates anything, so that all rounds save the same.
 """
 
 from __future__ import annotations
@@ -94,6 +99,7 @@ def measure(run: RunConfig, folder: Path, rounds: int) -> None:
     from steel_megatron.train import checkpoint
     from steel_megatron.train.checkpoint_save import Saver
     from steel_megatron.train.engine import Engine
+    from steel_megatron.train.objective import Batch
 
     engine = Engine(run, topology)
     sharded = checkpoint.sharded_engine(engine)
@@ -107,9 +113,23 @@ def measure(run: RunConfig, folder: Path, rounds: int) -> None:
     saver, ours, theirs = Saver(run), checkpoint.path_of(run, 0), folder / "dcp"
     seconds: Seconds = {}
 
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, VOCABULARY, (1, run.model.sequence_length + 1), generator=generator)
+    batch = [Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(1, tokens.size(1) - 1), None)]
+
     def save_ours() -> None:
-        timed(seconds, "pause", lambda: saver.begin(engine, 0))
+        saver.begin(engine, 0)
         saver.finish()
+
+    def save_ours_in_a_step() -> None:
+        timed(seconds, "step alone", lambda: engine.accumulate_gradients(batch))
+        timed(seconds, "pause", lambda: saver.begin(engine, 0))
+        timed(seconds, "step during a save", lambda: engine.accumulate_gradients(batch))
+        timed(seconds, "wait", engine.before_update)
+        saver.finish()
+        seconds.setdefault("stall", []).append(
+            tuple(sum(seconds[part][-1][column] for part in ("pause", "wait")) for column in (0, 1))
+        )
 
     def save_theirs(threads: int) -> None:
         dcp.save(kept, storage_writer=dcp.FileSystemWriter(theirs, sync_files=True, thread_count=threads), no_dist=True)
@@ -128,6 +148,8 @@ def measure(run: RunConfig, folder: Path, rounds: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
             os.sync()
             timed(seconds, name, way)
+        shutil.rmtree(ours)
+        save_ours_in_a_step()
         for tensor in tensors.values():
             tensor.zero_()
         timed(seconds, "load, ours", load_ours)
@@ -153,6 +175,8 @@ def report(seconds: Seconds, size: int) -> None:
     print(f"throughput of a save       {ratio('save, dcp', 'save, ours'):.2f} of dcp's (goal: at least 0.9)")
     print(f"  against two threads      {ratio('save, dcp with 2 threads', 'save, ours'):.2f}")
     print(f"pause of training          {ratio('pause', 'save, ours'):.1%} of a save (goal: at most 5%)")
+    print(f"stall, with the wait       {ratio('stall', 'save, ours'):.1%} of a save")
+    print(f"a step during a save takes {ratio('step during a save', 'step alone'):.2f} times as long as alone")
     print(f"load with verification     {ratio('load, ours', 'load, dcp'):.2f} times dcp's load (goal: at most 1.3)")
 
 

@@ -1,31 +1,49 @@
-"""The routing kernels on a GPU: every pass held to the float64 reference, then timed.
+"""Everything that a GPU owner can check and time, in one go and one report: kernels, training, memory, checkpoints.
 
-    python benchmarks/gpu_check.py [--device cuda] [--quick] [--rounds 20] [--no-timing]
+    python benchmarks/gpu_check.py [--device cuda] [--quick] [--rounds 20] [--no-timing] [--report gpu_check.json]
+    torchrun --nproc-per-node 8 benchmarks/gpu_check.py       # training on several GPUs, with and without overlap
 
 Needs the extension built with CUDA (``STEEL_CUDA=1 pip install --no-build-isolation -e .``); builds nothing itself.
-What it checks: slots, logits, log-sum-exp, y and the gradients on many shapes in every type; half precision against
-eager PyTorch's own error; the same bits in a second run; ``torch.library.opcheck``. Then it times dispatch and combine
-at Steel-LLM's shape against eager PyTorch (in mode ``sequence`` as the published model does it), torch.compile of that,
-and a copy on the same device. Exit code: 0 if all is well, 1 if a check failed, 2 if it cannot run here.
+It takes less than ten minutes on one GPU with 80 GB.
 
-``--device cpu`` does the same with the C++ kernels.
+Kernels: slots, logits, log-sum-exp, y and the gradients of every pass on many shapes in every type, held to the float64
+reference; half precision against eager PyTorch's own error; the same bits in a second run; ``torch.library.opcheck``.
+Dispatch and combine are timed at Steel-LLM's shape against eager PyTorch (in mode ``sequence`` as the published model
+does it), torch.compile of that, and a copy on the same device.
+
+Training (benchmarks/gpu_training.py): a few steps of a 1.12B model in each implementation that is here (local,
+transformer_engine): losses next to those of the first one, milliseconds, tokens per second, model FLOPs utilisation,
+the memory that ``steel-megatron checkpoint plan`` counts and the device's peak; and checkpoints of each implementation
+loaded in the others.
+
+Exit code: 0 if all is well, 1 if a check failed, 2 if it cannot run here. ``--device cpu`` does the same with the C++
+kernels and a tiny model.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
+import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steel_megatron.errors import ConfigError
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gpu_training
+
+from steel_megatron.errors import ConfigError, DataError
+from steel_megatron.files import write_atomically
 from steel_megatron.log import exit_code
 from steel_megatron.ops import kernels, reference
 from steel_megatron.ops.plan import BlockPlan, block_plan
@@ -159,22 +177,92 @@ def opcheck(device: torch.device, dtype: torch.dtype) -> None:
     torch.library.opcheck(operators.soft_moe_combine_backward, (x, outputs, made[1], plan.block_of_token))
 
 
-def verify(device: torch.device, dtypes: list[torch.dtype], quick: bool) -> int:
-    """Print a line per case and type; the number of failures."""
-    failed = 0
+@dataclass
+class Report:
+    """What was found, for one JSON file.
+
+    Attributes:
+        machine: device, versions.
+        checks: name, and what is wrong (None: nothing).
+        kernels: rows of the timings.
+        training: rows of :func:`gpu_training.measure`.
+    """
+
+    machine: dict[str, Any]
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    training: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def failed(self) -> int:
+        """Checks that found something wrong."""
+        return sum(check["wrong"] is not None for check in self.checks)
+
+    def check(self, name: str, find: Callable[[], str | None]) -> None:
+        """Run a check and print a line of it; one that raises has failed, and the others still run."""
+        try:
+            wrong = find()
+        except ConfigError:
+            raise
+        except Exception as error:  # what a GPU, its libraries or a kernel raise is a result here
+            traceback.print_exc()
+            wrong = f"{type(error).__name__}: {error}"
+        self.checks.append({"name": name, "wrong": wrong})
+        if is_rank0():
+            print(f"{'ok' if wrong is None else 'FAILED':<7}{name}" + (f"\n       {wrong}" if wrong else ""))
+
+
+def is_rank0() -> bool:
+    """Whether this process prints and writes for all of a launch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def verify(device: torch.device, dtypes: list[torch.dtype], quick: bool, report: Report) -> None:
+    """A check per case and type."""
     for case in [case for case in CASES if not quick or case.batch * case.length * case.width < 100_000]:
         for dtype in dtypes:
             if dtype != torch.float32 and (case.scale > 100 or case.tokens == "zeros"):
                 continue  # rounding the tokens alone moves these by more than anything to be seen
-            wrong = list(failures(case, dtype, device))
-            failed += len(wrong)
-            print(f"{'FAILED' if wrong else 'ok':<7}{str(dtype)[6:]:<9} {case}")
-            for line in wrong:
-                print(f"       {line}")
+            name = f"{str(dtype)[6:]:<9} {case}"
+            report.check(name, lambda: "\n       ".join(failures(case, dtype, device)) or None)  # noqa: B023
     for dtype in dtypes:
-        opcheck(device, dtype)
-        print(f"ok     {str(dtype)[6:]:<9} torch.library.opcheck of the four operators")
-    return failed
+        name = f"{str(dtype)[6:]:<9} torch.library.opcheck of the four operators"
+        report.check(name, lambda: opcheck(device, dtype))  # noqa: B023
+
+
+def train(device: torch.device, quick: bool, report: Report) -> None:
+    """A check and a row per implementation; every process of a launch calls it."""
+    from steel_megatron.config import ParallelConfig
+    from steel_megatron.parallel.topology import initialize, shutdown
+
+    topology = initialize(ParallelConfig())
+    if topology.device.type != device.type:
+        raise ConfigError(f"--device {device.type}, but training takes the {topology.device.type} that is here")
+    try:
+        for title, run in gpu_training.runs(topology, tiny=quick or device.type == "cpu"):
+
+            def find(title: str = title, run: Any = run) -> str | None:
+                row = gpu_training.measure(run, topology)
+                report.training.append({"run": title, **row})
+                return gpu_training.wrong_losses(row["losses"], report.training[0]["losses"])
+
+            report.check(f"training, {title}", find)
+        names = list(dict.fromkeys(row["run"].partition(",")[0] for row in report.training))
+        report.check(f"checkpoints of {' and '.join(names)}", lambda: gpu_training.checkpoints_agree(topology, names))
+    finally:
+        shutdown()
+
+
+def print_training(report: Report) -> None:
+    """The rows of the training runs."""
+    print(f"\n{'training':<34}{'ms':>9}{'tokens/s':>11}{'MFU':>8}{'held GB':>9}{'peak GB':>9}")
+    for row in report.training:
+        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
+        print(
+            f"{row['run']:<34}{row['ms']:>9.1f}{row['tokens_per_second']:>11,.0f}{mfu:>8}"
+            f"{row['held_bytes'] / 1e9:>9.3f}{peak:>9}"
+        )
 
 
 # ---- timing ----
@@ -217,7 +305,7 @@ def milliseconds(step: Callable[[], object], device: torch.device, rounds: int) 
     return statistics.median(spent[3:])
 
 
-def time_all(device: torch.device, dtypes: list[torch.dtype], quick: bool, rounds: int) -> None:
+def time_all(device: torch.device, dtypes: list[torch.dtype], quick: bool, rounds: int, report: Report) -> None:
     """Print a table per type and mode. GB/s counts the tokens' arrays that must move: 2 forward, 5 with backward."""
     batch, length, width, slots = (2, 256, 64, 6) if quick else STEEL
     for dtype in dtypes:
@@ -248,6 +336,8 @@ def time_all(device: torch.device, dtypes: list[torch.dtype], quick: bool, round
                     spent[name] = milliseconds(step, device, rounds)
                     rate = arrays * size / spent[name] / 1e6
                     ratio = f"{spent['eager'] / spent[name]:.2f}x"
+                    facts = {"dtype": str(dtype)[6:], "mode": mode, "pass": title, "way": name}
+                    report.kernels.append({**facts, "ms": spent[name], "gb_per_second": rate, "of_copy": rate / copied})
                     print(
                         f"    {title + ', ' + name:<30}{spent[name]:>6.3f}{ratio:>13}{rate:>8.0f}{rate / copied:>10.0%}"
                     )
@@ -273,20 +363,51 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small shapes only, and no torch.compile")
     parser.add_argument("--rounds", type=int, default=20, help="runs that a median time is over")
     parser.add_argument("--no-timing", action="store_true", help="check only")
+    parser.add_argument("--report", default="gpu_check.json", help="JSON file for all that was found")
     arguments = parser.parse_args()
     device, failed = torch.device(arguments.device), 0
 
     def check() -> None:
         nonlocal failed
+        started = time.monotonic()
         dtypes = check_that_it_can_run(device)
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        print(f"{name}, torch {torch.__version__}; types: {', '.join(str(dtype)[6:] for dtype in dtypes)}")
-        failed = verify(device, dtypes, arguments.quick)
-        print(f"{failed} failures" if failed else "every check passed")
+        report = Report(machine(device))
+        if is_rank0():
+            print(", ".join(f"{key} {value}" for key, value in report.machine.items()))
+            verify(device, dtypes, arguments.quick, report)
+            if not arguments.no_timing:
+                time_all(device, dtypes, arguments.quick, arguments.rounds, report)
+        train(device, arguments.quick, report)
+        failed = report.failed
+        if not is_rank0():
+            return
         if not arguments.no_timing:
-            time_all(device, dtypes, arguments.quick, arguments.rounds)
+            print_training(report)
+        facts = {"seconds": round(time.monotonic() - started, 1), "failed": failed}
+        content = json.dumps({**facts, **vars(report)}, indent=1) + "\n"
+        write_atomically(arguments.report, content.encode(), DataError)
+        print(f"{failed} failures" if failed else "every check passed")
+        print(f"{arguments.report}: {facts['seconds']:.0f} seconds")
 
     return exit_code(check) or int(failed > 0)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Device and versions."""
+    from steel_megatron.platform import choose_implementation, probe
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
+    found = probe()
+    return {
+        "device": name,
+        "count": torch.cuda.device_count() if device.type == "cuda" else 1,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "transformer_engine": found.transformer_engine,
+        "apex_norm": found.apex_norm,
+        "apex_gradients": found.apex_gradients,
+        "auto": choose_implementation("auto").describe(),
+    }
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from types import FrameType
 import psutil
 
 from steel_megatron.errors import ExitCode
+from steel_megatron.streams import standard_streams
 
 
 def _forward(number: int, frame: FrameType | None) -> None:
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, _forward)
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        run.main(["--signals-to-handle", "SIGHUP,SIGQUIT", *words])
+        with standard_streams():
+            run.main(["--signals-to-handle", "SIGHUP,SIGQUIT", *words])
     except ChildFailedError as error:
         return _together([failure.exitcode for failure in error.failures.values()])
     return ExitCode.FINISHED

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from steel_megatron.errors import ExitCode, LostRankError, SteelError
+from steel_megatron.streams import StdoutError, complain, standard_streams
 
 ROOT_LOGGER = "steel_megatron"
 
@@ -43,49 +43,47 @@ class _StderrHandler(logging.Handler):
     """Writes to whatever sys.stderr is at the moment: rich replaces it while a bar is drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
-        sys.stderr.flush()
+        complain(self.format(record))
 
 
 def exit_code(command: Callable[[], None]) -> int:
     """Run a command with logging set up; what a user can fix becomes one line on stderr, without a traceback.
 
     Returns:
-        FINISHED, WRONG_INPUT after a SteelError (LOST or what the lost process ended with, if one is lost),
-        INTERRUPTED after Ctrl-C, or NO_READER when nobody reads the output any further.
+        FINISHED, WRONG_INPUT after a SteelError (LOST or what the lost process ended with, if one is lost) or if stdout
+        cannot be written, INTERRUPTED after Ctrl-C, or NO_READER when nobody reads the output any further.
     """
-    setup_logging()
+    with standard_streams():
+        setup_logging()
+        try:
+            _run(command)
+        except SteelError as error:
+            return report_error(error)
+        except KeyboardInterrupt:
+            complain("stopped")
+            return ExitCode.INTERRUPTED
+        except StdoutError as error:
+            if error.code != ExitCode.NO_READER:
+                complain(f"error: {error}")
+            return error.code
+        return ExitCode.FINISHED
+
+
+def _run(command: Callable[[], None]) -> None:
     try:
         command()
+    except SystemExit:  # --help
         sys.stdout.flush()
-    except SteelError as error:
-        rank = launched_rank()
-        prefix = f"[rank {rank}] " if rank else ""
-        sys.stderr.write(f"{prefix}error: {error}\n")
-        return error.code if isinstance(error, LostRankError) else ExitCode.WRONG_INPUT
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped\n")
-        return ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        if not _reader_left():
-            raise
-        return ExitCode.NO_READER
-    return ExitCode.FINISHED
+        raise
+    sys.stdout.flush()
 
 
-def _reader_left() -> bool:
-    """Whether stdout is a pipe that nobody reads any more, as under ``| head``; what is left to write is dropped."""
-    try:
-        out = sys.stdout.fileno()
-    except (OSError, ValueError):  # no file: a test or a notebook has taken its place
-        return False
-    state = select.poll()
-    state.register(out, 0)
-    if not state.poll(0):
-        return False
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), out)  # Python writes the rest when it ends
-    return True
+def report_error(error: SteelError) -> int:
+    """Write an error as one line to stderr; returns the exit code that it stands for."""
+    rank = launched_rank()
+    prefix = f"[rank {rank}] " if rank else ""
+    complain(f"{prefix}error: {error}")
+    return error.code if isinstance(error, LostRankError) else ExitCode.WRONG_INPUT
 
 
 def get_logger(name: str) -> logging.Logger:

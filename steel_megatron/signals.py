@@ -56,3 +56,12 @@ def stop_signals() -> Iterator[StopSignals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ignore_sigterm() -> None:
+    """Let a process that is about to end say why: a launcher that has lost another one asks it to end meanwhile.
+
+    In a thread other than the main one, which cannot change that, it does nothing.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -94,6 +94,11 @@ compiler = Need("a C++ compiler", "apt-get install g++", lambda: cxx() is not No
 nvcc = Need("nvcc", "pip install nvidia-cuda-nvcc nvidia-cuda-runtime", lambda: find_nvcc() is not None)
 gpu = Need("a GPU", "STEEL_CUDA=1 make setup && .venv/bin/python benchmarks/gpu_check.py on a GPU machine", _gpu)
 no_gpu = Need("a machine without a GPU", "CUDA_VISIBLE_DEVICES= make test", _no_gpu)
+transformer_engine = Need(
+    "transformer-engine",
+    "pip install --no-build-isolation -e '.[cuda]', with a CUDA build of torch; no GPU is needed",
+    lambda: importlib.util.find_spec("transformer_engine") is not None,
+)
 slurm = Need("Slurm", "apt-get install slurmctld slurmd slurm-client", _slurm)
 mount = Need("to mount a file system", "run the tests as root, in a container with CAP_SYS_ADMIN", lambda: True)
 

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+import steel_megatron
 from steel_megatron.cli import COMMANDS, _parse, main
-from steel_megatron.cli.options import add_flags, options_of
-from steel_megatron.config import CleanConfig, PreprocessConfig
+from steel_megatron.cli.help import TASKS
+from steel_megatron.cli.options import add_flags, options_of, settings_of
+from steel_megatron.config import CleanConfig, PreprocessConfig, RunConfig, from_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "examples/quickstart/pretrain.yaml"
@@ -36,16 +38,91 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return lines[0]
 
 
-@pytest.mark.slow
+def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Runs a command that prints something and has nothing to do."""
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+@pytest.mark.parametrize("columns", ["80", "60"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main([*name.split(), "--help"])
-    assert exit_info.value.code == 0
-    text = capsys.readouterr().out
-    assert text.startswith(f"usage: steel-megatron {name} [--config FILE]")
-    if name == "pretrain":
-        assert "Key and value heads (grouped-query attention)" in text
+def test_help(name: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    text = shown(capsys, *name.split(), "--help")
+    assert (
+        text.startswith(f"usage: steel-megatron {name} [--config FILE]") and shown(capsys, *name.split(), "-h") == text
+    )
+    of_words = [line for line in text.splitlines()[1:] if not line.startswith("--")]
+    assert max(map(len, of_words)) <= int(columns)
+    for word in ("Union", "None", "Literal", "typing", "<class"):
+        assert word not in text
+    everything = shown(capsys, *name.split(), "--help=all")
+    for option in settings_of(COMMANDS[name].config or COMMANDS[name].function).values():
+        assert " ".join(option.help.split()) in " ".join(everything.split()), option.name
+
+
+def test_the_short_help_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    short, everything, section = (
+        shown(capsys, "pretrain", word) for word in ("--help", "--help=all", "--help=parallel")
+    )
+    assert 15 <= short.count("\n--") <= 25 and everything.count("\n--") > 60
+    assert "\n--model.hidden_size N\n    Width of the residual stream. (whole number; default 256)\n" in short
+    assert "--model.norm_epsilon" not in short and "--model.norm_epsilon" in everything
+    assert "routing_mix" not in everything, "an old name is shown"
+    assert {line.partition(".")[0] for line in section.splitlines() if line.startswith("--")} == {"--parallel"}
+    assert "there is no --help=paralel; did you mean parallel?" in refused(capsys, "pretrain", "--help=paralel")
+
+
+def test_an_overview_by_task(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = shown(capsys)
+    assert text == shown(capsys, "--help") == shown(capsys, "-h")
+    places = [text.index(f"\n{task}:\n") for task in TASKS.values()]
+    assert places == sorted(places) and max(map(len, text.splitlines())) <= 80
+    for name in COMMANDS:
+        assert f"\n  {name.split()[0]} " in text, name
+    group = shown(capsys, "data")
+    assert group == shown(capsys, "data", "--help")
+    for name in COMMANDS:
+        assert not name.startswith("data ") or f"\n  {name.split()[1]} " in group, name
+    assert {command.task for command in COMMANDS.values()} == set(TASKS.values()), "a command without a task"
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "--version")
+    assert text.startswith(f"steel-megatron {steel_megatron.__version__} (torch ") and "megatron-core 0.16" in text
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = shown(capsys, "--completion", shell)
+    assert script == shown(capsys, f"--completion={shell}")
+    for word in ("preprocess", "export-hf", "--parallel.sequence_parallel", "bfloat16", "append", "--on_duplicate"):
+        assert word in script, word
+    assert "--completion is 'xonsh'; it must be one of bash" in refused(capsys, "--completion", "xonsh")
+
+
+def test_completion_in_bash(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("script").write_text(shown(capsys, "--completion", "bash"))
+    code = (
+        "source ./script; COMP_WORDS=(steel-megatron pretrain --training.prec); COMP_CWORD=2; "
+        "$(complete -p steel-megatron | sed 's/.*-F *\\([^ ]*\\).*/\\1/'); echo ${COMPREPLY[@]}"
+    )
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["--training.precision"]
+
+
+def test_completion_without_its_package(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert "pip install 'steel-megatron[completion]'" in refused(capsys, "--completion", "bash")
+
+
+@pytest.mark.parametrize("words", [[], ["--version"], ["pretrain", "--help"], ["preprocess", "--nothing"]])
+def test_what_needs_no_torch_does_not_wait_for_it(words: list[str]) -> None:
+    code = f"import sys; from steel_megatron.cli import main; main({words!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False, cwd=ROOT).returncode == 0
 
 
 def test_overrides_win_over_the_file(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,10 +163,30 @@ def test_a_mode_must_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     assert "routing_mode is not set" in refused(capsys, "pretrain")
 
 
-def test_commands_and_required_options(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "preprocess" in refused(capsys, "preproces")
-    assert "prompts" in refused(capsys, "generate", "--model", "nowhere")
-    assert refused(capsys)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["preproces"], "there is no command preproces; did you mean preprocess?"),
+        (["data", "apend"], "there is no command data apend; did you mean data append?"),
+        (["--workers", "3"], "--workers stands before a command"),
+        (["generate", "--model", "nowhere"], "not given: --prompts (texts to continue)"),
+        (["preprocess", "--inputs", "a"], "not given: --output_prefix ("),
+        (["clean"], "not given: RECIPE (YAML file of the recipe, such as examples/steel_1b/clean_text.yaml)"),
+        (["verify", "--prefixes"], "--prefixes has no value; it must be one or several"),
+        (["clean", "a.yaml", "b.yaml"], "'b.yaml' belongs to no option"),
+        (["clean", "a.yaml", "--workers"], "--workers has no value; it must be of type int"),
+        (["clean", "a.yaml", "--workers", "--tasks", "3"], "--workers has no value"),
+        (["clean", "a.yaml", "--worker", "3"], "there is no option --worker; did you mean --workers?"),
+        (["pretrain", "--hidden_size", "3"], "did you mean --model.hidden_size or --model.ffn_hidden_size?"),
+        (["pretrain", "--model", "3"], "the settings file 3 cannot be read: No such file or directory"),
+        (["pretrain", "--model", "{hiden_size: 3}"], "--model, line 1: there is no option model.hiden_size"),
+        (["pretrain", "--training.seed+", "3"], "--training.seed+ adds to a list, but training.seed is of type int"),
+        (["audit", "m", "--positions", "1", "x"], "--positions has 'x'; it must be a list of int"),
+        (["data", "relocate", "l.json", "a"], "not given: NEW (the same as it is now)"),
+    ],
+)
+def test_words_that_are_wrong_or_missing(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(capsys, *words)
 
 
 def test_folders_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,47 +218,77 @@ def test_an_option_with_a_list_may_be_given_again(words: list[str], inputs: list
     assert options["json_keys"] == ["q", "a"], "the default is no part of what is given"
 
 
-def test_a_list_in_a_file_must_be_one(
-    capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    file = tmp_path_factory.mktemp("config") / "job.yaml"
-    file.write_text("inputs: a.jsonl\n")
-    said = refused(capsys, *PREPROCESS, "--config", str(file))
-    assert "'a.jsonl' is not a list; write [a.jsonl]" in said and "job.yaml" in said
-
-
 LIST = "a list of str"
 SETS = "a list of str or a dictionary with keys of type str, each a list of str"
-BRACKETS = "; on the command line a list is written '[A, B]'"
 
 
 @pytest.mark.parametrize(
-    ("content", "words", "message"),
+    ("content", "message"),
     [
-        ("", ["--data.train", "a"], f"--data.train is a; it must be {LIST}{BRACKETS}"),
-        ("", ["--data.validation", "5"], f"--data.validation is 5; it must be {SETS}{BRACKETS}"),
-        ("", ["--data.validation.zh", "z"], f"--data.validation.zh is 'z'; it must be {LIST}{BRACKETS}"),
-        ("data: {validation: 5}", [], f"data.validation in FILE is 5; it must be {SETS}"),
-        ("data: {validation: [v]}", ["--data.validation", "5"], f"--data.validation is 5; it must be {SETS}{BRACKETS}"),
-        ("model: {num_query_groups: x}", [], "model.num_query_groups in FILE is x; it must be of type int or null"),
-        ("model: {hidden_size: 8}", ["--model.hidden_size", "x"], "--model.hidden_size is x; it must be of type int"),
-        ("model: {hiden_size: 8}", [], "does not accept option 'model.hiden_size'; settings from FILE"),
-        ("model: {hidden_size: 8}", ["--model.hiden_size", "8"], "unrecognized arguments: --model.hiden_size 8"),
-        ("", ["--training.precision", "half"], "--training.precision is half; it must be one of float32, bfloat16"),
+        ("", "FILE is empty; it must hold options, one a line, such as 'model.num_layers: VALUE'"),
+        ("# all of it\n", "FILE is empty"),
+        ("- a\n- b", "FILE holds no options; it must have lines such as"),
+        ("data: {validation: 5}", f"FILE, line 1: data.validation is 5; it must be {SETS}"),
+        ("\ndata:\n  train: {a: b}", f"FILE, line 3: data.train is {{'a': 'b'}}; it must be {LIST}"),
+        (
+            "model:\n  num_query_groups: x",
+            "FILE, line 2: model.num_query_groups is 'x'; it must be of type int or null",
+        ),
+        (
+            "model:\n  hidden_size: 8\n  hiden_size: 8",
+            "FILE, line 3: there is no option model.hiden_size; did you mean",
+        ),
+        ("modle: {hidden_size: 8}", "FILE, line 1: there is no option modle"),
+        ("model: 3", "FILE, line 1: model is 3; it is a section with options of its own"),
+        ("model: {ffn: dense}\ndata: {}\nmodel: {}", "FILE, line 3: model is given twice, first in line 1"),
+        ("data:\n  train: [a]\n  train: [b]", "FILE, line 3: data.train is given twice, first in line 2"),
+        (
+            "data: {tokenizer_path: 2024}",
+            "data.tokenizer_path is 2024; it must be of type str or null; put it into quotes",
+        ),
+        ("model: [unclosed", "FILE is not valid YAML: "),
+        ("config: a.yaml", "FILE, line 1: there is no option config"),
     ],
 )
-def test_wrong_values_are_named_with_their_origin(
-    content: str,
-    words: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path_factory: pytest.TempPathFactory,
+def test_mistakes_in_a_file_are_named_with_their_line(
+    content: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     file = tmp_path_factory.mktemp("config") / "run.yaml"
-    file.write_text(content or "{}")
-    for given in (["--config", str(file), *words], [f"--config={file}", *words]):
+    file.write_text(content)
+    for given in (["--config", str(file)], [f"--config={file}", "--model.num_layers", "2"]):
         line = refused(capsys, "pretrain", *given)
-        assert line.endswith(f"{message.replace('FILE', str(file))} (steel-megatron pretrain --help lists the options)")
+        assert message.replace("FILE", str(file)) in line
+        assert line.endswith(" (steel-megatron pretrain --help lists the options)")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.hidden_size", "x"], "--model.hidden_size is x; it must be of type int"),
+        (["--training.precision", "half"], "--training.precision is half; it must be one of float32, bfloat16"),
+        (["--optimizer.lr="], "--optimizer.lr has no value; it must be of type float"),
+        (["--data.validation", "{zh: {a: b}}"], f"it must be {SETS}"),
+    ],
+)
+def test_wrong_values_of_a_word(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "pretrain", *words).endswith(f"{message} (steel-megatron pretrain --help lists the options)")
+
+
+def test_what_a_file_may_look_like() -> None:
+    file = """model: {hidden_size: 8}
+training:
+checkpoint.directory: here
+optimizer: {lr: 1e-3, min_lr: '1e-4'}
+data: {train: a, validation: {zh: z}}
+"""
+    Path("FILE").write_text("\ufeff" + file)
+    options = _parse(["pretrain", "--config", "FILE"])[1]
+    assert options["checkpoint"]["directory"] == "here" and options["model"]["hidden_size"] == 8
+    assert (options["optimizer"]["lr"], options["optimizer"]["min_lr"]) == (1e-3, 1e-4)
+    assert options["data"]["train"] == ["a"] and options["data"]["validation"] == {"zh": ["z"]}
+    Path("FILE").write_text("inputs: a\njson_keys: q\nworkers: '3'\n")
+    options = _parse([*PREPROCESS, "--config", "FILE"])[1]
+    assert (options["inputs"], options["json_keys"], options["workers"]) == (["a"], ["q"], 3)
 
 
 def test_lists_of_a_run_on_the_command_line() -> None:
@@ -171,11 +298,68 @@ def test_lists_of_a_run_on_the_command_line() -> None:
         options: dict[str, Any] = _parse(["pretrain", "--config", "FILE", *words])[1]["data"]
         return options
 
-    assert data("--data.train", "[x]", "--data.train", "[y]")["train"] == ["y"]
+    for words in (["x", "y"], ["[x, y]"], ["[x]", "y"]):
+        assert data("--data.train", *words)["train"] == ["x", "y"]
+        assert data("--data.train+", *words)["train"] == ["a", "x", "y"]
+        assert data("--data.validation.zh", *words)["validation"] == {"zh": ["x", "y"], "code": ["c"]}
+        assert data("--data.validation", *words)["validation"] == ["x", "y"]
+    assert data("--data.train=x", "--data.train", "[y]")["train"] == ["x", "y"]
     assert data("--data.train+", "x", "--data.train+", "y")["train"] == ["a", "x", "y"]
-    assert data("--data.validation.zh", "[y]")["validation"] == {"zh": ["y"], "code": ["c"]}
-    assert data("--data.validation.new", "[y]")["validation"] == {"zh": ["z"], "code": ["c"], "new": ["y"]}
+    assert data("--data.train", "[ab]*.bin", "5", "null", "a: b")["train"] == ["[ab]*.bin", "5", "null", "a: b"]
+    assert data("--data.validation.new", "y")["validation"] == {"zh": ["z"], "code": ["c"], "new": ["y"]}
     assert data("--data.validation", "{new: [y]}")["validation"] == {"new": ["y"]}
+    assert data("--data.train", "x", "--config", "FILE", "--data.train", "y")["train"] == ["y"]
+
+
+def test_lists_of_every_command_are_written_alike() -> None:
+    for words in (["a", "b"], ["[a, b]"], ["--prefixes", "a", "b"], ["--prefixes=a", "--prefixes", "b"]):
+        assert _parse(["verify", *words])[1]["prefixes"] == ["a", "b"]
+    assert _parse(["audit", "m", "--positions", "-1", "2"])[1]["positions"] == [-1, 2]
+    assert _parse(["audit", "m", "--positions", "[1, 2]"])[1]["positions"] == [1, 2]
+    prompts = _parse(["generate", "--model", "m", "--prompts", "[INST]", "- a", "{b}"])[1]["prompts"]
+    assert prompts == ["[INST]", "- a", "{b}"], "a prompt is no list"
+
+
+def test_sections_from_words() -> None:
+    Path("FILE").write_text("num_layers: 3\nhidden_size: 8\n")
+    for section in ("{num_layers: 3, hidden_size: 8}", "FILE"):
+        words = ["--model.hidden_size", "4", "--model", section, "--model.num_layers", "2"]
+        model = _parse(["pretrain", *words])[1]["model"]
+        assert (model["num_layers"], model["hidden_size"]) == (2, 8)
+
+
+def test_switches_and_hyphens() -> None:
+    for words in (["--overwrite"], ["--overwrite", "true"], ["--overwrite=yes"]):
+        assert _parse(["merge", "--output", "o", *words, "--prefixes", "a"])[1]["overwrite"] is True
+    assert _parse(["merge", "a", "--overwrite", "false", "--output", "o"])[1]["overwrite"] is False
+    assert _parse([*PREPROCESS, "--inputs", "a", "--valid-fraction", "0.5"])[1]["valid_fraction"] == 0.5
+
+
+def test_an_option_that_is_given_twice_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    Path("FILE").write_text("inputs: [x]\nworkers: 2\n")
+    options = _parse([*PREPROCESS, "--config", "FILE", "--workers", "3", "--workers", "4", "--seed", "1", "--seed=1"])[
+        1
+    ]
+    assert options["workers"] == 4
+    assert [record.getMessage() for record in caplog.records] == ["--workers is given twice: 4 is taken, not 3"]
+
+
+def test_the_home_folder_in_paths(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    home = str(Path.cwd())
+    Path("run.yaml").write_text("model: {routing_mode: token}\ndata: {train: ~/a, validation: {zh: ['~/z']}}\n")
+    run = from_dict(RunConfig, _parse(["pretrain", "--config", "~/run.yaml", "--checkpoint.directory", "~/run"])[1], "")
+    assert run.data.train == [f"{home}/a"] and run.data.validation == {"zh": [f"{home}/z"]}
+    assert run.checkpoint.directory == f"{home}/run" and run.data.tokenizer_path is None
+    options = _parse([*PREPROCESS, "--inputs", "skypile=~/a", "~/b", "a~/c=d", "--json_keys", "~", "--report", "~/r"])[
+        1
+    ]
+    config = from_dict(PreprocessConfig, options, "")
+    assert config.inputs == [f"skypile={home}/a", f"{home}/b", "a~/c=d"] and config.json_keys == ["~"]
+    assert config.report == f"{home}/r"
+    Path("run.yaml").unlink()
+    for words in (["verify", "~/none"], ["export-hf", "--checkpoint", "~/none", "--output", "o"], ["audit", "~/none"]):
+        assert f"{home}/none" in refused(capsys, *words)
 
 
 def test_settings_out_of_range(capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -228,8 +412,3 @@ def test_missing_data_is_named() -> None:
     assert "runs/quickstart/data/corpus_train_text_document" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(Path.cwd().iterdir())
-
-
-def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys; from steel_megatron.cli import build_parser; build_parser(); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False, cwd=ROOT).returncode == 0

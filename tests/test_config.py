@@ -57,7 +57,38 @@ def test_bad_models_are_refused(change: dict[str, Any], message: str) -> None:
             {"tensor_model_parallel_size": 3},
             "num_attention_heads = 4 is not divisible by tensor_model_parallel_size = 3",
         ),
-        ({"pipeline_model_parallel_size": 3}, "num_layers = 4 is not divisible by pipeline_model_parallel_size = 3"),
+        (
+            {"pipeline_model_parallel_size": 3},
+            "num_layers = 4 is not divisible by pipeline_model_parallel_size = 3; parallel.pipeline_layers may say how",
+        ),
+        (
+            {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2},
+            "is not divisible by pipeline_model_parallel_size x virtual_pipeline_model_parallel_size = 8; parallel",
+        ),
+        (
+            {"virtual_pipeline_model_parallel_size": 2},
+            "virtual_pipeline_model_parallel_size is 2, but pipeline_model_parallel_size is 1",
+        ),
+        ({"virtual_pipeline_model_parallel_size": 0}, "virtual_pipeline_model_parallel_size is 0; it must be at least"),
+        ({"pipeline_layers": ["4"]}, r"pipeline_layers is \['4'\]; it must be a list of int or null"),
+        (
+            {"pipeline_model_parallel_size": 3, "pipeline_layers": [1, 3]},
+            r"pipeline_layers = \[1, 3\] has 2 entries; pipeline_model_parallel_size = 3 needs one each",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+                "pipeline_layers": [1, 3],
+            },
+            r"\[1, 3\] has 2 entries; pipeline_model_parallel_size x virtual_\w+ = 4 \(2 x 2\) needs one each",
+        ),
+        (
+            {"pipeline_model_parallel_size": 3, "pipeline_layers": [1, 2, 2]},
+            r"pipeline_layers = \[1, 2, 2\] has 1 \+ 2 \+ 2 = 5 layers; model.num_layers is 4",
+        ),
+        ({"pipeline_model_parallel_size": 2, "pipeline_layers": [5, -1]}, "entry 1 is -1; a number of layers is at"),
+        ({"pipeline_model_parallel_size": 3, "pipeline_layers": [2, 0, 2]}, "entry 1 is 0; only the first part"),
         ({"expert_model_parallel_size": 4}, "num_experts = 6 is not divisible by expert_model_parallel_size = 4"),
         ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size is 0"),
     ],
@@ -85,6 +116,26 @@ def test_the_global_batch_must_fit_the_launch() -> None:
     run = RunConfig(model=MODEL, training=TrainingConfig(global_batch_size=12, micro_batch_size=2))
     assert run.num_micro_batches(2) == 3
     with pytest.raises(ConfigError, match=r"global_batch_size = 12 is not divisible by .* 2 x 4 = 8"):
+        run.num_micro_batches(4)
+
+
+def test_the_layers_of_pipeline_chunks() -> None:
+    chunks = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    assert ParallelConfig(pipeline_model_parallel_size=2).layers_of_chunks(4) == [2, 2]
+    assert ParallelConfig(**chunks).layers_of_chunks(4) == [1, 1, 1, 1]
+    for layers in ([0, 3, 1, 0], [1, 1, 1, 1], [4, 0], [4]):
+        sizes = {4: chunks, 2: {"pipeline_model_parallel_size": 2}, 1: {}}[len(layers)]
+        run = RunConfig(model=MODEL, parallel=ParallelConfig(**sizes, pipeline_layers=layers))
+        assert run.parallel.layers_of_chunks(4) == layers
+        assert from_dict(RunConfig, to_dict(run), "run.yaml") == run
+    assert ParallelConfig(**chunks).describe(2) == "TP1 PP2 VPP2 EP1 DP1"
+
+
+def test_the_interleaved_schedule_takes_a_multiple_of_the_stages() -> None:
+    chunks = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    run = RunConfig(model=MODEL, parallel=chunks, training=TrainingConfig(global_batch_size=12, micro_batch_size=2))
+    assert run.num_micro_batches(2) == 6
+    with pytest.raises(ConfigError, match=r"3 micro batches of a step .* = 2, which the interleaved schedule"):
         run.num_micro_batches(4)
 
 

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "steel_megatron"
 # From the bottom up. Parts of one layer do not know each other, but for the files within a folder.
 LAYERS = (
-    ("errors", "log", "config", "files", "signals"),
+    ("errors", "streams", "log", "config", "files", "signals"),
     ("platform",),
     ("jobs",),
     ("data",),
@@ -26,7 +26,14 @@ LAYERS = (
 # The same within data/.
 ROOMS = ("strict_json", "native", "reading", "tokenizing", "cleaning", "indexed", "preprocessing", "sampling", "ledger")
 # At the bottom, everybody may use errors; the configuration and the log may not know each other.
-SIBLINGS = {("log", "errors"), ("config", "errors"), ("files", "errors"), ("files", "log")}
+SIBLINGS = {
+    ("streams", "errors"),
+    ("log", "streams"),
+    ("log", "errors"),
+    ("config", "errors"),
+    ("files", "errors"),
+    ("files", "log"),
+}
 # These travel in exported folders: they know nothing of the library.
 SELF_CONTAINED = {"hf.configuration_steel", "hf.modeling_steel"}
 

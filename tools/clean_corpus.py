@@ -15,6 +15,7 @@ from steel_megatron.config import CleanConfig
 from steel_megatron.data.cleaning.funnel import table
 from steel_megatron.data.cleaning.pipeline import clean_corpus
 from steel_megatron.log import exit_code
+from steel_megatron.streams import say
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    print(table(clean_corpus(CleanConfig(**vars(parse_arguments()))).report))
+    say(table(clean_corpus(CleanConfig(**vars(parse_arguments()))).report))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from steel_megatron.data.preprocessing.pipeline import PreprocessReport, preproc
 from steel_megatron.data.tokenizing.huggingface import GPT2_EOD, save_gpt2
 from steel_megatron.errors import ConfigError
 from steel_megatron.log import exit_code, get_logger
+from steel_megatron.streams import say
 
 GPT2 = "GPT2BPETokenizer"
 KINDS: dict[str, TokenizerKind] = {**MEGATRON_TOKENIZER_TYPES, GPT2: "huggingface"}
@@ -120,7 +121,7 @@ def run(arguments: argparse.Namespace) -> PreprocessReport:
 def main() -> None:
     arguments = parse_arguments()
     check_flags(arguments)
-    print(run(arguments).summary())
+    say(run(arguments).summary())
 
 
 if __name__ == "__main__":

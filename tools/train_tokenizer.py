@@ -16,6 +16,7 @@ from steel_megatron.data.tokenizing.training import train_tokenizer
 from steel_megatron.errors import DataError
 from steel_megatron.files import write_atomically
 from steel_megatron.log import exit_code
+from steel_megatron.streams import say
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,12 +70,12 @@ def main() -> None:
         content = json.dumps(trained.as_dict(), indent=2, ensure_ascii=False) + "\n"
         write_atomically(arguments.report, content.encode(), DataError)
     tokenizer = trained.tokenizer
-    print(f"{trained.model}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:16]}")
+    say(f"{trained.model}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:16]}")
     where = "held-out text" if trained.held_out else "the training text"
-    print(f"measured on {where}; {trained.skipped:,} rows skipped")
-    print(f"{'kind':6} {'documents':>10} {'bytes':>14} {'tokens':>14} {'bytes/token':>12}")
+    say(f"measured on {where}; {trained.skipped:,} rows skipped")
+    say(f"{'kind':6} {'documents':>10} {'bytes':>14} {'tokens':>14} {'bytes/token':>12}")
     for kind, found in trained.kinds.items():
-        print(f"{kind:6} {found.documents:>10,} {found.bytes:>14,} {found.tokens:>14,} {found.bytes_per_token:>12.3f}")
+        say(f"{kind:6} {found.documents:>10,} {found.bytes:>14,} {found.tokens:>14,} {found.bytes_per_token:>12.3f}")
 
 
 if __name__ == "__main__":

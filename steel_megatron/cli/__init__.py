@@ -6,42 +6,25 @@ the options; docstrings are the help. They import heavy modules locally, so that
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import sys
-from argparse import Action, ArgumentError, ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import jsonargparse
-
-from steel_megatron.cli import corpora, ledgers, models
-from steel_megatron.cli.options import REQUIRED, Option, options_of
+from steel_megatron.cli import checkpoints, corpora, ledgers, models
+from steel_megatron.cli.help import Command, command_help, completion, group_overview, overview, version
+from steel_megatron.cli.options import settings_of
+from steel_megatron.cli.suggestions import did_you_mean
+from steel_megatron.cli.words import normalized
 from steel_megatron.cli.wrong_options import explain, refuse_old_and_new_name
-from steel_megatron.config import RunConfig, from_dict
-from steel_megatron.errors import ConfigError
+from steel_megatron.config import RunConfig, from_dict, with_homes
+from steel_megatron.errors import ConfigError, SteelError
 from steel_megatron.log import exit_code
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command: its function, and the names of its positional arguments in order."""
-
-    function: Callable[..., int | None]
-    positional: tuple[str, ...] = ()
-
-    @property
-    def config(self) -> type | None:
-        """The dataclass whose fields are the options; None where the function's arguments are."""
-        kinds = [kind for name, kind in get_type_hints(self.function).items() if name != "return"]
-        return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
-
-    def options(self) -> list[Option]:
-        """What the command line has, in its order."""
-        return options_of(self.config or self.function)
-
+if TYPE_CHECKING:
+    import jsonargparse
 
 COMMANDS = {
     "clean": Command(corpora.clean, ("recipe",)),
@@ -58,108 +41,22 @@ COMMANDS = {
     "data relocate": Command(ledgers.relocate, ("ledger", "old", "new")),
     "data skip": Command(ledgers.skip, ("ledger",)),
     "data show": Command(ledgers.show, ("ledger",)),
+    "checkpoint list": Command(checkpoints.list_checkpoints, ("folder",)),
+    "checkpoint verify": Command(checkpoints.verify, ("path",)),
+    "checkpoint plan": Command(checkpoints.plan, ("path",), base=checkpoints.base_options),
+    "checkpoint reshard": Command(checkpoints.reshard, ("path", "output"), base=checkpoints.base_options),
+    "checkpoint compare": Command(checkpoints.compare, ("a", "b")),
     "pretrain": Command(models.pretrain),
     "export-hf": Command(models.export_hf),
     "import-hf": Command(models.import_hf),
     "generate": Command(models.generate),
     "audit": Command(models.audit, ("path",)),
 }
-GROUPS = {"data": "Create, change and show a run's ledger: its corpora, their mixture, the samples of a step."}
+GROUPS = {
+    "data": "Create, change and show a run's ledger: its corpora, their mixture, the samples of a step.",
+    "checkpoint": "List, verify and compare checkpoints, and plan the layout of the run that loads one.",
+}
 """The first words of two-word commands, with their help."""
-
-
-class _ListOption(Action):
-    """``--inputs A --inputs B`` means ``--inputs A B``; a value from a default or a file is replaced, not extended."""
-
-    _given: list[Any] | None = None
-
-    def __call__(
-        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        before = getattr(namespace, self.dest)
-        self._given = [*before, *values] if self._given is not None and before is self._given else list(values)
-        setattr(namespace, self.dest, self._given)
-
-    def _check_type(self) -> None:
-        """Its presence makes jsonargparse check values, also those from a file, with the method below."""
-
-    def _check_type_(self, value: object, **_: object) -> object:
-        if not isinstance(value, list):
-            raise TypeError(f'Parser key "{self.dest}": {value!r} is not a list; write [{value}]')
-        assert callable(self.type)
-        try:
-            return [self.type(entry) for entry in value]
-        except ValueError as error:
-            raise TypeError(f'Parser key "{self.dest}": {error}') from error
-
-
-def _add_options(parser: jsonargparse.ArgumentParser, command: Command) -> None:
-    """The options of a command; lists as ``--prompts A B``, where jsonargparse alone has ``[A,B]``."""
-    options = {option.name: option for option in command.options()}
-    lists = [name for name, option in options.items() if option.kind in (list[str], list[int])]
-    for name in sorted(set(lists) - set(command.positional)):
-        option = options[name]
-        extra = {"required": True} if option.default is REQUIRED else {"default": option.default}
-        kind = get_args(option.kind)[0]
-        parser.add_argument(f"--{name}", nargs="+", type=kind, action=_ListOption, help=option.help, **extra)
-    for name in command.positional:
-        several: dict[str, Any] = {"nargs": "+"} if name in lists else {}
-        parser.add_argument(name, type=str, metavar=_metavar(options[name]), help=options[name].help, **several)
-    skip: set[str | int] = {*lists, *command.positional}
-    if command.config is not None:
-        parser.add_class_arguments(command.config, None, skip=skip)
-    else:
-        parser.add_function_arguments(command.function, None, as_positional=False, skip=skip)
-
-
-def _metavar(option: Option) -> str:
-    """``PREFIX`` for ``prefixes: list[str]``, of which the usage line says ``PREFIX ...``."""
-    name = option.name
-    if option.kind == list[str]:
-        name = name.removesuffix("es") if name.endswith("xes") else name.removesuffix("s")
-    return name.upper()
-
-
-def _command_parser(name: str, command: Command) -> jsonargparse.ArgumentParser:
-    # A usage line with every option of a run would fill a page.
-    options = {option.name: option for option in command.options()}
-    positional = [options[word] for word in command.positional]
-    shown = [_metavar(option) + (" ..." if option.kind == list[str] else "") for option in positional]
-    parser = jsonargparse.ArgumentParser(
-        usage=" ".join(["steel-megatron", name, "[--config FILE]", *shown, "[--OPTION VALUE ...]"]),
-        description=_summary(command),
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file of options; later options override it.")
-    _add_options(parser, command)
-    return parser
-
-
-def _summary(command: Command) -> str:
-    return (command.function.__doc__ or "").strip().splitlines()[0]
-
-
-def build_parser() -> jsonargparse.ArgumentParser:
-    """Build the parser of all commands."""
-    parser = jsonargparse.ArgumentParser(
-        prog="steel-megatron",
-        description="Pretrain Soft-MoE language models: corpus, training, Hugging Face.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    commands = parser.add_subcommands(required=True, dest="command")
-    levels: dict[str, Any] = {"": commands}
-    for group, summary in GROUPS.items():
-        of_group = jsonargparse.ArgumentParser(
-            prog=f"steel-megatron {group}", description=summary, exit_on_error=False, allow_abbrev=False
-        )
-        commands.add_subcommand(group, of_group, help=summary)  # must precede its own subcommands
-        levels[group] = of_group.add_subcommands(required=True, dest="command")
-    for name, command in COMMANDS.items():
-        group, _, last = name.rpartition(" ")
-        levels[group].add_subcommand(last, _command_parser(name, command), help=_summary(command))
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,48 +72,95 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         nonlocal code
-        name, options = _parse(sys.argv[1:] if arguments is None else arguments)
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        if (text := _text_asked_for(words)) is not None:
+            sys.stdout.write(text)
+            return
+        name, options = _parse(words)
+        options = _with_base(name, options, words)
         called = COMMANDS[name]
         if called.config is not None:
             code = called.function(from_dict(called.config, options, f"the options of {name}"))
         else:
-            code = called.function(**options)
+            code = called.function(**with_homes(options))
 
     return exit_code(command) or code or 0
 
 
+def _text_asked_for(words: Sequence[str]) -> str | None:
+    """Help, the version or a completion script; None if a command is to be run."""
+    if not words or words[0] in ("--help", "-h", "--help=all", "help"):
+        return overview(COMMANDS, GROUPS)
+    if words[0] in ("--version", "-V"):
+        return version()
+    if words[0].partition("=")[0] == "--completion":
+        return completion(COMMANDS, GROUPS, words[0].partition("=")[2] or "".join(words[1:2]))
+    own = words[: words.index("--")] if "--" in words else words
+    asked = next((word for word in own if word in ("-h", "--help") or word.startswith("--help=")), None)
+    if words[0] in GROUPS and (len(words) == 1 or (asked and len(words) == 2)):
+        return group_overview(COMMANDS, words[0], GROUPS[words[0]])
+    if asked is None:
+        return None
+    name, _ = _command_of(words)
+    return command_help(name, COMMANDS[name], asked.partition("=")[2])
+
+
+def _command_of(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of the command that words begin with, and the words after it."""
+    size = 2 if words[0] in GROUPS and len(words) > 1 else 1
+    name = " ".join(words[:size])
+    if name not in COMMANDS:
+        what = f"{words[0]} stands before a command" if words[0].startswith("-") else f"there is no command {name}"
+        raise ConfigError(f"{what}{did_you_mean(name, COMMANDS)} (steel-megatron --help lists the commands)")
+    return name, list(words[size:])
+
+
+def _with_base(name: str, options: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """The options of a command, on top of those that it begins from where no file is given."""
+    base = COMMANDS[name].base
+    if base is None or any(word.partition("=")[0] == "--config" for word in arguments):
+        return options
+    words, path = len(name.split()), Path(options["path"])
+    text = json.dumps(base(path))
+    try:
+        return _parse([*arguments[:words], "--config", text, *arguments[words:]])[1]
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(text, str(path / "run.yaml"))) from None
+
+
 def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The command's name and its options."""
+    name, words = _command_of(list(arguments))
+    command = COMMANDS[name]
+    settings = settings_of(command.config or command.function)
     try:
-        parsed = build_parser().parse_args(list(arguments))
+        normal = normalized(words, settings, command.positional)
+        options = _parser(name, command).parse_args(normal).as_dict()
+    except SteelError as error:
+        raise ConfigError(f"{error} (steel-megatron {name} --help lists the options)") from None
     except (ArgumentError, ValueError, RecursionError) as error:
-        words = " ".join(arguments[: 2 if set(arguments[:1]) & set(GROUPS) else 1])
-        kinds = {option.name: option.kind for option in COMMANDS[words].options()} if words in COMMANDS else {}
-        message = explain(_one_line(error), arguments, kinds, _failure)
-        name = words if words in COMMANDS else "COMMAND"
+        message = explain(" ".join(str(error).split()), settings)
         raise ConfigError(f"{message} (steel-megatron {name} --help lists the options)") from None
-    name = parsed["command"]
-    chosen = parsed[name]
-    if name in GROUPS:
-        name, chosen = f"{name} {chosen['command']}", chosen[chosen["command"]]
-    options = chosen.as_dict()
     options.pop("config", None)
-    if COMMANDS[name].config is RunConfig:
+    if issubclass(command.config or object, RunConfig):
         refuse_old_and_new_name(options, arguments)
     return name, options
 
 
-def _failure(arguments: list[str]) -> str | None:
-    try:
-        build_parser().parse_args(arguments)
-    except (ArgumentError, ValueError, RecursionError) as error:
-        return _one_line(error)
-    return None
+def _parser(name: str, command: Command) -> jsonargparse.ArgumentParser:
+    """The parser of a command's options, each as ``--name=value``."""
+    import jsonargparse
 
-
-def _one_line(error: Exception) -> str:
-    """jsonargparse's messages span several lines."""
-    return " ".join(str(error).split())
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"steel-megatron {name}", exit_on_error=False, allow_abbrev=False, add_help=False
+    )
+    parser.add_argument("--config", action="config")
+    if command.config is not None:
+        parser.add_class_arguments(command.config, None)
+    else:
+        parser.add_function_arguments(command.function, None, as_positional=False)
+    return parser
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+from steel_megatron.config import CleanConfig, ExecutionConfig, PreprocessConfig, TokenizerKind, job_doubts
+from steel_megatron.log import get_logger
+from steel_megatron.streams import say
 
-from steel_megatron.config import CleanConfig, PreprocessConfig, TokenizerKind
+logger = get_logger(__name__)
 
 
 def clean(config: CleanConfig) -> None:
@@ -12,14 +14,21 @@ def clean(config: CleanConfig) -> None:
     from steel_megatron.data.cleaning.funnel import table
     from steel_megatron.data.cleaning.pipeline import clean_corpus
 
-    sys.stdout.write(table(clean_corpus(config).report) + "\n")
+    _tell_doubts(config)
+    say(table(clean_corpus(config).report))
 
 
 def preprocess(config: PreprocessConfig) -> None:
     """Tokenize documents into an indexed corpus (.bin, .idx, .json). Repeat the command to resume after a kill."""
     from steel_megatron.data.preprocessing.pipeline import preprocess as run
 
-    sys.stdout.write(run(config).summary() + "\n")
+    _tell_doubts(config)
+    say(run(config).summary())
+
+
+def _tell_doubts(config: ExecutionConfig) -> None:
+    for doubt in job_doubts(config):
+        logger.warning(doubt)
 
 
 def inspect_corpora(

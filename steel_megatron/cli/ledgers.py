@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from steel_megatron.config import TokenizerKind
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.log import get_logger
+from steel_megatron.streams import say
 
 if TYPE_CHECKING:
     from steel_megatron.data.ledger.history import History
@@ -54,7 +55,7 @@ def create(
     with edit(path, made) as file:
         if file.ledger != made:
             raise DataError(f"{path} was just created by another process; append to it (steel-megatron data append)")
-    sys.stdout.write(_summary(path, made))
+    say(_summary(path, made))
 
 
 def append(
@@ -96,9 +97,12 @@ def append(
             current = _released(path, file.ledger)
             if current.up_to_date(pending):
                 file.ledger = current.append_prepared(pending, epochs, at, weights)
+                added = file.ledger.history.used - current.history.used
+                corpora = file.ledger.history.corpora
+                _tell_of_weight_zero(file.ledger.history, {corpora[number].name for number in added})
                 break
         logger.info(f"{path} changed while documents were compared; comparing again")
-    sys.stdout.write(_summary(path, file.ledger))
+    say(_summary(path, file.ledger))
 
 
 def remove(ledger: str, names: list[str], at: int | None = None, stopped: bool = False) -> None:
@@ -127,7 +131,8 @@ def reweight(ledger: str, names: list[str], epochs: float | None, at: int | None
     """
     from steel_megatron.data.ledger import changes
 
-    _change(ledger, stopped, lambda old: changes.reweight(old, dict.fromkeys(names, epochs), at))
+    history = _change(ledger, stopped, lambda old: changes.reweight(old, dict.fromkeys(names, epochs), at))
+    _tell_of_weight_zero(history, names)
 
 
 def mixture(ledger: str, weights: list[str], at: int | None = None, stopped: bool = False) -> None:
@@ -188,7 +193,7 @@ def relocate(ledger: str, old: str, new: str) -> None:
                 file.ledger = changed
                 break
         logger.info(f"{path} changed while corpora were read; reading again")
-    sys.stdout.write(_summary(path, changed))
+    say(_summary(path, changed))
 
 
 def skip(ledger: str, samples: str, undo: bool = False) -> None:
@@ -243,12 +248,28 @@ def _released(path: Path, ledger: Ledger, stopped: bool = False) -> Ledger:
     return ledger if run_is_live(path) else ledger.then(released)
 
 
-def _change(path: str, stopped: bool, change: Callable[[History], History]) -> None:
+def _tell_of_weight_zero(history: History, names: Collection[str]) -> None:
+    """Warn of corpora that are to be read for some epochs, while the last mixture gives their domain the weight 0."""
+    from steel_megatron.data.ledger.records import Unchanged
+
+    events = sorted(history.events, key=lambda event: event.start(history.next_sync_sample))
+    mixtures = [event.mixture for event in events if not isinstance(event.mixture, Unchanged)]
+    weights = mixtures[-1] if mixtures else None
+    for corpus in history.corpora:
+        if corpus.name in names and weights is not None and weights.get(corpus.domain) == 0:
+            logger.warning(
+                f"{corpus.name} is not read, whatever its epochs: the mixture gives its domain {corpus.domain} the "
+                "weight 0; change it with steel-megatron data mixture"
+            )
+
+
+def _change(path: str, stopped: bool, change: Callable[[History], History]) -> History:
     from steel_megatron.data.ledger.ledger import edit
 
     with edit(path) as file:
         file.ledger = _released(Path(path), file.ledger, stopped).then(change)
-    sys.stdout.write(_summary(Path(path), file.ledger))
+    say(_summary(Path(path), file.ledger))
+    return file.ledger.history
 
 
 def _summary(path: Path, ledger: Ledger) -> str:
@@ -276,7 +297,7 @@ def _summary(path: Path, ledger: Ledger) -> str:
         lines.append(f"  skipped: samples {part.first:,} to {part.end - 1:,}")
     capacity = history.schedule.capacity()
     lines.append(f"  samples in all: {'unlimited' if capacity == float('inf') else f'{capacity:,}'}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def show(
@@ -309,7 +330,7 @@ def show(
     path = Path(ledger)
     loaded = Ledger.load(path)
     if step is None and sample is None:
-        sys.stdout.write(_summary(path, loaded))
+        sys.stdout.write(_summary(path, loaded) + "\n")
         return
     settings = _run_settings(path)
     numbers = loaded.history.step_samples(step) if step is not None and step > 0 and sample is None else None

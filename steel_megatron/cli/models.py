@@ -6,7 +6,11 @@ import sys
 from typing import Literal
 
 from steel_megatron.config import RunConfig, TokenizerKind, import_routing_code
-from steel_megatron.errors import DataError, ExitCode
+from steel_megatron.errors import DataError, ExitCode, LostRankError
+from steel_megatron.log import get_logger, report_error
+from steel_megatron.streams import say
+
+logger = get_logger(__name__)
 
 
 def pretrain(run: RunConfig) -> int:
@@ -25,7 +29,13 @@ def pretrain(run: RunConfig) -> int:
     from steel_megatron.train.stop_signal import ignore_stop_signals, stop_with_launcher
 
     stop_with_launcher()
-    if not train(run).stopped:
+    try:
+        summary = train(run)
+    except LostRankError as error:
+        code = report_error(error)
+        sys.stdout.flush()
+        os._exit(code)  # C++ aborts the end of a process that has broken connections
+    if not summary.stopped:
         return ExitCode.FINISHED
     ignore_stop_signals()
     return ExitCode.STOPPED
@@ -107,6 +117,8 @@ def generate(
 
     if routing_code:
         import_routing_code(routing_code)
+    if top_k and not temperature:
+        logger.warning(f"top_k = {top_k} has no effect: temperature is 0, so the likeliest token is taken")
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
     tokenizer = (tokenizer_kind, tokenizer_path) if tokenizer_path else None
     for result in run(Path(model), prompts, sampling, tokenizer):
@@ -155,5 +167,5 @@ def audit(
     report = run(Path(path), length=length, positions=positions, seed=seed, tolerance=tolerance, layers=layers)
     if json:
         write_atomically(json, (dumps(report.to_dict(), indent=1) + "\n").encode(), DataError)
-    sys.stdout.write(report.to_text())
+    say(report.to_text().rstrip("\n"))
     return 0 if report.passed else 1

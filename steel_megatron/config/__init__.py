@@ -6,6 +6,7 @@ every checkpoint, which is enough to run it again.
 """
 
 from steel_megatron.config.checkpoint import CheckpointConfig
+from steel_megatron.config.checks import with_homes
 from steel_megatron.config.clean import CleanConfig
 from steel_megatron.config.data import (
     MEGATRON_TOKENIZER_TYPES,
@@ -14,11 +15,13 @@ from steel_megatron.config.data import (
     TokenizerEngine,
     TokenizerKind,
 )
+from steel_megatron.config.doubts import doubts, job_doubts
 from steel_megatron.config.execution import ExecutionConfig, ExecutorName
 from steel_megatron.config.loading import dump_yaml, from_dict, to_dict
 from steel_megatron.config.model import (
     Activation,
     FeedForward,
+    ImplementationName,
     ModelConfig,
     SlotInput,
     take_old_names,
@@ -48,6 +51,7 @@ __all__ = [
     "ExecutionConfig",
     "ExecutorName",
     "FeedForward",
+    "ImplementationName",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -61,13 +65,16 @@ __all__ = [
     "TrainingConfig",
     "add_routing_mode",
     "check_layout",
+    "doubts",
     "dump_yaml",
     "from_dict",
     "import_routing_code",
+    "job_doubts",
     "refuse_unknown_routing_code",
     "routing_facts",
     "routing_mode_names",
     "take_old_names",
     "to_dict",
     "warn_of_old_name",
+    "with_homes",
 ]

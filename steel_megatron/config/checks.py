@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any, get_type_hints
 
 from steel_megatron.config.loading import described, is_a
 from steel_megatron.errors import ConfigError
 
+NO_PATHS = ("prompts", "json_keys", "text_key", "eod_token", "names", "weights", "mixture", "domain")
+"""Texts that are no paths: a ``~`` in them stays."""
+
+
+def with_homes(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings by name in which ``~/`` and ``~user/`` at the beginning of paths, and of those in ``SOURCE=PATH``, are
+    replaced by the home folder."""
+    return {name: value if name in NO_PATHS else _with_home(value) for name, value in values.items()}
+
+
+def _with_home(value: Any) -> Any:
+    if isinstance(value, str):
+        source, equals, path = value.partition("=")
+        if equals and path.startswith("~") and "/" not in source:
+            return f"{source}={os.path.expanduser(path)}"
+        return os.path.expanduser(value)
+    if isinstance(value, list):
+        return [_with_home(entry) for entry in value]
+    return {name: _with_home(entry) for name, entry in value.items()} if isinstance(value, dict) else value
+
 
 def typed(owner: Any) -> None:
-    """Raise a ConfigError for the first of a config's fields that holds a value of another type than it is to have."""
+    """Replace ``~`` in a config's paths, and check the types of its fields.
+
+    Raises:
+        ConfigError: for the first field that holds a value of another type than it is to have.
+    """
     hints = get_type_hints(type(owner))
+    for name, value in with_homes(vars(owner)).items():
+        if value != getattr(owner, name):
+            object.__setattr__(owner, name, value)
     for field in dataclasses.fields(owner):
         value, hint = getattr(owner, field.name), hints[field.name]
         if not is_a(value, hint):

@@ -30,14 +30,14 @@ class DataConfig:
 
     train: list[str] = field(default_factory=list)
     """Prefixes of indexed corpora (.bin and .idx) that a new run's ledger begins with, each read again and again. On
-    the command line --data.train '[A, B]' replaces the list and --data.train+ C adds to it."""
+    the command line --data.train A B replaces the list and --data.train+ C adds to it."""
     ledger: str | None = None
     """The ledger of the run; if not given, ledger.json in its folder. See ``steel-megatron data --help``."""
     num_workers: int = 0
     """Processes that read ahead, for each training process; 0 reads when a step needs it. The samples are the same."""
     validation: list[str] | dict[str, list[str]] = field(default_factory=list)
     """Prefixes of indexed corpora to validate on, or such lists by name, each reported by itself; none for no
-    validation. On the command line --data.validation.zh '[A]' sets one named list and keeps the others."""
+    validation. On the command line --data.validation.zh A sets one named list and keeps the others."""
     tokenizer_kind: TokenizerKind = "huggingface"
     """Which tokenizer made the corpora."""
     tokenizer_path: str | None = None

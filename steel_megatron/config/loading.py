@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from steel_megatron.errors import ConfigError
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML in which ``1e-3`` is a number, as in version 1.2; PyYAML alone reads it as text."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

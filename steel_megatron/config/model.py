@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import InitVar, dataclass, field
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from steel_megatron.config.checks import at_least, at_most, below_one, divides, one_of, typed
 from steel_megatron.config.megatron import changes_the_result
@@ -16,7 +16,9 @@ logger = logging.getLogger(__name__)
 
 FeedForward = Literal["soft_moe", "dense", "none", "top_k_moe"]
 Activation = Literal["double_swiglu", "swiglu"]
+LoadBalancing = Literal["aux_loss", "seq_aux_loss"]
 SlotInput = Literal["normalized", "raw"]
+ImplementationName = Literal["auto", "local", "transformer_engine"]
 MOST_LAYERS, MOST = 65_536, 2**31 - 1
 """The most layers or experts, and the most of anything else: beyond are no models, but damaged files."""
 
@@ -81,6 +83,9 @@ class ModelConfig:
     """Experts that each token of a top_k_moe passes through."""
     moe_aux_loss_coeff: float = 0.01
     """Weight of the loss that spreads a top_k_moe's tokens over its experts."""
+    moe_router_load_balancing_type: LoadBalancing = "aux_loss"
+    """What that loss is over: the tokens of a micro batch (aux_loss), or of each sequence (seq_aux_loss). Both are the
+    same under every layout, the second one for every micro batch size as well."""
     shared_expert_intermediate_size: int = 0
     """Inner width of one more expert that every token passes through; 0 for none."""
     vocab_size: int = 151936
@@ -105,6 +110,9 @@ class ModelConfig:
     """Probability with which training drops an attention weight; above 0, all weights of a layer are stored."""
     identical_expert_init: bool = False
     """Start the experts of a layer as copies of one (sparse upcycling); routing then makes them different."""
+    implementation: ImplementationName = "auto"
+    """What computes it: torch's modules (local), or transformer-engine's, which need a GPU; auto takes these where they
+    are. Checkpoints of one load in the other."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Further fields of megatron-core's TransformerConfig, by name (docs/extending.md lists them)."""
     routing_mix: InitVar[SlotInput | None] = None
@@ -118,6 +126,8 @@ class ModelConfig:
         one_of(("soft_moe", "dense", "none", "top_k_moe"), self, "ffn")
         one_of(("double_swiglu", "swiglu"), self, "ffn_activation")
         one_of(("normalized", "raw"), self, "slot_input")
+        one_of(get_args(ImplementationName), self, "implementation")
+        one_of(("aux_loss", "seq_aux_loss"), self, "moe_router_load_balancing_type")
         at_least(1, self, "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
         at_least(1, self, "num_experts", "slots_per_expert", "block_length", "vocab_size", "sequence_length")
         at_least(1, self, "make_vocab_size_divisible_by", "rotary_base", "moe_top_k")

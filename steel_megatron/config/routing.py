@@ -27,6 +27,8 @@ class RoutingModeFacts:
     """Whether it computes sequences that several processes share (context and sequence parallelism)."""
     packs_documents: ClassVar[bool] = False
     """Whether it keeps documents apart that share a sequence (``data.reset_at_eod``)."""
+    splits_documents: ClassVar[bool] = False
+    """Whether it does both at once: documents that lie on several processes."""
 
     def check_model(self, model: Any) -> None:
         """Raise a ConfigError when the settings lack what the mode needs.
@@ -51,7 +53,7 @@ class SequenceFacts(RoutingModeFacts):
 
     name = "sequence"
     causal = False
-    splits_sequences = packs_documents = True
+    splits_sequences = packs_documents = splits_documents = True
 
 
 class TokenFacts(RoutingModeFacts):
@@ -59,7 +61,7 @@ class TokenFacts(RoutingModeFacts):
 
     name = "token"
     causal = True
-    splits_sequences = packs_documents = True
+    splits_sequences = packs_documents = splits_documents = True
 
 
 class BlockCausalFacts(RoutingModeFacts):
@@ -67,7 +69,7 @@ class BlockCausalFacts(RoutingModeFacts):
 
     name = "block_causal"
     causal = has_blocks = True
-    splits_sequences = packs_documents = True
+    splits_sequences = packs_documents = splits_documents = True
 
 
 class MergedFacts(RoutingModeFacts):
@@ -75,25 +77,10 @@ class MergedFacts(RoutingModeFacts):
 
     name = "merged"
     causal = has_blocks = True
-    splits_sequences = packs_documents = True
-
-    def check_chunks(self, model: Any, chunk: int, chunks: int, cut: str) -> None:
-        """Require that ``model.block_length`` divides a chunk.
-
-        Args: as for :meth:`RoutingModeFacts.check_chunks`.
-
-        Raises:
-            ConfigError: it does not.
-        """
-        if chunk % model.block_length:
-            raise ConfigError(
-                f"block_length = {model.block_length} does not divide {chunk}, the tokens of each of the {chunks} "
-                f"pieces that sequences are cut into by {cut}; in routing_mode merged a segment of block_length "
-                "tokens lies on one process"
-            )
+    splits_sequences = packs_documents = splits_documents = True
 
 
-_FACTS = ("causal", "has_blocks", "splits_sequences", "packs_documents")
+_FACTS = ("causal", "has_blocks", "splits_sequences", "packs_documents", "splits_documents")
 _MODES: dict[str, RoutingModeFacts] = {
     mode.name: mode for mode in (SequenceFacts(), TokenFacts(), BlockCausalFacts(), MergedFacts())
 }

@@ -11,6 +11,7 @@ from steel_megatron.config.data import DataConfig
 from steel_megatron.config.model import ModelConfig
 from steel_megatron.config.optimizer import OptimizerConfig
 from steel_megatron.config.parallel import ParallelConfig, check_layout
+from steel_megatron.config.routing import RoutingModeFacts
 from steel_megatron.config.training import TrainingConfig
 from steel_megatron.errors import ConfigError
 
@@ -29,23 +30,29 @@ class RunConfig:
     def __post_init__(self) -> None:
         typed(self)
         check_layout(self.model, self.parallel)
-        context, sharing = self.parallel.context_parallel_size, self.parallel.sequence_parallel
-        if self.data.reset_at_eod and (context > 1 or sharing):
-            raise ConfigError(
-                f"data.reset_at_eod is true with context_parallel_size = {context} and sequence_parallel = {sharing}; "
-                "documents can be kept apart only where each process has whole sequences"
-            )
-        if self.data.reset_at_eod and self.model.routing is not None and not self.model.routing.packs_documents:
-            raise ConfigError(
-                f"data.reset_at_eod is true, but routing_mode {self.model.routing_mode} has no forward_documents: it "
-                "cannot keep documents apart that share a sequence; set it to false"
-            )
+        if self.data.reset_at_eod and self.model.routing is not None:
+            self._check_documents(self.model.routing)
 
         decay, warmup = self.decay_steps, self.optimizer.warmup_steps
         if self.optimizer.lr_schedule == "wsd" and warmup + self.wsd_decay_steps > decay:
             raise ConfigError(
                 f"optimizer.warmup_steps = {warmup} and wsd_decay_steps = {self.wsd_decay_steps} are more than the "
                 f"{decay} steps of the schedule; shorten them, or raise optimizer.decay_steps or training.train_steps"
+            )
+
+    def _check_documents(self, mode: RoutingModeFacts) -> None:
+        """Raise a ConfigError when the routing mode cannot keep documents apart under the layout."""
+        if not mode.packs_documents:
+            raise ConfigError(
+                f"data.reset_at_eod is true, but routing_mode {self.model.routing_mode} has no forward_documents: it "
+                "cannot keep documents apart that share a sequence; set it to false"
+            )
+        context, sharing = self.parallel.context_parallel_size, self.parallel.sequence_parallel
+        if (context > 1 or sharing) and not mode.splits_documents:
+            raise ConfigError(
+                f"data.reset_at_eod is true with context_parallel_size = {context} and sequence_parallel = {sharing}, "
+                f"but routing_mode {self.model.routing_mode} has no forward_split_documents: it can keep documents "
+                "apart only where each process has whole sequences"
             )
 
     @property
@@ -75,7 +82,11 @@ class RunConfig:
         return Path(self.checkpoint.directory) / "checkpoints"
 
     def num_micro_batches(self, world_size: int) -> int:
-        """Micro batches of one step on each data-parallel process, for a launch of ``world_size`` processes."""
+        """Micro batches of one step on each data-parallel process, for a launch of ``world_size`` processes.
+
+        Raises:
+            ConfigError: the global batch cannot be cut so.
+        """
         data_parallel = self.parallel.data_parallel_size(world_size)
         samples_per_pass = self.training.micro_batch_size * data_parallel
         if self.training.global_batch_size % samples_per_pass:
@@ -84,4 +95,12 @@ class RunConfig:
                 f"micro_batch_size x data-parallel size = {self.training.micro_batch_size} x {data_parallel} "
                 f"= {samples_per_pass}"
             )
-        return self.training.global_batch_size // samples_per_pass
+        number, stages = self.training.global_batch_size // samples_per_pass, self.parallel.pipeline_model_parallel_size
+        if self.parallel.interleaved and number % stages:
+            raise ConfigError(
+                f"{number} micro batches of a step (training.global_batch_size {self.training.global_batch_size} / "
+                f"(micro_batch_size {self.training.micro_batch_size} x data-parallel size {data_parallel})) are not "
+                f"divisible by pipeline_model_parallel_size = {stages}, which the interleaved schedule "
+                "(virtual_pipeline_model_parallel_size) needs"
+            )
+        return number

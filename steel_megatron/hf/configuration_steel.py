@@ -139,6 +139,7 @@ class SteelConfig(PretrainedConfig):
         return self.FFN_type != "raw" and ROUTING_MODES[self.routing_mode].running_sums
 
     @property
-    def is_causal(self) -> bool:
-        """Whether no token's output depends on a later token."""
+    def routes_causally(self) -> bool:
+        """Whether no token's output depends on a later token. (Attention is causal in every mode; transformers would
+        read an ``is_causal`` here as its own.)"""
         return self.FFN_type == "raw" or ROUTING_MODES[self.routing_mode].causal

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -188,12 +189,20 @@ def _write_folder(
     with _partial_folder(output) as partial:
         if tokenizer is not None:  # first, because it may not be exportable
             tokenizer.save_pretrained(partial)
+            config = config | {"pad_token_id": _pad_id(partial)}
         _write_weights(partial, tensors)
         for name in CODE:
             shutil.copyfile(Path(__file__).with_name(name), partial / name)
         _write_json(partial / "config.json", config)
-        generation: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation: dict[str, Any] = {key: config[key] for key in ids if key in config}
         _write_json(partial / "generation_config.json", {"do_sample": False} | generation)
+
+
+def _pad_id(folder: Path) -> int | None:
+    """The id of the token that pads, of an exported tokenizer."""
+    pad = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["pad_token"]
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(pad)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -9,15 +9,21 @@ step computes the whole text again.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_steel import SteelConfig
@@ -59,6 +65,7 @@ class RoutingState:
 
 # transformers 5.24 calls the cache `cache`, in what models take and give; before it was `past_key_values`.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 
 
 class SteelCache(DynamicCache):
@@ -151,13 +158,49 @@ def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.
     return (tokens * angles[0] + turned * angles[1]).to(x.dtype)
 
 
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention that also gives its weights.
+
+    Args:
+        module: the attention layer; not used, transformers passes it.
+        query: [B, heads, T, size].
+        key: [B, key and value heads, past + T, size].
+        value: the same.
+        attention_mask: [B, 1, T, past + T], added to the scores.
+        scaling: of the scores.
+        kwargs: settings of other attention functions.
+
+    Returns:
+        [B, T, heads, size], and the weights [B, heads, T, past + T].
+    """
+    groups = query.size(1) // key.size(1)
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = upcast(scores).softmax(-1).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
 class SteelAttention(nn.Module):
     """Grouped-query attention with biases on q, k and v only."""
 
+    is_causal = True  # transformers' attention functions read it and the next ones
+
     def __init__(self, config: SteelConfig, layer_idx: int) -> None:
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.size = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         keys = config.num_key_value_heads * self.size
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=True)
@@ -168,16 +211,18 @@ class SteelAttention(nn.Module):
         self,
         x: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
+        mask: Any,
         cache: DynamicCache | None,
-    ) -> torch.Tensor:
-        """[B, T, d] to the same.
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, T, d] to the same, and the weights if the attention function gives them.
 
         Args:
             x: tokens.
             angles: from :func:`rotary_angles`.
-            mask: bool [B, 1, T, past + T], False for keys that a query must not see; None for plain causality.
+            mask: as transformers makes it for the attention function in use.
             cache: keys and values of the tokens before; those of ``x`` are added.
+            kwargs: for the attention function.
         """
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.size)).transpose(1, 2)
@@ -186,11 +231,14 @@ class SteelAttention(nn.Module):
         q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        causal = mask is None and q.size(2) > 1
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1)
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        elif self.config._attn_implementation == "eager":  # transformers 5.0
+            attend = eager_attention
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        y, weights = attend(self, q, k, v, mask, dropout=0.0, scaling=self.size**-0.5, **kwargs)
+        return self.o_proj(y.flatten(2)), weights
 
 
 class SteelMLP(nn.Module):
@@ -202,27 +250,55 @@ class SteelMLP(nn.Module):
         up = ("gate_up_proj", "up_proj") if gated_down else ("gate_proj", "up_proj")
         down = ("gate_down_proj", "down_proj") if gated_down else ("down_proj",)
         self.names = (*up, *down)
+        self.sizes = (*[config.hidden_size for _ in up], *[inner for _ in down])
         for name in up:
             setattr(self, name, nn.Linear(config.hidden_size, inner, bias=False))
         for name in down:
             setattr(self, name, nn.Linear(inner, config.hidden_size, bias=False))
 
     def matrices(self) -> tuple[torch.Tensor, ...]:
-        """The weights, gates first: two on the way up, then two or one on the way down."""
-        return tuple(getattr(self, name).weight for name in self.names)
+        """What the projections multiply by, [out, in] each, gates first: two on the way up, then two or one down."""
+        return tuple(matrix_of(getattr(self, name), size) for name, size in zip(self.names, self.sizes, strict=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., d] to the same."""
-        return network(x, self.matrices())
+        return network(x, [getattr(self, name) for name in self.names])
 
 
-def network(x: torch.Tensor, matrices: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """silu(gate up) * up, then silu(gate down) * down or down alone; matrices may be batched as ``x`` is."""
-    up_gate, up, *down = (matrix.transpose(-1, -2) for matrix in matrices)
-    inner = F.silu(x @ up_gate) * (x @ up)
+def matrix_of(projection: nn.Module, size: int) -> torch.Tensor:
+    """[out, in]: the matrix that a projection without bias multiplies by.
+
+    A plain layer's is its weight. What adapters, hooks or quantisation made of a layer shows only in what it computes,
+    so that it is called with the unit vectors. An adapter's dropout then drops an input for all tokens alike.
+
+    Args:
+        projection: a linear layer, or what stands in its place.
+        size: of its input.
+    """
+    plain = type(projection) is nn.Linear and "forward" not in vars(projection)  # accelerate puts its own there
+    if plain and not (projection._forward_hooks or projection._forward_pre_hooks):
+        return cast(nn.Linear, projection).weight
+    given = next((p for p in projection.parameters() if p.is_floating_point()), torch.empty(0))
+    device = None if given.is_meta else given.device
+    return projection(torch.eye(size, dtype=given.dtype, device=device)).T
+
+
+def network(x: torch.Tensor, projections: list[Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
+    """silu(gate up) * up, then silu(gate down) * down or down alone."""
+    up_gate, up, *down = projections
+    inner = F.silu(up_gate(x)) * up(x)
     if len(down) == 1:
-        return inner @ down[0]
-    return F.silu(inner @ down[0]) * (inner @ down[1])
+        return down[0](inner)
+    return F.silu(down[0](inner)) * down[1](inner)
+
+
+def products(matrices: tuple[torch.Tensor, ...]) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """Projections by [N, out, in] matrices, for N batches of tokens."""
+
+    def product(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return x @ matrix.transpose(-1, -2)
+
+    return [partial(product, matrix) for matrix in matrices]
 
 
 def l2_normalize(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -234,6 +310,12 @@ def is_refresh(count: torch.Tensor, block: int) -> torch.Tensor:
     """Whether slots are made anew before token ``count``: at 1, 2, 4, ... below the block length, then each block."""
     power = (count & (count - 1)) == 0
     return (count > 0) & torch.where(count < block, power, count % block == 0)
+
+
+def refreshes_before(length: int, block: int) -> list[int]:
+    """The tokens below ``length`` at which :func:`is_refresh` holds; 1 is always among them."""
+    powers = (2**power for power in range(min(block, length).bit_length()))
+    return [power for power in powers if power < min(block, length)] + list(range(block, length, block))
 
 
 class SteelSoftMoE(nn.Module):
@@ -266,7 +348,12 @@ class SteelSoftMoE(nn.Module):
         nn.init.ones_(self.scale)
 
     def forward(
-        self, x: torch.Tensor, real: torch.Tensor, state: RoutingState | None, keep: bool
+        self,
+        x: torch.Tensor,
+        real: torch.Tensor,
+        state: RoutingState | None,
+        keep: bool,
+        documents: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RoutingState | None]:
         """[B, T, d] to the same.
 
@@ -275,15 +362,38 @@ class SteelSoftMoE(nn.Module):
             real: bool [B, T], False for padding.
             state: of the tokens before, None at the beginning.
             keep: whether to return the state after these tokens.
+            documents: from :func:`documents_of`; if given, there is no state before and none after.
         """
         whole, step = self.FORWARD[self.mode]
-        if state is None or step is None:
+        if documents is not None and self.mode != "token":
+            y, state = self._by_document(getattr(self, whole), x, real, documents), None
+        elif state is None or step is None:
             y, state = getattr(self, whole)(x, real, keep)
         else:
             y = torch.stack([getattr(self, step)(x[:, t], real[:, t], state) for t in range(x.size(1))], dim=1)
         if hasattr(self, "shared_expert"):
             y = y + self.shared_expert(x)
         return y, state
+
+    @staticmethod
+    def _by_document(
+        whole: Callable[..., Any], x: torch.Tensor, real: torch.Tensor, documents: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute packed documents as rows of their own, those of similar length together."""
+        number = documents.flatten()
+        lengths = number.bincount()
+        place = torch.arange(number.numel(), device=number.device) - (lengths.cumsum(0) - lengths)[number]
+        group = lengths.double().log2().ceil()  # so that at most half of a row is padding
+        pieces, sources = [], []
+        for chosen in (group == value for value in group.unique()):
+            tokens = chosen[number].nonzero().squeeze(1)
+            row, column = (chosen.cumsum(0) - 1)[number[tokens]], place[tokens]
+            shape = (int(chosen.sum()), int(lengths[chosen].max()))
+            rows = x.new_zeros(*shape, x.size(-1)).index_put((row, column), x.flatten(0, 1)[tokens])
+            kept = real.new_zeros(shape).index_put((row, column), real.flatten()[tokens])
+            pieces.append(whole(rows, kept, False)[0][row, column])
+            sources.append(tokens)
+        return torch.cat(pieces)[torch.cat(sources).argsort()].view_as(x)
 
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [..., S] and what is mixed into slots [..., d], in float32."""
@@ -315,15 +425,14 @@ class SteelSoftMoE(nn.Module):
         logits, mixed = self._route(x)
         position = real.long().cumsum(1) - 1  # of a real token among those of its row
         count = position[:, -1] + 1
-        tokens = torch.arange(1, max(2, int(count.max())), device=x.device)
-        refresh = tokens[is_refresh(tokens, self.block)]  # token 1 is always among them
+        refresh = torch.tensor(refreshes_before(max(2, x.size(1)), self.block), device=x.device)
         seen = real.unsqueeze(1) & (position.unsqueeze(1) < refresh[None, :, None])  # [B, R, T]
         dispatch = logits.unsqueeze(1).masked_fill(~seen.unsqueeze(-1), -1e30).softmax(2)
         outputs = self._run(torch.einsum("brts,btd->brsd", dispatch, mixed), x.dtype)
         # The last refresh not after the token; the first token reads slots made of itself.
         block = (torch.searchsorted(refresh, position.clamp_min(1), right=True) - 1).clamp_min(0)
         rows = torch.arange(len(x), device=x.device)
-        chunk = max(1, CHUNK_BYTES // upcast(outputs[:, 0]).nbytes)
+        chunk = max(1, CHUNK_BYTES // (len(x) * outputs[0, 0].numel() * upcast(outputs[:0]).itemsize))
         parts = zip(logits.softmax(-1).split(chunk, 1), block.split(chunk, 1), strict=True)
         pieces = [torch.einsum("bts,btsd->btd", share, upcast(outputs[rows[:, None], read])) for share, read in parts]
         y = torch.cat(pieces, 1).to(x.dtype)
@@ -394,7 +503,7 @@ class SteelSoftMoE(nn.Module):
         stacked = self._stacked()
         chunk = max(1, CHUNK_BYTES // sum(matrices[0].nbytes for matrices in stacked))  # segments
         parts = zip(blocks.split(chunk), means.flatten(0, 1).split(chunk), strict=True)
-        y = torch.cat([network(part, self._merge(mean, stacked)) for part, mean in parts])
+        y = torch.cat([network(part, products(self._merge(mean, stacked))) for part, mean in parts])
         y = y.view(batch, segments * self.block, width)[:, :length]
         y = torch.zeros_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)
         if not keep:
@@ -416,10 +525,49 @@ class SteelSoftMoE(nn.Module):
             state.segment = torch.where(fresh.unsqueeze(-1), torch.zeros_like(mixed), state.segment)
         state.segment = state.segment + mixed * real.unsqueeze(-1)
         state.count = state.count + real.long()
-        return network(x.unsqueeze(1), state.merged).squeeze(1)
+        return network(x.unsqueeze(1), products(state.merged)).squeeze(1)
 
 
-class SteelDecoderLayer(nn.Module):
+@torch.compiler.disable
+def documents_of(
+    real: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    cu_seq_lens: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Find packed documents by any of the ways in which trainers mark them.
+
+    Args:
+        real: bool [B, T], False for padding.
+        position_ids: int64 [B, T] or [1, T]; where a position does not go on from the one before, a document begins.
+        seq_idx: int [B, T], a number for each document.
+        cu_seq_lens: int [documents + 1], where documents begin among all B T tokens, and the end of the last.
+
+    Returns:
+        int64 [B, T], 0, 1, ... in the order of the tokens; no document is in two rows. None if each row is one.
+    """
+    starts = torch.zeros_like(real)
+    if seq_idx is not None:
+        starts[:, 1:] |= (seq_idx[:, 1:] != seq_idx[:, :-1]).to(real.device)
+    if cu_seq_lens is not None:
+        marked = torch.zeros(real.numel() + 1, dtype=torch.bool, device=real.device)
+        marked[cu_seq_lens.long().to(real.device)] = True
+        starts |= marked[:-1].view_as(starts)
+    if position_ids is not None:
+        positions = position_ids.expand_as(real)
+        indices = torch.arange(real.size(1), device=real.device)
+        # The last real token before each one; -1 if there is none.
+        before = F.pad(torch.where(real, indices, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+        previous = positions.gather(1, before.clamp_min(0))
+        adjacent = before == indices - 1
+        starts |= real & (before >= 0) & torch.where(adjacent, positions != previous + 1, positions <= previous)
+    if not starts[:, 1:].any():
+        return None
+    starts[:, 0] = True
+    return starts.flatten().cumsum(0).view_as(starts) - 1
+
+
+class SteelDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm attention and feed-forward."""
 
     def __init__(self, config: SteelConfig, layer_idx: int) -> None:
@@ -435,28 +583,34 @@ class SteelDecoderLayer(nn.Module):
         self,
         x: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
+        mask: Any,
         real: torch.Tensor,
-        cache: DynamicCache | None,
-    ) -> torch.Tensor:
-        """[B, T, d] to the same.
+        documents: torch.Tensor | None,
+        cache: DynamicCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, T, d] to the same, and the attention weights if the attention function gives them.
 
         Args:
             x: tokens.
             angles: from :func:`rotary_angles`.
             mask: of the attention: see :meth:`SteelAttention.forward`.
             real: bool [B, T], False for padding.
+            documents: from :func:`documents_of`.
             cache: of the tokens before; those of ``x`` are added.
+            kwargs: for the attention function.
         """
-        x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache)
+        y, weights = self.self_attn(self.input_layernorm(x), angles, mask, cache, **kwargs)
+        x = x + y
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, SteelMLP):
-            return x + self.mlp(normed)
+            return x + self.mlp(normed), weights
         routing = cache.routing if isinstance(cache, SteelCache) else None
-        y, state = self.mlp(normed, real, routing[self.layer_idx] if routing else None, routing is not None)
+        state = routing[self.layer_idx] if routing else None
+        y, state = self.mlp(normed, real, state, routing is not None, documents)
         if routing is not None:
             routing[self.layer_idx] = state
-        return x + y
+        return x + y, weights
 
 
 class SteelPreTrainedModel(PreTrainedModel):
@@ -465,7 +619,11 @@ class SteelPreTrainedModel(PreTrainedModel):
     config_class = SteelConfig
     base_model_prefix = "model"
     _no_split_modules = ["SteelDecoderLayer"]  # noqa: RUF012 (transformers reads it from the class)
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
     _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -501,60 +659,115 @@ class SteelModel(SteelPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         cache: DynamicCache | None = None,
+        seq_idx: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Token ids or their embeddings to hidden states [B, T, d].
 
+        Packed documents do not see each other, in attention or in routing. They are found by ``position_ids``,
+        ``seq_idx`` or ``cu_seq_lens_q``, whichever a trainer gives.
+
         Args:
             input_ids: int64 [B, T].
             attention_mask: [B, past + T], 0 for padding; None if there is none.
-            position_ids: int64 [B, T]; None counts real tokens.
+            position_ids: int64 [B, T]; None counts real tokens of each document.
             past_key_values: the older name of ``cache``.
             inputs_embeds: [B, T, d], instead of ``input_ids``.
             use_cache: make a cache if none is given; no effect where the model is not causal.
             output_hidden_states: also return the embeddings and each layer's output, the last one after the norm.
-            output_attentions: refused if true.
+            output_attentions: also return each layer's attention weights; needs ``attn_implementation="eager"``.
             cache: of the tokens before; those of this call are added.
+            seq_idx: int [B, T], a number for each packed document.
+            cu_seq_lens_q: int [documents + 1], where packed documents begin, and the end of the last.
+            kwargs: for the attention function.
 
         Raises:
             ValueError: the arguments do not fit together, or the model cannot use them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if output_attentions:
-            raise ValueError("output_attentions: attention weights are never stored here")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        cache = self._cache(past_key_values if cache is None else cache, use_cache)
-        past = cache.get_seq_length() if cache is not None else 0
+        output_hidden_states, output_attentions = (
+            getattr(self.config, name) if value is None else value
+            for name, value in (
+                ("output_hidden_states", output_hidden_states),
+                ("output_attentions", output_attentions),
+            )
+        )
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError('output_attentions needs a model that is loaded with attn_implementation="eager"')
+        given = past_key_values if cache is None else cache
+        past = given.get_seq_length() if given is not None else 0
         batch, length = x.shape[:2]
         if length == 0:
             raise ValueError("a sequence needs at least one token")
-        if attention_mask is None:
-            attention_mask = torch.ones(batch, past + length, dtype=torch.bool, device=x.device)
-        real = attention_mask.bool()
-        if real.shape != (batch, past + length):
-            raise ValueError(f"attention_mask must be {[batch, past + length]}; it is {list(real.shape)}")
+        real = self._real(attention_mask, (batch, past + length), x.device)
+        documents = None
+        if length > 1 and not (position_ids is None and seq_idx is None and cu_seq_lens_q is None):
+            documents = documents_of(real[:, past:], position_ids, seq_idx, cu_seq_lens_q)
+        if documents is not None and (given is not None or use_cache):
+            raise ValueError("packed documents cannot be decoded with a cache: call with use_cache=False")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and documents is None
+        cache = self._cache(given, use_cache)
         if position_ids is None:
             position_ids = (real.long().cumsum(1) - 1).clamp_min(0)[:, past:]
-        mask = self._mask(real, past)
+            if documents is not None:
+                first = torch.diff(documents, dim=1, prepend=documents[:, :1] - 1) != 0
+                position_ids = position_ids - torch.where(first, position_ids, 0).cummax(1).values
+        position_ids = position_ids.expand(batch, -1)
+        mask = self._mask(x, attention_mask, cache, documents)
         size = self.config.hidden_size // self.config.num_attention_heads
-        angles = rotary_angles(position_ids.expand(batch, -1), size, self.config.rope_theta)
-        states = [x]
+        angles = rotary_angles(position_ids, size, self.config.rope_theta)
+        if documents is not None:  # flash attention finds them by the positions alone
+            flash = ("cu_seq_lens_k", "max_length_q", "max_length_k")
+            kwargs = {name: kwargs[name] for name in kwargs if name not in flash} | {"position_ids": position_ids}
+        states, attentions = [x], []
         for layer in self.layers:
-            x = layer(x, angles, mask, real[:, past:], cache)
+            x, weights = layer(x, angles, mask, real[:, past:], documents, cache=cache, **kwargs)
+            attentions.append(weights)
             if output_hidden_states:
                 states.append(x)
         x = states[-1] = self.norm(x)
-        states_of_layers = tuple(states) if output_hidden_states else None
-        outputs: dict[str, Any] = {"last_hidden_state": x, CACHE: cache, "hidden_states": states_of_layers}
+        outputs: dict[str, Any] = {
+            "last_hidden_state": x,
+            CACHE: cache,
+            "hidden_states": tuple(states) if output_hidden_states else None,
+            "attentions": tuple(attentions) if output_attentions else None,
+        }
         return BaseModelOutputWithPast(**outputs)
 
+    @staticmethod
+    def _real(mask: Any, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """bool [B, past + T] of the tokens that are no padding."""
+        if mask is None:
+            return torch.ones(shape, dtype=torch.bool, device=device)
+        if isinstance(mask, torch.Tensor) and mask.shape == shape:
+            return mask.bool()
+        found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must be {list(shape)}, since the routing reads it too; it is {found}")
+
+    def _mask(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: DynamicCache | None,
+        documents: torch.Tensor | None,
+    ) -> Any:
+        """What the attention function in use takes for causality, padding and documents."""
+        # Without positions, transformers does not look for documents itself.
+        given: dict[str, Any] = {"attention_mask": attention_mask, CACHE: cache}
+        if documents is not None:
+            if "flash" in self.config._attn_implementation and (len(x) > 1 or attention_mask is not None):
+                raise ValueError("flash attention computes packed documents in one row without attention_mask only")
+            given["and_mask_function"] = lambda row, head, q, k: documents[row, q] == documents[row, k]
+        past = cache.get_seq_length() if cache is not None else 0
+        given["cache_position"] = torch.arange(past, past + x.size(1), device=x.device)
+        return create_causal_mask(self.config, x, **{name: given[name] for name in given if name in MASK_ARGUMENTS})
+
     def _cache(self, given: DynamicCache | None, use_cache: bool) -> DynamicCache | None:
-        if not self.config.is_causal:
+        if not self.config.routes_causally:
             if given is not None and given.get_seq_length():
                 raise ValueError(
                     f"routing_mode {self.config.routing_mode!r} is not causal: it cannot go on from a cache"
@@ -565,17 +778,6 @@ class SteelModel(SteelPreTrainedModel):
         if self.config.has_running_sums and not isinstance(given, SteelCache):
             raise ValueError(f"{CACHE} must be a SteelCache, which keeps the routing; it is {type(given).__name__}")
         return given
-
-    @staticmethod
-    def _mask(real: torch.Tensor, past: int) -> torch.Tensor | None:
-        """bool [B, 1, T, past + T] of the keys that each query sees; None where plain causality is all there is."""
-        total = real.size(1)
-        if real.all() and (past == 0 or total - past == 1):
-            return None
-        keys = torch.arange(total, device=real.device)
-        queries = keys[past:, None]
-        # Padding sees itself, so that no row of the softmax is empty.
-        return ((keys <= queries) & real[:, None, None, :]) | (keys == queries)
 
 
 class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
@@ -620,6 +822,7 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -627,7 +830,11 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: outputs.get(CACHE)}
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def _prepare_cache_for_generation(
@@ -637,7 +844,7 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
         assisted = generation_config.prompt_lookup_num_tokens or model_kwargs.get("assistant_model") is not None
         if assisted and self.config.has_running_sums:
             raise ValueError("assisted generation takes tokens back, which a routing state cannot: decode without it")
-        if not self.config.is_causal:
+        if not self.config.routes_causally:
             if model_kwargs.get("inputs_embeds") is not None:
                 raise ValueError(
                     f"routing_mode {self.config.routing_mode!r} computes the whole text at each step: give input_ids, "

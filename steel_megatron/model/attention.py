@@ -123,13 +123,14 @@ class ScaledDotProductAttention(MegatronModule):
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """[n, B, heads, size] and [m, B, groups, size] to [n, B, heads * size]; queries are the last n of m tokens."""
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        rule: dict[str, Any] = {"is_causal": True}  # where all are queries
-        if q.size(2) != k.size(2):
-            rule = {"attn_mask": causal_lower_right(q.size(2), k.size(2))}
-        elif self.documents.attention_mask is not None:
-            rule = {"attn_mask": self.documents.attention_mask}
+        seen = self.documents.attention_mask(k.size(2) - q.size(2), k.size(2))
         if self.training and self.dropout is not None and self.dropout.attention:
-            return self._attend_with_dropout(q, k, v, rule.get("attn_mask"))
+            return self._attend_with_dropout(q, k, v, seen)
+        rule: dict[str, Any] = {"is_causal": True}  # where all are queries
+        if seen is not None:
+            rule = {"attn_mask": seen}
+        elif q.size(2) != k.size(2):
+            rule = {"attn_mask": causal_lower_right(q.size(2), k.size(2))}
         grouped = q.size(1) != k.size(1)
         out = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale, enable_gqa=grouped, **rule)
         return out.permute(2, 0, 1, 3).flatten(2)
@@ -143,7 +144,7 @@ class ScaledDotProductAttention(MegatronModule):
         k, v = (tensor.repeat_interleave(per_group, dim=1) for tensor in (k, v))
         scale = q.size(-1) ** -0.5 if self.softmax_scale is None else self.softmax_scale
         scores = (q @ k.mT).float() * scale
-        if first or seen is None:
+        if seen is None:
             seen = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril(first)
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         out = self.dropout.drop_attention(weights, self.layer_number, first).to(v.dtype) @ v

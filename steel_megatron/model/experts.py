@@ -47,8 +47,10 @@ class Experts(MegatronModule):
         num_experts: experts over all processes.
         inner_size: I, over all tensor-parallel processes.
         activation: what each computes.
-        groups: the process groups; experts are shared over ``groups.ep`` if ``expert_parallel``.
-        expert_parallel: whether the experts are split over the expert-parallel group, or copied on each process.
+        groups: the process groups; experts are shared over ``groups.ep`` and their matrices cut over
+            ``groups.expt_tp`` if ``expert_parallel``.
+        expert_parallel: whether the experts are split over the expert-parallel groups; else each process has all of
+            them, cut over ``groups.tp``.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class Experts(MegatronModule):
         expert_parallel: bool,
     ) -> None:
         super().__init__(config=config)
-        self.tp_group = groups.tp
+        self.tp_group = groups.expt_tp if expert_parallel else groups.tp
         self.ep_group = groups.ep if expert_parallel and dist.get_world_size(groups.ep) > 1 else None
-        # The processes that hold copies of these weights.
-        self.copies_group = groups.expt_dp if self.ep_group is not None else groups.dp_cp
+        # Whether other processes hold copies of these weights than of the other ones.
+        self.apart = self.ep_group is not None or self.tp_group.size() != groups.tp.size()
+        self.copies_group = groups.expt_dp if self.apart else groups.dp_cp
         self.gated_down = activation == "double_swiglu"
         self.local_experts = num_experts // (1 if self.ep_group is None else self.ep_group.size())
         hidden, local_inner = config.hidden_size, inner_size // self.tp_group.size()
@@ -95,7 +98,7 @@ class Experts(MegatronModule):
         weight = torch.nn.Parameter(torch.empty(*shape, dtype=self.config.params_dtype, device=device))
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=split_dim, stride=1)
         # megatron-core reduces the gradients of such parameters over the processes that hold copies of the expert.
-        setattr(weight, "allreduce", self.ep_group is None)  # noqa: B010
+        setattr(weight, "allreduce", not self.apart)  # noqa: B010
         return weight
 
     def forward(

@@ -83,10 +83,13 @@ def check_recompute_modules(ffn: FeedForward, further: Mapping[str, Any]) -> Non
 
 
 def without_ineffective_fields(model: ModelConfig) -> ModelConfig:
-    """Settings of a checkpoint without megatron-core fields that earlier versions accepted and nothing read."""
+    """Settings of a checkpoint to compute with it on any machine, whatever computed it in training.
+
+    Without megatron-core fields that earlier versions accepted and nothing read.
+    """
     allowed = model_fields(model.ffn)
     kept = {name: value for name, value in model.megatron.items() if name in allowed or changes_the_result(name)}
-    return dataclasses.replace(model, megatron=kept)
+    return dataclasses.replace(model, megatron=kept, implementation="local")
 
 
 def _reason(name: str, kind: type, known: Collection[str]) -> str:

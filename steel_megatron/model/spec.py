@@ -1,9 +1,9 @@
-"""Builds one pipeline stage of the model out of megatron-core's GPTModel and the parts of this package."""
+"""Builds a process's model chunks out of megatron-core's GPTModel and the parts of this package."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +20,24 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from steel_megatron.config import ModelConfig, ParallelConfig, Precision
-from steel_megatron.errors import ConfigError
-from steel_megatron.model.attention import Float32, RMSNorm, ScaledDotProductAttention
+from steel_megatron.model.attention import Float32
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.dropout import AFTER_ATTENTION, AFTER_FEED_FORWARD, Dropout, DropoutAdd, EmbeddingDropout
+from steel_megatron.model.implementation import implementation_fields, layer_parts
 from steel_megatron.model.megatron_fields import (
     check_recompute_modules,
     model_fields,
     with_further_fields,
 )
-from steel_megatron.model.soft_moe import DenseFeedForward, ParallelSoftMoE
+from steel_megatron.model.soft_moe import DenseFeedForward, ParallelSoftMoE, slot_exchange_group
 from steel_megatron.model.top_k_moe import TopKMoE, top_k_moe_settings
 from steel_megatron.model.weights import initialize_weights
 from steel_megatron.parallel.topology import Topology
+from steel_megatron.platform import LOCAL, Implementation, choose_implementation
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -48,8 +49,13 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-_TRANSFORMER_ENGINE = "transformer_engine"
-"""In the names of the modules that its layers come from."""
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "routing": {},  # ParallelSoftMoE does it
+}
+"""Fields of megatron-core's TransformerConfig for ``parallel.recompute``."""
 
 
 def transformer_config(
@@ -57,6 +63,7 @@ def transformer_config(
     parallel: ParallelConfig,
     precision: Precision,
     device: torch.device,
+    chosen: Implementation = LOCAL,
     fp8: str | None = None,
 ) -> TransformerConfig:
     """The settings as megatron-core wants them.
@@ -66,6 +73,7 @@ def transformer_config(
         parallel: the sizes of the layout.
         precision: type of the weights, and of what pipeline stages send.
         device: where the weights are.
+        chosen: the implementation.
         fp8: format of matrix products in FP8; None for none.
 
     Raises:
@@ -81,7 +89,7 @@ def transformer_config(
         "ffn_hidden_size": model.ffn_hidden_size,
         # megatron-core asks for its own MoE's number of experts before it allows expert parallelism.
         **({"num_moe_experts": model.num_experts} if parallel.expert_model_parallel_size > 1 else {}),
-        **top_k_moe_settings(model),
+        **top_k_moe_settings(model, parallel, device),
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.norm_epsilon,
         "init_method_std": model.init_method_std,
@@ -92,8 +100,10 @@ def transformer_config(
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        **_pipeline_fields(model, parallel),
+        **_RECOMPUTE[parallel.recompute],
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
         "sequence_parallel": parallel.sequence_parallel,
         "context_parallel_size": parallel.context_parallel_size,
         "params_dtype": dtype,
@@ -101,23 +111,47 @@ def transformer_config(
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
         "calculate_per_token_loss": True,
-        "deallocate_pipeline_outputs": True,
         # The weights are set by initialize_weights, whose result does not depend on the layout.
         "perform_initialization": False,
         "use_cpu_initialization": device.type != "cuda",
-        # Fusions of transformer-engine and apex that torch does not have.
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
+        **implementation_fields(chosen),
         **({"fp8": fp8} if fp8 else {}),
     }
     check_recompute_modules(model.ffn, model.megatron)
     return with_further_fields(TransformerConfig, own, model.megatron, "model.megatron", model_fields(model.ffn))
 
 
+def _pipeline_fields(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """Fields of megatron-core's TransformerConfig: which layers are where, and how stages send."""
+    fields: dict[str, Any] = {"pipeline_model_parallel_size": parallel.pipeline_model_parallel_size}
+    if parallel.pipeline_layers is not None and parallel.pipeline_model_parallel_size > 1:
+        parts = [["decoder"] * count for count in parallel.layers_of_chunks(model.num_layers)]
+        parts[0].insert(0, "embedding")
+        parts[-1].append("loss")
+        fields["pipeline_model_parallel_layout"] = parts
+    if not parallel.interleaved:
+        return {**fields, "deallocate_pipeline_outputs": True}
+    return {
+        **fields,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        # With two stages, the next one is also the one before. Sent in one batch, an activation and a gradient between
+        # the same two processes are received in the wrong order: the run trains, with wrong gradients. Sent apart, each
+        # in turn, they are not mixed up.
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+        # A send may still be under way when megatron-core would free its tensor.
+        "deallocate_pipeline_outputs": False,
+    }
+
+
 def layer_spec(
-    model: ModelConfig, groups: ProcessGroupCollection, documents: PackedDocuments, dropout: Dropout
+    model: ModelConfig,
+    groups: ProcessGroupCollection,
+    documents: PackedDocuments,
+    dropout: Dropout,
+    *,
+    recompute_routing: bool = False,
+    chosen: Implementation = LOCAL,
 ) -> ModuleSpec:
     """One transformer layer: pre-norm attention with biases on q, k and v only, and the feed-forward layer.
 
@@ -126,42 +160,47 @@ def layer_spec(
         groups: the process groups, for the feed-forward layer.
         documents: shared by the modules that keep packed documents apart.
         dropout: shared by the modules that drop something.
+        recompute_routing: whether the backward pass makes slots and combine weights again.
+        chosen: the implementation.
     """
-    feed_forward = _feed_forward_spec(model, groups, documents)
+    parts = layer_parts(chosen)
+    feed_forward = _feed_forward_spec(model, groups, documents, recompute_routing)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=parts.input_norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=parts.linear_qkv,
                     core_attention=ModuleSpec(
-                        module=ScaledDotProductAttention, params={"documents": documents, "dropout": dropout}
+                        module=parts.attention, params={"documents": documents, "dropout": dropout}
                     ),
-                    linear_proj=RowParallelLinear,
+                    linear_proj=parts.linear_proj,
                     q_layernorm=Float32,
                     k_layernorm=Float32,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             # Without a feed-forward layer its norm and its residual connection go as well.
-            pre_mlp_layernorm=RMSNorm if feed_forward else IdentityOp,
+            pre_mlp_layernorm=parts.norm if feed_forward else IdentityOp,
             mlp=feed_forward or IdentityOp,
             mlp_bda=get_bias_dropout_add if feed_forward else IdentityFuncOp,
+            sharded_state_dict_keys_map=dict(parts.names),
         ),
     )
 
 
 def _feed_forward_spec(
-    model: ModelConfig, groups: ProcessGroupCollection, documents: PackedDocuments
+    model: ModelConfig, groups: ProcessGroupCollection, documents: PackedDocuments, recompute_routing: bool
 ) -> ModuleSpec | None:
     """What stands in the ``mlp`` slot; None for attention alone."""
     if model.ffn == "none":
         return None
     if model.ffn == "soft_moe":
-        return ModuleSpec(module=ParallelSoftMoE, params={"model": model, "groups": groups, "documents": documents})
+        shared = {"documents": documents, "recompute_routing": recompute_routing}
+        return ModuleSpec(module=ParallelSoftMoE, params={"model": model, "groups": groups, **shared})
     if model.ffn == "top_k_moe":
         return ModuleSpec(module=TopKMoE, params={"groups": groups})
     params = {"inner_size": model.ffn_hidden_size, "model": model, "groups": groups}
@@ -169,14 +208,27 @@ def _feed_forward_spec(
 
 
 def build_model(
+    model: ModelConfig, topology: Topology, precision: Precision = "float32", *, seed: int | None = None
+) -> GPTModel:
+    """This process's part of the model, under a layout that has one chunk on each.
+
+    Args: as for :func:`build_chunks`.
+    """
+    (stage,) = build_chunks(model, topology, precision, seed=seed)
+    return stage
+
+
+def build_chunks(
     model: ModelConfig,
     topology: Topology,
     precision: Precision = "float32",
     *,
     seed: int | None = None,
     fp8: str | None = None,
-) -> GPTModel:
-    """This process's part of the model.
+) -> list[GPTModel]:
+    """This process's parts of the model: one, or several under the interleaved schedule.
+
+    All of them share what is set before a forward pass, ``documents`` and ``dropout``.
 
     Args:
         model: the settings.
@@ -184,46 +236,42 @@ def build_model(
         precision: type of the weights.
         seed: of the initial weights; None leaves the matrices uninitialised, to be loaded.
         fp8: format of matrix products in FP8; None for none.
-
-    Raises:
-        ConfigError: ``fp8`` is set, and no layer of the model is transformer-engine's.
     """
-    config = transformer_config(model, topology.parallel, precision, topology.device, fp8)
+    chosen = choose_implementation(model.implementation, fully_sharded=topology.parallel.fsdp)
+    config = transformer_config(model, topology.parallel, precision, topology.device, chosen, fp8)
     if config.sequence_parallel:
         _name_random_state()
     groups = topology.groups
-    documents = PackedDocuments(groups.ep)
+    documents = PackedDocuments(slot_exchange_group(groups))
     dropout = Dropout(model.hidden_dropout, model.attention_dropout, groups, sequence_parallel=config.sequence_parallel)
-    spec = layer_spec(model, groups, documents, dropout)
+    routing = topology.parallel.recompute == "routing"
+    spec = layer_spec(model, groups, documents, dropout, recompute_routing=routing, chosen=chosen)
     # It warns of every feed-forward module that is not its own.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
-    block = TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config, pp_rank=groups.pp.rank()), layer_norm=RMSNorm
-    )
-    stage = GPTModel(
-        config=config,
-        transformer_layer_spec=block,
-        vocab_size=model.padded_vocab_size,
-        max_sequence_length=model.sequence_length,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="rope",
-        rotary_base=model.rotary_base,
-        pg_collection=groups,
-    )
-    if fp8 and not any(_TRANSFORMER_ENGINE in type(module).__module__ for module in stage.modules()):
-        raise ConfigError(
-            f"training.fp8 = {fp8} has no effect on this model: only transformer-engine's layers compute in FP8, and "
-            "it has none"
+    layers = topology.parallel.layers_of_chunks(model.num_layers)[groups.pp.rank() :: groups.pp.size()]
+    chunks, norm = [], layer_parts(chosen).norm
+    for number, count in enumerate(layers):
+        stage = GPTModel(
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=norm),
+            vocab_size=model.padded_vocab_size,
+            max_sequence_length=model.sequence_length,
+            pre_process=topology.is_first_stage and number == 0,
+            post_process=topology.is_last_stage and number == len(layers) - 1,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            rotary_base=model.rotary_base,
+            pg_collection=groups,
+            vp_stage=number if topology.parallel.interleaved else None,
         )
-    stage.documents = documents  # set before each forward pass, see NextToken
-    stage.register_forward_hook(lambda _stage, _inputs, output: documents.keep_for_backward(output))
-    _add_dropout(stage, dropout)
-    _mark_split_weights(stage)
-    if seed is not None:
-        initialize_weights(stage, model, seed)
-    return stage
+        stage.documents = documents  # set before each forward pass, see NextToken
+        stage.register_forward_hook(lambda _stage, _inputs, output: documents.keep_for_backward(output))
+        _add_dropout(stage, dropout)
+        _mark_split_weights(stage)
+        if seed is not None:
+            initialize_weights(stage, model, seed)
+        chunks.append(stage)
+    return chunks
 
 
 def _add_dropout(stage: GPTModel, dropout: Dropout) -> None:

@@ -20,15 +20,25 @@ SHARDS = "shards"
 """Attribute of a stage whose weights are sharded over data-parallel processes: this process's shards, by name."""
 
 
-def sharded_weights(stage: GPTModel) -> dict[str, ShardedTensor]:
-    """A stage's weights and their place in the whole model, by name.
+def sharded_weights(*chunks: GPTModel) -> dict[str, ShardedTensor]:
+    """A process's weights and their place in the whole model, by a name of its own.
 
     megatron-core also lists empty pickled objects (the state of transformer-engine's modules); they are left out, so
     that checkpoints hold tensors only.
+
+    Args:
+        chunks: the process's model chunks; the names of several begin with the chunk's number.
     """
-    if SHARDS in stage.__dict__:
-        return dict(stage.__dict__[SHARDS])
-    return {name: one for name, one in stage.sharded_state_dict().items() if isinstance(one, ShardedTensor)}
+    return {
+        name if len(chunks) == 1 else f"{number}.{name}": one
+        for number, chunk in enumerate(chunks)
+        for name, one in _of_chunk(chunk).items()
+        if isinstance(one, ShardedTensor)
+    }
+
+
+def _of_chunk(chunk: GPTModel) -> dict[str, object]:
+    return dict(chunk.__dict__[SHARDS] if SHARDS in chunk.__dict__ else chunk.sharded_state_dict())
 
 
 def storable(weights: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
@@ -64,7 +74,7 @@ def _fill(sharded: ShardedTensor, name: str, model: ModelConfig, seed: int) -> N
     if name.endswith("mlp.scale"):
         weight.fill_(model.routing_scale_init)
         return
-    if name.endswith("norm.weight") or name.endswith("layernorm.weight"):
+    if sharded.key.endswith("norm.weight"):
         weight.fill_(1.0)
         return
     if name.endswith(".bias"):

@@ -159,6 +159,11 @@ class SegmentPlan:
         """bool [B, S]: ``tensor[plan.real]`` of [B, S, ...] is [M, ...], without what rows are filled up with."""
         return self.lengths > 0
 
+    def to(self, device: torch.device) -> SegmentPlan:
+        """The same on another device."""
+        starts, lengths, follows = (tensor.to(device) for tensor in (self.starts, self.lengths, self.follows))
+        return SegmentPlan(starts, lengths, follows, self.total, self.longest, self.place_of_token.to(device))
+
     def to_segments(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, T, d] to [M, longest, d], zeros after the end of a segment."""
         places = tokens.new_zeros(self.total * self.longest, tokens.size(-1))
@@ -168,6 +173,15 @@ class SegmentPlan:
     def from_segments(self, results: torch.Tensor) -> torch.Tensor:
         """The way back of :meth:`to_segments`: [M, longest, d] to [B, T, d]."""
         return results.flatten(0, 1).index_select(0, self.place_of_token.flatten()).view(*self.place_of_token.shape, -1)
+
+
+def segments_of_tokens(document_starts: torch.Tensor, block_length: int) -> torch.Tensor:
+    """The number of each token's segment in its sequence: int64 [B, T], ascending.
+
+    Args: as for :func:`segment_plan`.
+    """
+    position = torch.arange(document_starts.size(1), device=document_starts.device) - document_starts
+    return (position % block_length == 0).long().cumsum(1) - 1
 
 
 def segment_plan(document_starts: torch.Tensor, block_length: int) -> SegmentPlan:
@@ -181,7 +195,7 @@ def segment_plan(document_starts: torch.Tensor, block_length: int) -> SegmentPla
     tokens = torch.arange(length, device=document_starts.device).expand(rows, length)
     position = tokens - document_starts
     opens = position % block_length == 0
-    segment = opens.long().cumsum(1) - 1  # of each token in its row
+    segment = segments_of_tokens(document_starts, block_length)
     segments = int(segment[:, -1].max()) + 1
     empty = torch.zeros(rows, segments, dtype=torch.int64, device=tokens.device)
     lengths = empty.scatter_add(1, segment, torch.ones_like(segment))

@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,8 @@ from steel_megatron.log import launched_rank
 from steel_megatron.parallel.agreement import any_rank
 from steel_megatron.parallel.rendezvous import TIMEOUT, connect, joining, named, store_is_rank0s
 from steel_megatron.parallel.stacks import Stillness, collective_of, is_of_a_collective, write_stacks
+from steel_megatron.signals import ignore_sigterm
+from steel_megatron.streams import complain
 
 BEAT_SECONDS = 0.5
 GRACE_SECONDS = 3.0
@@ -118,6 +119,7 @@ class Peers:
         self._store: dist.Store | None = None
         self._answered = time.monotonic()
         self._heard = 0
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Peers:
         self._still.look(self.phase())
@@ -129,8 +131,10 @@ class Peers:
             with joining():
                 any_rank(False)  # all hearts beat
             if self._store is not None:
-                threading.Thread(target=self._talk, name="peers-talk", daemon=True).start()
-        threading.Thread(target=self._judge, name="peers-judge", daemon=True).start()
+                self._threads.append(threading.Thread(target=self._talk, name="peers-talk", daemon=True))
+        self._threads.append(threading.Thread(target=self._judge, name="peers-judge", daemon=True))
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -142,6 +146,9 @@ class Peers:
                     any_rank(False)  # who leaves first must not look lost
         finally:
             self._over.set()
+            # Python aborts a process that ends while a thread of it is in C++.
+            for thread in self._threads:
+                thread.join(GRACE_SECONDS)
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -157,6 +164,7 @@ class Peers:
                 raise
             self._told_of = error
             self._main_thread_ends.set()
+            ignore_sigterm()
             if not is_of_a_collective(error):
                 code = ExitCode.WRONG_INPUT if isinstance(error, SteelError) else ExitCode.FAILED
                 text = " ".join(str(error).split())
@@ -298,8 +306,7 @@ class Peers:
         if self._over.is_set() or self._main_thread_ends.is_set():
             return
         prefix = f"[rank {self._rank}] " if launched_rank() else ""
-        sys.stderr.write(f"{prefix}error: {verdict.message}\n")
-        sys.stderr.flush()
+        complain(f"{prefix}error: {verdict.message}")
         os._exit(verdict.code)
 
     def _write_stacks(self, stand_still: list[int]) -> None:

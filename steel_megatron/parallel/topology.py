@@ -115,14 +115,18 @@ def first_host(node_list: str) -> str:
     return head + first + suffix.split(",")[0]
 
 
-def initialize(parallel: ParallelConfig) -> Topology:
+def initialize(parallel: ParallelConfig, launch: Launch | None = None) -> Topology:
     """Join the launch and build the process groups.
+
+    Args:
+        parallel: the degrees.
+        launch: this process's; None reads it from the environment.
 
     Raises:
         ConfigError: the number of processes does not fit the degrees.
         LostRankError: some processes did not come.
     """
-    launch = read_launch(os.environ)
+    launch = launch or read_launch(os.environ)
     parallel.data_parallel_size(launch.world_size)  # checks, before anything is started
     platform = prepare()
     timeout = _timeout(os.environ)
@@ -134,8 +138,12 @@ def initialize(parallel: ParallelConfig) -> Topology:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=(
+                parallel.virtual_pipeline_model_parallel_size if parallel.interleaved else None
+            ),
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_size,
             create_gloo_process_groups=True,
             distributed_timeout_minutes=int(timeout.total_seconds() // 60),
         )
@@ -174,6 +182,33 @@ def alone(task: str) -> Iterator[Topology]:
         yield initialize_alone(task)
     finally:
         if not there:
+            shutdown()
+
+
+@contextmanager
+def simulated(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[Topology]:
+    """The place of a rank in a launch of ``world_size`` processes, in this process alone.
+
+    What is built in the block has the shapes that it has on that rank, and no content.
+
+    Args:
+        parallel: the degrees.
+        rank: of the process to stand for.
+        world_size: processes of the launch.
+
+    Raises:
+        ConfigError: this process is one of several, or the number of processes does not fit the degrees.
+    """
+    from steel_megatron.platform.simulated import simulated_rank  # of torch's tools for tests, and slow to import
+
+    own = read_launch(os.environ)
+    if own.world_size != 1:
+        raise ConfigError(f"a layout is planned in one process; this launch has {own.world_size}")
+    prepare()
+    with simulated_rank(rank, world_size):
+        try:
+            yield initialize(parallel, Launch(rank, world_size, 0, "simulated"))
+        finally:
             shutdown()
 
 
@@ -233,14 +268,14 @@ class Topology:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this process holds the embedding."""
+        """Whether this process holds the embedding, in its first model chunk."""
         from megatron.core import parallel_state
 
         return parallel_state.is_pipeline_first_stage()
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this process holds the output layer and sees the loss."""
+        """Whether this process holds the output layer and sees the loss, in its last model chunk."""
         from megatron.core import parallel_state
 
         return parallel_state.is_pipeline_last_stage()

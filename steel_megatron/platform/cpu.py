@@ -75,7 +75,22 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Stands for synchronisation, cache and profiler-range calls, which a CPU does not need."""
 
 
+class _Stream:
+    """Stands for the one stream of work that a CPU has, and for an event in it; nothing has to wait."""
+
+    def wait_stream(self, stream: _Stream) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self) -> _Stream:
+        """What can be waited for."""
+        return self
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
 def _stand_in() -> _Overlay:
+    stream = _Stream()
     cuda = _Overlay(
         torch.cuda,
         current_device=lambda: "cpu",
@@ -86,8 +101,35 @@ def _stand_in() -> _Overlay:
         set_rng_state=lambda state, device=None: torch.set_rng_state(state),
         nvtx=_Overlay(torch.cuda.nvtx, range_push=_nothing, range_pop=_nothing),
         stream=lambda stream=None: contextlib.nullcontext(),
+        Stream=lambda *args, **kwargs: stream,
+        current_stream=lambda device=None: stream,
     )
     return _Overlay(torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in FACTORIES})
+
+
+def _already_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _optimizers_of_torch() -> None:
+    """Let megatron-core update with torch's optimizers, also where transformer-engine or apex is installed.
+
+    It takes theirs wherever they can be imported, as on the login node of a cluster; they need a GPU.
+    """
+    from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l2_norm, local_multi_tensor_scale
+
+    many = {"multi_tensor_applier": local_multi_tensor_applier, "multi_tensor_scale_impl": local_multi_tensor_scale}
+    theirs = {"HAVE_APEX_OR_TE": False, "USING_TE_OPTIMIZER": False, "USING_APEX_OPTIMIZER": False}
+    for name, own in (
+        ("", {"Adam": torch.optim.AdamW, "SGD": torch.optim.SGD, "USING_PYTORCH_OPTIMIZER": True}),
+        (".distrib_optimizer", {"Adam": torch.optim.Adam, **theirs}),
+        (".optimizer", many),
+        (".clip_grads", {**many, "l2_norm_impl": local_multi_tensor_l2_norm}),
+    ):
+        module = importlib.import_module(f"megatron.core.optimizer{name}")
+        missing = own.keys() - module.__dict__.keys()
+        assert not missing, f"{module.__name__} has no {', '.join(sorted(missing))} any more"
+        module.__dict__.update(own)
 
 
 def _called_from_megatron(depth: int = 2) -> bool:
@@ -134,6 +176,13 @@ def install() -> None:
     # These two reach below torch.cuda, into its generators.
     random.__dict__["_get_cuda_rng_state"] = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random.__dict__["_set_cuda_rng_state"] = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    # The router asks whether transformer-engine's matrix product is there by a name that is only there if it is.
-    sys.modules["megatron.core.transformer.moe.moe_utils"].__dict__.setdefault("te_general_gemm", None)
+    # Numbers of tokens for each process: only what comes from a CUDA device would be turned into what torch takes.
+    dispatcher = sys.modules["megatron.core.transformer.moe.token_dispatcher"]
+    assert hasattr(dispatcher, "maybe_move_tensor_to_cpu"), (
+        f"{dispatcher.__name__} moves no tensors to the CPU any more"
+    )
+    dispatcher.__dict__["maybe_move_tensor_to_cpu"] = _already_on_cpu
+    # The router takes transformer-engine's matrix product where it is, by a name that is only there if it is.
+    sys.modules["megatron.core.transformer.moe.moe_utils"].__dict__["te_general_gemm"] = None
+    _optimizers_of_torch()
     _patch_tensor_methods()

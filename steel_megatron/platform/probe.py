@@ -8,6 +8,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 
 import torch
 
@@ -36,22 +37,24 @@ class Platform:
         device: where tensors live.
         backend: torch.distributed's backend for that device.
         peak_flops: dense bfloat16 FLOP/s of one device, None where the device is not in the table.
-        transformer_engine: whether transformer-engine can be imported and a GPU is there.
-        apex: whether NVIDIA's apex can be imported and a GPU is there.
+        transformer_engine: transformer-engine's version; None where it is not installed or no GPU is there.
+        apex_norm: whether NVIDIA's apex is installed with its kernels for norms, and a GPU is there.
+        apex_gradients: the same for its kernel that accumulates the gradients of matrices.
     """
 
     device: torch.device
     backend: str
     peak_flops: float | None
-    transformer_engine: bool
-    apex: bool
+    transformer_engine: str | None
+    apex_norm: bool
+    apex_gradients: bool
 
 
 @cache
 def probe() -> Platform:
     """Look at the machine, once per process."""
     if not torch.cuda.is_available():
-        return Platform(torch.device("cpu"), "gloo", None, False, False)
+        return Platform(torch.device("cpu"), "gloo", None, None, False, False)
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     # A launcher may show each process only its own device.
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -62,10 +65,15 @@ def probe() -> Platform:
         device=device,
         backend="nccl",
         peak_flops=PEAK_BFLOAT16[max(matching, key=len)] if matching else None,
-        transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
-        # The package registry's "apex" is another project; only NVIDIA's has optimizers.
-        apex=importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is not None,
+        transformer_engine=version("transformer-engine") if _is_there("transformer_engine") else None,
+        # The package registry's "apex" is another project; only NVIDIA's has these extensions.
+        apex_norm=_is_there("apex") and _is_there("fused_layer_norm_cuda"),
+        apex_gradients=_is_there("fused_weight_gradient_mlp_cuda"),
     )
+
+
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 @cache

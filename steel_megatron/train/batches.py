@@ -10,10 +10,13 @@ import torch
 from steel_megatron.config import RunConfig
 from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, micro_batches, read_samples
 from steel_megatron.data.ledger.session import LedgerSession
+from steel_megatron.log import get_logger
 from steel_megatron.parallel.agreement import raise_if_any_rank_failed
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.objective.base import objective_of
 from steel_megatron.train.reading import Arrays, read_ahead
+
+logger = get_logger(__name__)
 
 
 class Batches:
@@ -44,6 +47,10 @@ class Batches:
                 for name, prefixes in run.data.validation_sets.items()
             }
         )
+        for name, samples in self.validation_sets.items() if topology.launch.rank == 0 else ():
+            if len(samples) < (batch := run.training.global_batch_size):
+                what = f"data.validation.{name}" if name else "data.validation"
+                logger.warning(f"{what} has {len(samples)} samples, fewer than one batch of {batch}; its loss is noisy")
 
     def training(self, consumed_samples: int) -> list[Any]:
         """This process's micro batches of the step that begins after ``consumed_samples`` samples."""
@@ -75,12 +82,15 @@ class Batches:
 
     def _validation_batches(self, samples: SequentialSamples) -> list[Any]:
         """The last ones are filled up with samples that do not count, so that none is left out."""
-        training = self._run.training
+        training, parallel = self._run.training, self._run.parallel
         count = min(len(samples), training.eval_steps * training.global_batch_size)
         samples_per_pass = training.micro_batch_size * self._topology.data_parallel_size
         first = self._topology.data_parallel_rank * training.micro_batch_size
+        # The interleaved schedule takes as many micro batches as there are stages, or a multiple.
+        together = samples_per_pass * (parallel.pipeline_model_parallel_size if parallel.interleaved else 1)
+        end = -(-count // together) * together
         batches = []
-        for start in range(first, count + first, samples_per_pass):
+        for start in range(first, end + first, samples_per_pass):
             own = range(start, start + training.micro_batch_size)
             numbers = [min(number, count - 1) for number in own]
             counts = torch.tensor([[float(number < count)] for number in own])

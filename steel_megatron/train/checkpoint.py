@@ -51,8 +51,8 @@ _READABLE = (1, 2)
 """Formats that can be read; the first one has SHA-256 of each file."""
 MANIFEST = "steel.json"
 NOT_COMPUTED = {"sequence_length", "init_method_std", "expert_init_method_std", "routing_scale_init"}
-NOT_COMPUTED |= {"moe_aux_loss_coeff", "identical_expert_init"}
-NOT_COMPUTED |= {"hidden_dropout", "attention_dropout"}
+NOT_COMPUTED |= {"moe_aux_loss_coeff", "moe_router_load_balancing_type", "identical_expert_init"}
+NOT_COMPUTED |= {"hidden_dropout", "attention_dropout", "implementation"}
 """Settings of a model that do not change what given weights compute: these may always differ from a checkpoint's."""
 ROUTING = {"routing_mode", "slot_input", "block_length", "moe_top_k"}
 """How tokens reach experts: a new run may choose it anew for the weights it begins with."""
@@ -87,7 +87,7 @@ class CheckpointInfo:
 
 def sharded_engine(engine: Engine) -> dict[str, Any]:
     """All of an engine's state, where it lies in memory; every process calls it."""
-    model = sharded_weights(engine.stage)
+    model = sharded_weights(*engine.chunks)
     state = OptimizerState(engine.optimizer, model)
     return {"model": storable(model), "optimizer": state.sharded, "random": random_states.sharded()}
 
@@ -116,7 +116,7 @@ def read_info(path: Path) -> CheckpointInfo:
         CheckpointError: the folder is not a whole checkpoint.
         ConfigError: its routing mode is code that has not been imported.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name, facts in manifest["files"].items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
@@ -149,7 +149,12 @@ def _model_of(manifest: Mapping[str, Any], path: Path) -> ModelConfig:
     return model
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint's ``steel.json`` says, checked as far as it goes without the other files.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of an unknown format.
+    """
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
@@ -180,7 +185,7 @@ def verify(path: Path, rank: int = 0, world_size: int = 1) -> None:
     Raises:
         CheckpointError: a file differs, or its index names something that does not belong there.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     compare_checksums(path, manifest["files"], rank, world_size)
     if rank == 0:
         check_metadata(path, manifest.get("norms", {}))
@@ -240,7 +245,7 @@ def go_back(run: RunConfig, step: int, check: Callable[[Path], None] = verify) -
 def _went_back_to(path: Path) -> int | None:
     """The step that the run had gone back to which saved a checkpoint."""
     try:
-        step: int | None = _read_manifest(path).get("resume_from")
+        step: int | None = read_manifest(path).get("resume_from")
     except CheckpointError:
         return None
     return step
@@ -288,7 +293,8 @@ def load(engine: Engine, info: CheckpointInfo) -> None:
     check_model(info, engine.run.model, resumes=True)
     if not info.has_optimizer:
         raise CheckpointError(f"{info.path} holds weights only and cannot be resumed; use checkpoint.init_from")
-    model = sharded_weights(engine.stage)
+    engine.before_update()
+    model = sharded_weights(*engine.chunks)
     state = OptimizerState(engine.optimizer, model)
     wanted: dict[str, Any] = {"optimizer": state.sharded}
     # Random states belong to processes; with another number of them there is nothing to give them back to.
@@ -322,10 +328,10 @@ def _saved_random_states(info: CheckpointInfo) -> dict[str, ShardedTensor]:
 
 
 def load_weights(stage: GPTModel, info: CheckpointInfo, model: ModelConfig) -> None:
-    """Load a checkpoint's weights into one pipeline stage; every process calls it.
+    """Load a checkpoint's weights into one model chunk; every process calls it.
 
     Args:
-        stage: this process's part of the model.
+        stage: this process's part of the model, or one of its parts.
         info: the checkpoint, saved under any layout.
         model: the settings of the stage's model.
 
@@ -333,8 +339,11 @@ def load_weights(stage: GPTModel, info: CheckpointInfo, model: ModelConfig) -> N
         CheckpointError: the checkpoint's settings differ in one that :func:`check_model` holds equal.
     """
     check_model(info, model, resumes=False)
+    weights = sharded_weights(stage)
+    own = sum(getattr(one, "_local_tensor", one).numel() for one in stage.parameters())  # of sharded ones, the shard
+    assert sum(one.data.numel() for one in weights.values()) == own
     with _loading_errors(info.path):
-        fill({"model": storable(sharded_weights(stage))}, info.path)
+        fill({"model": storable(weights)}, info.path)
 
 
 def tensor_names(info: CheckpointInfo) -> list[str]:

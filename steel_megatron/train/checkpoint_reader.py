@@ -25,7 +25,7 @@ from torch.futures import Future
 
 THREADS = 2
 """Of a process; each reads whole files."""
-_BYTES = "data/0"
+BYTES = "data/0"
 """The record of a tensor's bytes in what torch.save writes."""
 
 
@@ -75,14 +75,19 @@ class _Reader(FileSystemReader):
             return False
         place = self.storage_data[item.storage_index]
         archive = torch._C.PyTorchFileReader(self._slice_file(file, place))
-        layout = _Layout(io.BytesIO(archive.get_record("data.pkl"))).load()
-        if layout != (0, tuple(target.shape), target.stride()) or archive.get_record_size(_BYTES) != target.nbytes:
+        layout = (0, tuple(target.shape), target.stride())
+        if stored_layout(archive) != layout or archive.get_record_size(BYTES) != target.nbytes:
             return False
-        file.seek(place.offset + archive.get_record_offset(_BYTES))  # type: ignore[attr-defined]
+        file.seek(place.offset + archive.get_record_offset(BYTES))  # type: ignore[attr-defined]
         if file.readinto(target.flatten().view(torch.uint8).numpy()) != target.nbytes:  # type: ignore[attr-defined]
             raise EOFError(f"{place.relative_path} ends within a tensor")
         planner.commit_tensor(item, target)
         return True
+
+
+def stored_layout(archive: Any) -> Any:
+    """Offset, sizes and strides of the tensor in an archive that torch.save wrote (torch's PyTorchFileReader)."""
+    return _Layout(io.BytesIO(archive.get_record("data.pkl"))).load()
 
 
 class _Layout(pickle.Unpickler):

@@ -1,9 +1,9 @@
 """Saves that are either whole or not there, and that training need not wait for.
 
-A save copies the state to memory of this machine while training waits. Threads write the copy to a folder with a
-temporary name (:mod:`.checkpoint_writer`). When all processes are done, all of them together finish it between two
-steps: settings, index and checksums are written, and the folder gets its final name. A state with a number that is
-not finite gets none.
+A thread copies the state to memory of this machine (:mod:`.checkpoint_copy`); only the next update waits for it. Other
+threads write the copy to a folder with a temporary name (:mod:`.checkpoint_writer`). When all processes are done, all
+of them together finish it between two steps: settings, index and checksums are written, and the folder gets its final
+name. A state with a number that is not finite gets none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,8 @@ from steel_megatron.parallel.agreement import any_rank, on_rank0, raise_if_any_r
 from steel_megatron.train import bad_steps
 from steel_megatron.train.checkpoint import FORMAT, MANIFEST, manifest_checksum, path_of, reason, sharded_engine
 from steel_megatron.train.checkpoint_checksums import ALGORITHM, checksum_of
-from steel_megatron.train.checkpoint_writer import HostMemory, Planner, ShardWriter, Written, write_index
+from steel_megatron.train.checkpoint_copy import Copy, HostMemory
+from steel_megatron.train.checkpoint_writer import Planner, ShardWriter, Written, write_index
 from steel_megatron.train.engine import Engine
 
 
@@ -40,12 +41,13 @@ class Saver:
 
     Args:
         run: the run's settings.
+        copies: whether to write from copies, so that training may go on; None for ``checkpoint.async_save``.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, *, copies: bool | None = None) -> None:
         self._run = run
         self._planner = Planner()
-        self._memory = HostMemory() if run.checkpoint.async_save else None
+        self._memory = HostMemory() if (run.checkpoint.async_save if copies is None else copies) else None
         self._under_way: _Save | None = None
 
     @property
@@ -55,6 +57,8 @@ class Saver:
 
     def begin(self, engine: Engine, consumed_samples: int, ledger: Ledger | None = None) -> Path | None:
         """Begin to save a run's state as ``checkpoints/step_...``, with its ledger.
+
+        It is the state of now that is saved: the engine's next update waits until it is copied.
 
         Args:
             engine: the run's engine, between two steps.
@@ -75,8 +79,9 @@ class Saver:
         facts = _facts(run.model, engine.step_number, consumed_samples, engine.topology.describe())
         if history is not None:
             facts["data_fingerprint"] = history.fingerprint(consumed_samples)
+        state = sharded_engine(engine)
         self._under_way = _begin_save(
-            sharded_engine(engine),
+            state,
             final,
             {**facts, "resume_from": run.checkpoint.resume_from},
             self._planner,
@@ -85,9 +90,16 @@ class Saver:
                 | ({"ledger.json": dumps(history)} if history else {})
             ),
             self._memory,
+            _steady_storages(engine, state),
             read_back=run.checkpoint.keep_last is not None,  # an older one goes for it
         )
+        engine.before_update = self.wait_for_copy
         return earlier
+
+    def wait_for_copy(self) -> None:
+        """Return when weights and the optimizer's state may change; this process alone may call it."""
+        if self._under_way is not None and self._under_way.copy is not None:
+            self._under_way.copy.wait()
 
     def poll(self) -> Path | None:
         """Finish the save under way if it is written on all processes; returns its folder if so."""
@@ -116,9 +128,11 @@ class Saver:
 
     def give_up(self) -> None:
         """Leave the save under way unfinished; this process alone may call it."""
-        if self._under_way is not None:
-            self._under_way.writer.give_up()
-            self._under_way = None
+        save, self._under_way = self._under_way, None
+        if save is not None:
+            if save.copy is not None:
+                save.copy.give_up()
+            save.writer.give_up()
 
 
 def save(engine: Engine, consumed_samples: int, ledger: Ledger | None = None) -> Path:
@@ -135,7 +149,7 @@ def save(engine: Engine, consumed_samples: int, ledger: Ledger | None = None) ->
     Raises:
         CheckpointError: it cannot be written (disk full, folder read-only). What was there before stays.
     """
-    saver = Saver(engine.run)
+    saver = Saver(engine.run, copies=False)
     saver.begin(engine, consumed_samples, ledger)
     path = saver.finish()
     assert path is not None
@@ -175,6 +189,7 @@ class _Save:
         facts: what the manifest says, but for the files.
         index: of all tensors; on the first process only.
         writer: writes this process's tensors.
+        copy: of the tensors, which it writes from; None if it writes the run's own.
     """
 
     final: Path
@@ -182,6 +197,7 @@ class _Save:
     facts: dict[str, Any]
     index: Metadata | None
     writer: ShardWriter
+    copy: Copy | None
 
 
 def _facts(model: ModelConfig, step: int, consumed_samples: int, layout: str) -> dict[str, Any]:
@@ -193,7 +209,8 @@ def _facts(model: ModelConfig, step: int, consumed_samples: int, layout: str) ->
         "layout": layout,
         "world_size": dist.get_world_size(),
         "data_fingerprint": "",
-        "model": to_dict(model),
+        # What computed it is no property of the weights.
+        "model": {name: value for name, value in to_dict(model).items() if name != "implementation"},
     }
 
 
@@ -204,6 +221,7 @@ def _begin_save(
     planner: Planner,
     texts: Callable[[], dict[str, str]] = dict,
     memory: HostMemory | None = None,
+    steady: Container[int] = (),
     *,
     read_back: bool = False,
 ) -> _Save:
@@ -216,6 +234,7 @@ def _begin_save(
         planner: says who writes what.
         texts: the files next to the tensors, by name; called in a thread.
         memory: where the tensors are copied to before they are written.
+        steady: storages that stay as they are until the copy's ``wait`` returns.
         read_back: whether to read each file again from the disk, and compare.
     """
     partial = final.with_name(f".{final.name}.partial")
@@ -229,10 +248,18 @@ def _begin_save(
     tensors, index = planner.plan(sharded)
     # What the first process does alone fails on all of them, or the others would wait for it.
     on_rank0(lambda: _begin(partial, final))
-    if memory is not None:
-        tensors = memory.copy(tensors)
+    copy = Copy(memory, tensors, steady) if memory is not None else None
+    own = {item.index: tensor for item, tensor in tensors}
     settings = (lambda: _write_settings(partial, common, texts())) if dist.get_rank() == 0 else None
-    return _Save(final, partial, facts, index, ShardWriter(partial, tensors, settings, read_back=read_back))
+    items, given = [item for item, _ in tensors], copy.result if copy is not None else lambda: own
+    return _Save(final, partial, facts, index, ShardWriter(partial, items, given, settings, read_back=read_back), copy)
+
+
+def _steady_storages(engine: Engine, state: dict[str, Any]) -> set[int]:
+    """Addresses of memory that only an update changes: optimized weights and the optimizer's state, but no buffers."""
+    weights = (one.data for model in engine.models for one in model.parameters() if one.requires_grad)
+    means = (one.data for one in state["optimizer"].values())
+    return {tensor.untyped_storage().data_ptr() for tensors in (weights, means) for tensor in tensors}
 
 
 def _finish_save(save: _Save) -> None:
@@ -259,7 +286,7 @@ def _finish_save(save: _Save) -> None:
 def _disk_errors(final: Path, partial: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
         raise CheckpointError(
             f"could not write the checkpoint {final}: {reason(error)}; earlier ones are untouched"
@@ -293,20 +320,34 @@ def _finish(partial: Path, final: Path, facts: dict[str, Any], index: Metadata |
     with _disk_errors(final, partial):
         if index is not None:
             write_index(partial, index, together)
-        files = sorted(partial.iterdir())
-        for name, written_file in together.files.items():
-            if not (partial / name).is_file() or (partial / name).stat().st_size != written_file["bytes"]:
-                raise OSError(f"{partial / name} is not there as it was written")
-        found = together.files | {
-            path.name: {"bytes": path.stat().st_size, ALGORITHM: checksum_of(path)}
-            for path in files
-            if path.name not in together.files
-        }
-        norms = {key: math.sqrt(square) for key, square in sorted(together.squares.items())}
-        manifest = {**facts, "norms": norms, "files": found}
-        content = json.dumps({**manifest, "sha256": manifest_checksum(manifest)}, indent=1)
-        (partial / MANIFEST).write_text(content, encoding="utf-8")
+        write_manifest(partial, facts, together)
         replace_folder(partial, final)
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any], written: Written) -> None:
+    """Write ``steel.json`` into a folder that holds everything else.
+
+    Args:
+        folder: the checkpoint's, under its temporary name.
+        facts: what it says of the run.
+        written: what was written of the tensors.
+
+    Raises:
+        OSError: a file is not there as it was written.
+    """
+    files = sorted(folder.iterdir())
+    for name, one in written.files.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != one["bytes"]:
+            raise OSError(f"{folder / name} is not there as it was written")
+    found = written.files | {
+        path.name: {"bytes": path.stat().st_size, ALGORITHM: checksum_of(path)}
+        for path in files
+        if path.name not in written.files
+    }
+    norms = {key: math.sqrt(square) for key, square in sorted(written.squares.items())}
+    manifest = {**facts, "norms": norms, "files": found}
+    content = json.dumps({**manifest, "sha256": manifest_checksum(manifest)}, indent=1)
+    (folder / MANIFEST).write_text(content, encoding="utf-8")
 
 
 def _remove_old(run: RunConfig, final: Path) -> None:

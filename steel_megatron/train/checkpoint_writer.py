@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -69,26 +69,6 @@ class Written:
             self.squares[key] = self.squares.get(key, 0.0) + square
 
 
-class HostMemory:
-    """Memory of this machine that keeps copies of tensors, the same memory from save to save."""
-
-    def __init__(self) -> None:
-        self._copies: dict[MetadataIndex, torch.Tensor] = {}
-
-    def copy(self, tensors: Iterable[tuple[WriteItem, torch.Tensor]]) -> list[tuple[WriteItem, torch.Tensor]]:
-        """Copies that stay as they are until the next call."""
-        copied = []
-        for item, tensor in tensors:
-            own = self._copies.get(item.index)
-            if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
-                own = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._copies[item.index] = own
-            copied.append((item, own.copy_(tensor, non_blocking=True)))
-        if any(tensor.is_cuda for _, tensor in copied):
-            torch.cuda.synchronize()
-        return copied
-
-
 class Planner:
     """Who writes what. While the layout of the state stays the same, so does the plan."""
 
@@ -137,7 +117,8 @@ class ShardWriter:
 
     Args:
         folder: it must be there.
-        tensors: they must stay as they are until all is written.
+        items: what to write.
+        tensors: gives them; called by each thread, it may wait. They must stay as they are until all is written.
         others: writes files of another kind, in a thread as well.
         read_back: whether to read each file again from the disk, and compare.
     """
@@ -145,14 +126,15 @@ class ShardWriter:
     def __init__(
         self,
         folder: Path,
-        tensors: Sequence[tuple[WriteItem, torch.Tensor]],
+        items: Sequence[WriteItem],
+        tensors: Callable[[], Mapping[MetadataIndex, torch.Tensor]],
         others: Callable[[], None] | None = None,
         *,
         read_back: bool = False,
     ) -> None:
         self._given_up, self._read_back = threading.Event(), read_back
-        of_item = {item.index: tensor for item, tensor in tensors}
-        shares = [share for share in _split_by_size_and_type(FILES, [item for item, _ in tensors]) if share]
+        self._tensors = tensors
+        shares = [share for share in _split_by_size_and_type(FILES, list(items)) if share]
         threads = ThreadPoolExecutor(FILES + 1, "checkpoint")
 
         def rest() -> Written:
@@ -161,15 +143,11 @@ class ShardWriter:
             return Written()
 
         self._futures: list[Future[Written]] = [
-            threads.submit(rest),
             *(
-                threads.submit(
-                    self._write,
-                    folder / f"__{dist.get_rank()}_{number}.distcp",
-                    [(item, of_item[item.index]) for item in share],
-                )
+                threads.submit(self._write, folder / f"__{dist.get_rank()}_{number}.distcp", share)
                 for number, share in enumerate(shares)
             ),
+            threads.submit(rest),  # the last one, as it does not wait for a copy: this thread has gone on by then
         ]
         threads.shutdown(wait=False)
 
@@ -200,29 +178,52 @@ class ShardWriter:
         for future in self._futures:
             future.exception()
 
-    def _write(self, path: Path, tensors: Sequence[tuple[WriteItem, torch.Tensor]]) -> Written:
-        written = Written()
-        with path.open("wb") as file, _without_crc32():
-            stream = _HashingFile(file)
-            for item, tensor in tensors:
+    def _write(self, path: Path, items: Sequence[WriteItem]) -> Written:
+        tensors = self._tensors()
+
+        def wanted() -> Iterator[tuple[MetadataIndex, torch.Tensor]]:
+            for item in items:
                 if self._given_up.is_set():
                     raise CheckpointError(f"{path} was given up")
-                written.add(Written(squares={item.index.fqn: _square(item, tensor)}))
-                start = stream.size
-                torch.save(alone_in_storage(tensor), stream)  # type: ignore[arg-type] # it only writes
-                stream.begin_sync()
-                written.places[item.index] = _StorageInfo(path.name, start, stream.size - start)
-            file.flush()
-            os.fsync(file.fileno())
-            if self._read_back:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
-        if self._read_back and checksum_of(path) != stream.hash.hexdigest():
-            raise OSError(f"{path} reads back other than it was written")
-        written.files[path.name] = {"bytes": stream.size, ALGORITHM: stream.hash.hexdigest()}
-        return written
+                yield item.index, tensors[item.index]
+
+        return write_file(path, wanted(), read_back=self._read_back)
 
 
-def _square(item: WriteItem, tensor: torch.Tensor) -> float:
+def write_file(
+    path: Path, tensors: Iterable[tuple[MetadataIndex, torch.Tensor]], *, read_back: bool = False
+) -> Written:
+    """Write tensors to one file, sync it, and say where they lie.
+
+    Args:
+        path: the file.
+        tensors: they may be made one at a time; none is kept.
+        read_back: whether to read the file again from the disk, and compare.
+
+    Raises:
+        OSError, RuntimeError: the disk is full, or the file reads back other than it was written.
+        CheckpointError: a tensor is not finite.
+    """
+    written = Written()
+    with path.open("wb") as file, _without_crc32():
+        stream = _HashingFile(file)
+        for index, tensor in tensors:
+            written.add(Written(squares={index.fqn: _square(index, tensor)}))
+            start = stream.size
+            torch.save(alone_in_storage(tensor), stream)  # type: ignore[arg-type] # it only writes
+            stream.begin_sync()
+            written.places[index] = _StorageInfo(path.name, start, stream.size - start)
+        file.flush()
+        os.fsync(file.fileno())
+        if read_back:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+    if read_back and checksum_of(path) != stream.hash.hexdigest():
+        raise OSError(f"{path} reads back other than it was written")
+    written.files[path.name] = {"bytes": stream.size, ALGORITHM: stream.hash.hexdigest()}
+    return written
+
+
+def _square(index: MetadataIndex, tensor: torch.Tensor) -> float:
     """The sum of a tensor's squared values; that it is finite is the quickest proof that they all are.
 
     Raises:
@@ -234,9 +235,9 @@ def _square(item: WriteItem, tensor: torch.Tensor) -> float:
     if not math.isfinite(norm):
         wrong = int((~torch.isfinite(tensor)).sum())
         if wrong:
-            at = list(item.index.offset or ())
+            at = list(index.offset or ())
             raise CheckpointError(
-                f"{item.index.fqn} (the part at {at}) holds {wrong:,} of {tensor.numel():,} numbers that are not finite"
+                f"{index.fqn} (the part at {at}) holds {wrong:,} of {tensor.numel():,} numbers that are not finite"
             )
         norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))  # the squares were too large for float32
     return norm * norm

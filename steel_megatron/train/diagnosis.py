@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,25 +14,26 @@ from megatron.core.models.gpt import GPTModel
 PARTS = ("self_attention", "mlp")
 
 
-def where_forward_fails(
-    stage: GPTModel, weights: Mapping[str, torch.nn.Parameter], forward: Callable[[], object]
-) -> str:
+Weights = Sequence[Mapping[str, torch.nn.Parameter]]
+"""What this process holds of each chunk's weights, by name."""
+
+
+def where_forward_fails(chunks: Sequence[GPTModel], weights: Weights, forward: Callable[[], object]) -> str:
     """Which part of the model first gives a value that is not finite; every process of the launch calls it.
 
     Args:
-        stage: this process's part of the model.
-        weights: what this process holds of its weights, by name.
+        chunks: this process's parts of the model.
+        weights: of each chunk.
         forward: computes the batches again that went wrong.
 
     Returns:
         such as ``layer 3's mlp (at token 17 of sequence 0), from finite inputs``.
     """
     found: list[tuple[int, str]] = []
-    for name, parameter in weights.items():
+    for number, name, parameter in _parameters(chunks, weights):
         if not torch.isfinite(parameter).all():
-            number = _layer_number(stage, name)
             found.append((3 * number, f"the weight {name} of layer {number}" if number else f"the weight {name}"))
-    with _watching(stage, found):
+    with _watching(chunks, found):
         forward()
     return _earliest(found) or (
         "in no weight and no layer: the sum of the losses overflows, or computing the same batch again gave finite "
@@ -40,23 +41,22 @@ def where_forward_fails(
     )
 
 
-def where_backward_fails(stage: GPTModel, weights: Mapping[str, torch.nn.Parameter]) -> str:
+def where_backward_fails(chunks: Sequence[GPTModel], weights: Weights) -> str:
     """Which weight's gradient is not finite, nearest to the loss; every process of the launch calls it.
 
     Args:
-        stage: this process's part of the model.
-        weights: what this process holds of its weights, by name.
+        chunks: this process's parts of the model.
+        weights: of each chunk.
     """
     found = []
-    for name, parameter in weights.items():
-        if not torch.isfinite(parameter.main_grad).all():  # type: ignore[attr-defined] # megatron-core's
-            number = _layer_number(stage, name)
+    for number, name, parameter in _parameters(chunks, weights):
+        if not torch.isfinite(parameter.main_grad).all():
             found.append((-number, f"the gradient of {name}" + (f" (layer {number})" if number else "")))
     return _earliest(found) or "no single gradient: their norm overflows"
 
 
 @contextmanager
-def _watching(stage: GPTModel, found: list[tuple[int, str]]) -> Iterator[None]:
+def _watching(chunks: Sequence[GPTModel], found: list[tuple[int, str]]) -> Iterator[None]:
     """Notes each part of a layer that gives something not finite."""
 
     def watch(number: int, part: str) -> Callable[..., None]:
@@ -78,7 +78,8 @@ def _watching(stage: GPTModel, found: list[tuple[int, str]]) -> Iterator[None]:
 
     handles = [
         getattr(layer, part).register_forward_hook(watch(layer.layer_number, part), with_kwargs=True)
-        for layer in stage.decoder.layers
+        for chunk in chunks
+        for layer in chunk.decoder.layers
         for part in PARTS
     ]
     try:
@@ -88,10 +89,12 @@ def _watching(stage: GPTModel, found: list[tuple[int, str]]) -> Iterator[None]:
             handle.remove()
 
 
-def _layer_number(stage: GPTModel, name: str) -> int:
-    """The number of a parameter's layer in the whole model, from 1; 0 outside the layers."""
-    match = re.search(r"\bdecoder\.layers\.(\d+)\.", name)
-    return stage.decoder.layers[int(match[1])].layer_number if match else 0
+def _parameters(chunks: Sequence[GPTModel], weights: Weights) -> Iterator[tuple[int, str, Any]]:
+    """Each parameter with its name, and before it the number of its layer in the whole model, from 1; 0 outside."""
+    for chunk, own in zip(chunks, weights, strict=True):
+        for name, parameter in own.items():
+            match = re.search(r"\bdecoder\.layers\.(\d+)\.", name)
+            yield chunk.decoder.layers[int(match[1])].layer_number if match else 0, name, parameter
 
 
 def _earliest(found: list[tuple[int, str]]) -> str:

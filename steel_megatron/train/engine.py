@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from steel_megatron.config import RunConfig
 from steel_megatron.config.megatron import LOSS_SCALE_FIELDS, OPTIMIZER_FIELDS
-from steel_megatron.errors import TrainingError
+from steel_megatron.errors import ConfigError, TrainingError
 from steel_megatron.model.megatron_fields import with_further_fields
-from steel_megatron.model.spec import DTYPES, build_model
+from steel_megatron.model.spec import DTYPES, build_chunks
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.bad_steps import BadSteps, agreed
 from steel_megatron.train.data_parallel import Replicated
@@ -30,7 +30,7 @@ from steel_megatron.train.diagnosis import where_backward_fails, where_forward_f
 from steel_megatron.train.fully_sharded import FullySharded, reduce_over_all_ranks
 from steel_megatron.train.loss_scale import LossScale, first_loss_scale
 from steel_megatron.train.objective import Term
-from steel_megatron.train.objective.base import LossFunction, objective_of
+from steel_megatron.train.objective.base import objective_of
 from steel_megatron.train.optimizer_state import OptimizerState, allocate_state, optimizers_of
 
 _DECAY_STYLES = {
@@ -86,38 +86,61 @@ class Engine:
         run: the run's settings.
         topology: the process groups.
         stage: this process's part of the model; None builds it with the run's seed.
+
+    Attributes:
+        before_update: called before anything changes weights or the optimizer's state, which a save may be copying.
+        models: what :attr:`chunks` are, each with its gradients.
     """
 
     def __init__(self, run: RunConfig, topology: Topology, stage: GPTModel | None = None) -> None:
         self.run, self.topology = run, topology
         self.groups = topology.groups
         training = run.training
-        self._stage = stage or build_model(
-            run.model, topology, training.precision, seed=training.seed, fp8=training.fp8
+        self._chunks = (
+            [stage]
+            if stage
+            else build_chunks(run.model, topology, training.precision, seed=training.seed, fp8=training.fp8)
         )
-        self.config = self._stage.config
-        self.objective = objective_of(run).build(run, topology, self._stage)
+        self.config = self._chunks[0].config
+        self.objective = objective_of(run).build(run, topology, self._chunks[0])
         self.step_number = 0
-        self.model: Replicated | FullySharded = (FullySharded if topology.parallel.fsdp else Replicated)(
-            self._stage, topology
-        )
+        self.before_update: Callable[[], None] = lambda: None
+        kind = FullySharded if topology.parallel.fsdp else Replicated
+        self.models: list[Replicated | FullySharded] = [kind(chunk, topology) for chunk in self._chunks]
         self.optimizer = self._optimizer()
         self.loss_scale = LossScale(self.optimizer) if run.training.precision == "float16" else None
         self.bad_steps = BadSteps(run.training, self.loss_scale)
         self.scheduler = self._scheduler()
         self.config.finalize_model_grads_func = finalize_model_grads
-        self.config.no_sync_func = self.model.no_sync
+        no_syncs = [model.no_sync for model in self.models]
+        self.config.no_sync_func = no_syncs if topology.parallel.interleaved else no_syncs[0]
         self.config.grad_scale_func = self.optimizer.scale_loss if self.loss_scale else None
 
     @property
+    def chunks(self) -> list[GPTModel]:
+        """This process's parts of the model, in the order of their layers, with the weights of the last step: one, or
+        several under the interleaved schedule."""
+        for model in self.models:
+            model.wait_for_weights()
+        return self._chunks
+
+    @property
     def stage(self) -> GPTModel:
-        """This process's part of the model, with the weights of the last step."""
-        self.model.wait_for_weights()
-        return self._stage
+        """This process's only part of the model.
+
+        Raises:
+            ConfigError: it has several.
+        """
+        if len(self._chunks) > 1:
+            raise ConfigError(
+                f"each process has {len(self._chunks)} model chunks (parallel.virtual_pipeline_model_parallel_size): "
+                "use chunks, not stage or model, which only a process with a single one has"
+            )
+        return self.chunks[0]
 
     def _optimizer(self) -> MegatronOptimizer:
         settings = self.run.optimizer
-        sharded = isinstance(self.model, FullySharded)
+        sharded = self.topology.parallel.fsdp
         precision = self.run.training.precision
         in_float16 = precision == "float16"
         labels = self.run.training.micro_batch_size * self.run.model.sequence_length
@@ -142,7 +165,7 @@ class Engine:
             "optimizer.megatron",
             OPTIMIZER_FIELDS + (LOSS_SCALE_FIELDS if in_float16 else ()),
         )
-        optimizer = get_megatron_optimizer(config, [self.model])
+        optimizer = get_megatron_optimizer(config, self.models)
         if sharded:
             reduce_over_all_ranks(optimizer)
         allocate_state(optimizer)
@@ -173,8 +196,9 @@ class Engine:
         Returns:
             the objective's terms over the global batch.
         """
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.train()
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._run(batches, forward_only=False)
 
@@ -200,8 +224,10 @@ class Engine:
         self.scheduler.step(increment=1)  # so that step n uses the rate of step n, not of step n - 1
         lr = max(group["lr"] for group in self.optimizer.param_groups if group["default_config"])  # not decoupled_lr
         if skipped is None:
+            self.before_update()
             self._update(norm)
-        self.model.begin_to_gather()
+        for model in self.models:
+            model.begin_to_gather()
         scale = None
         if self.loss_scale is not None:
             scale = self.loss_scale.value
@@ -220,16 +246,18 @@ class Engine:
     def _where_it_fails(self, batches: Sequence[Any], loss: float, norm: float) -> str:
         """What the model says of numbers that are wrong on all processes."""
         if not math.isfinite(loss):
-            where = where_forward_fails(self.stage, self._weights, lambda: self.evaluate(batches))
+            where = where_forward_fails(self.chunks, self._weights, lambda: self.evaluate(batches))
             return f"The first number that is not finite: {where}"
         if not math.isfinite(norm):
-            return f"Nearest to the loss: {where_backward_fails(self.stage, self._weights)}"
+            return f"Nearest to the loss: {where_backward_fails(self.chunks, self._weights)}"
         return "All numbers are finite"
 
     @property
-    def _weights(self) -> dict[str, torch.nn.Parameter]:
-        """What this process holds of the weights, by their names in the stage."""
-        return {name.removeprefix("module."): weight for name, weight in self.model.named_parameters()}
+    def _weights(self) -> list[dict[str, torch.nn.Parameter]]:
+        """What this process holds of each chunk's weights, by their names in the chunk."""
+        return [
+            {name.removeprefix("module."): weight for name, weight in model.named_parameters()} for model in self.models
+        ]
 
     def resume_at(self, step: int, optimizer_state: OptimizerState) -> None:
         """Resume after ``step`` steps, with an optimizer state that was filled from a checkpoint."""
@@ -240,7 +268,8 @@ class Engine:
 
     def evaluate(self, batches: Sequence[Any]) -> dict[str, Term]:
         """The objective's terms over all processes' micro batches, without training on them."""
-        self.model.eval()
+        for model in self.models:
+            model.eval()
         with torch.no_grad():
             return self._run(batches, forward_only=True)
 
@@ -248,16 +277,18 @@ class Engine:
         sizes, step = self.objective.sizes(batches[0]), self.step_number + 1
         size, topology = sizes["micro_batch_size"], self.topology
         apart = size * topology.data_parallel_size
-        firsts = itertools.count(size * topology.data_parallel_rank, apart)  # of micro batches in the global batch
 
-        def forward_step(iterator: Iterator[Any], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
-            self._stage.dropout.set(self.run.training.seed, step, next(firsts))
-            return self.objective.forward_step(iterator, model)
+        def read() -> Iterator[Any]:
+            """The micro batches, for one chunk; each sets the dropout of its forward pass."""
+            firsts = itertools.count(size * topology.data_parallel_rank, apart)  # of micro batches in the global batch
+            for batch, first in zip(batches, firsts, strict=False):
+                self._chunks[0].dropout.set(self.run.training.seed, step, first)
+                yield batch
 
         reports = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.model],
+            forward_step_func=self.objective.forward_step,
+            data_iterator=[read() for _ in self._chunks] if topology.parallel.interleaved else read(),
+            model=self.models,
             num_microbatches=len(batches),
             forward_only=forward_only,
             **sizes,

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from steel_megatron.model.experts import Experts
+from steel_megatron.model.top_k_moe import TopKMoE
 from steel_megatron.model.weights import SHARDS, sharded_weights
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.optimizer_state import optimizers_of
@@ -32,7 +33,7 @@ from steel_megatron.train.optimizer_state import optimizers_of
 class FullySharded(_BaseDataParallel):
     """A pipeline stage whose weights are sharded over the data- and context-parallel processes.
 
-    Experts that expert-parallel processes share are sharded over the processes that hold the same ones.
+    Experts that are cut over other processes than the rest are sharded over the processes that hold the same ones.
 
     Args:
         stage: this process's part of the model, whole over data-parallel processes. It is sharded in place, and its
@@ -45,7 +46,7 @@ class FullySharded(_BaseDataParallel):
         # Only what megatron-core asks of any data parallelism; it must not take this for its own FSDP.
         self.ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
         whole = sharded_weights(stage)
-        names = {id(parameter): name for name, parameter in stage.named_parameters()}
+        places = {key: (one, *_place(stage, one.data)) for key, one in whole.items()}
         marks = {name: dict(vars(parameter)) for name, parameter in stage.named_parameters()}
         policy = MixedPrecisionPolicy(
             param_dtype=stage.config.params_dtype,
@@ -60,24 +61,35 @@ class FullySharded(_BaseDataParallel):
             shard = torch.nn.Parameter(cast(DTensor, sharded)._local_tensor)
             shard.__dict__.update(marks[name])
             self._sharded[name] = cast(DTensor, sharded), shard
-        stage.__dict__[SHARDS] = {
-            key: own for key, one in whole.items() if (own := self._shard_of(one, names[id(one.data)])) is not None
-        }
+        stage.__dict__[SHARDS] = {key: own for key, one in places.items() if (own := self._shard_of(*one)) is not None}
 
-    def _shard_of(self, whole: ShardedTensor, name: str) -> ShardedTensor | None:
-        """This process's shard of a weight in a checkpoint; None if it has none."""
+    def _shard_of(self, whole: ShardedTensor, name: str, row: int) -> ShardedTensor | None:
+        """This process's shard of a tensor in a checkpoint, which is part of a parameter; None if it has none of it.
+
+        Args:
+            whole: the tensor, as it is without data parallelism.
+            name: of the parameter.
+            row: the parameter's row that the tensor begins with.
+        """
         sharded, shard = self._sharded[name]
-        if not shard.numel():
-            return None
         (placement,) = sharded.placements
         dim, ranks = cast(Shard, placement).dim, sharded.device_mesh.size()
+        first = -(-sharded.size(dim) // ranks) * sharded.device_mesh.get_local_rank()  # along the axis that is cut
         offset = list(whole.global_offset)
-        offset[whole.prepend_axis_num + dim] += -(-sharded.size(dim) // ranks) * sharded.device_mesh.get_local_rank()
+        if dim == 0:
+            begin, end = max(row, first), min(row + whole.local_shape[0], first + shard.size(0))
+            own = shard[begin - first : max(end, begin) - first]
+            offset[whole.prepend_axis_num] += begin - row
+        else:
+            own = shard[row : row + whole.local_shape[0]]
+            offset[whole.prepend_axis_num + dim] += first
+        if not own.numel():
+            return None
         return replace(
             whole,
-            data=shard,
+            data=shard if own.numel() == shard.numel() else own.detach(),
             dtype=shard.dtype,
-            local_shape=tuple(shard.shape),
+            local_shape=tuple(own.shape),
             global_offset=tuple(offset),
             axis_fragmentations=None,  # the last shard may be smaller
             replica_id=(*cast(tuple, whole.replica_id)[:-1], 0),
@@ -116,6 +128,14 @@ class FullySharded(_BaseDataParallel):
             shard.main_grad.mul_(scaling_factor)  # type: ignore[attr-defined] # see finish_grad_sync
 
 
+def _place(stage: GPTModel, weight: torch.Tensor) -> tuple[str, int]:
+    """The name of the parameter that a tensor is all of, or some rows of, and the first of these rows."""
+    for name, parameter in stage.named_parameters():
+        if parameter.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
+            return name, (weight.storage_offset() - parameter.storage_offset()) // max(parameter.stride(0), 1)
+    raise AssertionError("a tensor of no parameter")
+
+
 def _shard(stage: GPTModel, topology: Topology, policy: MixedPrecisionPolicy) -> None:
     """Make one unit of each layer, of the embedding and of the output layer, and one of what is left."""
     groups = topology.groups
@@ -133,9 +153,11 @@ def _shard(stage: GPTModel, topology: Topology, policy: MixedPrecisionPolicy) ->
         own.set_force_sum_reduction_for_comms(True)
         own.set_gradient_divide_factor(1.0)
 
-    for module in stage.modules():
-        if isinstance(module, Experts) and module.ep_group is not None:
+    for module in list(stage.modules()):
+        if isinstance(module, Experts) and module.apart:
             unit(module, module.copies_group)
+        elif isinstance(module, TopKMoE) and module.experts_apart:
+            unit(module.experts, module.groups.expt_dp)
     parts = [*stage.decoder.layers, getattr(stage, "embedding", None), getattr(stage, "output_layer", None)]
     for part in parts:
         if part is not None:

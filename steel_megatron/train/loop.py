@@ -11,22 +11,23 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from steel_megatron.config import RunConfig, dump_yaml
+from steel_megatron.config import RunConfig, doubts, dump_yaml
 from steel_megatron.data.ledger.history import History
 from steel_megatron.data.ledger.session import LedgerSession
 from steel_megatron.data.ledger.sync import check_past
-from steel_megatron.errors import CheckpointError, ConfigError, TrainingError
+from steel_megatron.errors import CheckpointError, ConfigError, LostRankError, TrainingError
 from steel_megatron.files import exclusive_lock, lease, lease_holder, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 from steel_megatron.parallel import agreement
 from steel_megatron.parallel.agreement import any_rank, broadcast_from_rank0, on_rank0, raise_if_any_rank_failed
 from steel_megatron.parallel.peers import Peers
-from steel_megatron.parallel.topology import Topology, initialize, shutdown
+from steel_megatron.parallel.topology import Topology, initialize, read_launch, shutdown
+from steel_megatron.platform import Implementation, choose_implementation
 from steel_megatron.platform.fp8 import missing_for_fp8
 from steel_megatron.train import checkpoint, random_states
 from steel_megatron.train.bad_samples import naming_documents, note_skipped
 from steel_megatron.train.batches import Batches
-from steel_megatron.train.callbacks import Callback, RunView, callbacks_of
+from steel_megatron.train.callbacks import Callback, CopyFirst, RunView, callbacks_of
 from steel_megatron.train.checkpoint_checksums import verified_by_all
 from steel_megatron.train.checkpoint_save import Saver
 from steel_megatron.train.engine import Engine, minimised
@@ -83,9 +84,10 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         )
     with ExitStack() as stack:
         stack.callback(_UNDER_WAY.release)
-        _check_machine(run)
-        topology = initialize(run.parallel)
-        stack.callback(shutdown)
+        implementation = choose_implementation(run.model.implementation, fully_sharded=run.parallel.fsdp)
+        _check_fp8(run, implementation)
+        run.num_micro_batches(read_launch(os.environ).world_size)  # checks the batch before anything is started
+        topology = stack.enter_context(_process_groups(run))
         peers = stack.enter_context(Peers(Path(run.checkpoint.directory), run.training.watchdog_seconds))
         stack.enter_context(peers.named())
         lock = exclusive_lock(Path(run.checkpoint.directory) / "run", CheckpointError)
@@ -94,13 +96,35 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         on_rank0(lambda: stack.enter_context(held))
         if run.ledger_path.parent != Path(run.checkpoint.directory):
             on_rank0(lambda: stack.enter_context(_ledger_lock(run.ledger_path)))
-        return _train(run, topology, peers, [*callbacks_of(run), *callbacks])
+        logger.info(implementation.describe())
+        return _train(run, topology, peers, [*callbacks_of(run), CopyFirst(callbacks), *callbacks])
 
 
-def _check_machine(run: RunConfig) -> None:
-    """Refuse what this machine cannot compute, before the processes meet."""
-    if run.training.fp8 and (missing := missing_for_fp8()):
+@contextmanager
+def _process_groups(run: RunConfig) -> Iterator[Topology]:
+    """The process groups of a run; those that have lost a process are left to the end of this one."""
+    topology = initialize(run.parallel)
+    try:
+        yield topology
+    except LostRankError:
+        raise
+    except BaseException:
+        shutdown()
+        raise
+    shutdown()
+
+
+def _check_fp8(run: RunConfig, implementation: Implementation) -> None:
+    """Refuse FP8 that this machine cannot compute, or would not, before the processes meet."""
+    if not run.training.fp8:
+        return
+    if missing := missing_for_fp8():
         raise ConfigError(f"training.fp8 = {run.training.fp8} needs {' and '.join(missing)}; leave it unset here")
+    if implementation.transformer_engine is None:
+        raise ConfigError(
+            f"training.fp8 = {run.training.fp8} has no effect with model.implementation = {run.model.implementation}: "
+            "only transformer-engine's layers compute in FP8; set it to auto or transformer_engine"
+        )
 
 
 @contextmanager
@@ -114,7 +138,8 @@ def _ledger_lock(path: Path) -> Iterator[None]:
 
 def _train(run: RunConfig, topology: Topology, peers: Peers, callbacks: Sequence[Callback]) -> TrainingSummary:
     training = run.training
-    run.num_micro_batches(topology.launch.world_size)  # checks the batch before anything is read
+    for doubt in doubts(run) if topology.launch.rank == 0 else ():
+        logger.warning(doubt)
     session = LedgerSession(run, agreement)
     batches = Batches(run, topology, session)
     engine = Engine(run, topology)
@@ -258,7 +283,8 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSe
         origin = Path(run.checkpoint.init_from)
         info = raise_if_any_rank_failed(lambda: checkpoint.read_info(origin))
         verified_by_all(lambda check: check(origin), checkpoint.verify)
-        checkpoint.load_weights(engine.stage, info, run.model)
+        for chunk in engine.chunks:
+            checkpoint.load_weights(chunk, info, run.model)
         engine.optimizer.reload_model_params()
         logger.info(f"starting from the weights of {origin}")
     session.start()

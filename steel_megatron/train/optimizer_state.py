@@ -104,15 +104,16 @@ class OptimizerState:
         self.sharded: dict[str, ShardedTensor] = {}
         self._optimizer = optimizer
         self._copies: list[Callable[[], None]] = []
-        of_parameter = {sharded.data: (name, sharded) for name, sharded in weights.items()}
         for part in optimizers_of(optimizer):
             for parameter, tensors, start in self._tensors(part):
-                name, weight = of_parameter[parameter]
+                inside = _inside(parameter, weights)
                 for key, flat in tensors.items():
                     if key == "step" or (key == "param" and _shares_memory(flat, parameter)):
                         continue
-                    for number, box in enumerate(_in_boxes(f"optimizer.state.{key}.{weight.key}", flat, start, weight)):
-                        self.sharded[f"{key}.{name}.{number}"] = box
+                    for name, weight, first in inside:
+                        own = flat[max(first - start, 0) : max(first + weight.data.numel() - start, 0)]
+                        found = _in_boxes(f"optimizer.state.{key}.{weight.key}", own, max(start - first, 0), weight)
+                        self.sharded |= {f"{key}.{name}.{number}": box for number, box in enumerate(found)}
 
     def _tensors(self, part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], int]]:
         """Each parameter, what an optimizer keeps of it, flat, and from which of its elements on."""
@@ -144,5 +145,19 @@ class OptimizerState:
                     group["step"] = step
 
 
-def _shares_memory(main: torch.Tensor, parameter: torch.Tensor) -> bool:
-    return main.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+def _inside(parameter: torch.Tensor, weights: Mapping[str, ShardedTensor]) -> list[tuple[str, ShardedTensor, int]]:
+    """The weights that a parameter consists of, one after the other: name, weight, and its first element in it."""
+    begin = parameter.storage_offset()
+    starts = [
+        (name, one, one.data.storage_offset() - begin)
+        for name, one in weights.items()
+        if _shares_memory(one.data, parameter)
+    ]
+    found = [(name, one, start) for name, one, start in starts if 0 <= start < parameter.numel()]
+    assert sum(one.data.numel() for _, one, _ in found) == parameter.numel()
+    return found
+
+
+def _shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors lie in one storage. Those of a simulated rank have no addresses to compare."""
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata

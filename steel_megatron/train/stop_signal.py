@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 
 from steel_megatron.errors import ExitCode
 from steel_megatron.log import get_logger
+from steel_megatron.streams import complain
 
 logger = get_logger(__name__)
 
@@ -56,7 +57,8 @@ class StopSignal:
     ) -> None:
         if self._before:
             for number, handler in self._before.items():
-                signal.signal(number, handler)  # type: ignore[arg-type]
+                if signal.getsignal(number) == self._note:  # else somebody wants it another way from now on
+                    signal.signal(number, handler)  # type: ignore[arg-type]
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._pipe[1])  # the thread ends
             self._before = {}
@@ -75,8 +77,7 @@ class StopSignal:
         self.received = True
         if number == signal.SIGINT:
             if self._interrupted is not None and now - self._interrupted >= GRACE_SECONDS:
-                sys.stderr.write("interrupted again: ended without waiting for the save\n")
-                sys.stderr.flush()
+                complain("interrupted again: ended without waiting for the save")
                 os._exit(ExitCode.INTERRUPTED)
             self._interrupted = now if self._interrupted is None else self._interrupted
         if not self._told:

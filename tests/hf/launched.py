@@ -43,13 +43,13 @@ Pieces = dict[str, torch.Tensor]
 """Parts of tensors, by name, offset and number of axes put in front."""
 
 
-def pieces(stage: Any, value_of: Callable[[torch.Tensor], torch.Tensor]) -> Pieces:
-    """What ``value_of`` gives for each of a stage's weights, labelled with its place in the whole tensor."""
+def pieces(chunks: Any, value_of: Callable[[torch.Tensor], torch.Tensor]) -> Pieces:
+    """What ``value_of`` gives for each weight of a stage or of a list of chunks, labelled with its place."""
     from steel_megatron.model.weights import sharded_weights
 
     return {
         f"{sharded.key}|{','.join(map(str, sharded.global_offset))}|{sharded.prepend_axis_num}": value_of(sharded.data)
-        for sharded in sharded_weights(stage).values()
+        for sharded in sharded_weights(*(chunks if isinstance(chunks, list) else [chunks])).values()
     }
 
 
@@ -79,7 +79,7 @@ def training_gradients(
         # Data-parallel processes all see the same batch: their mean is the fixture's.
         ids, labels = given["input_ids"], given["labels"]
         loss = minimised(engine.accumulate_gradients([Batch(ids, labels, torch.ones(labels.shape))])).mean
-        gather_gradients(engine.model)
+        gather_gradients(engine.models[0])
         by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in stage.parameters()}
         results[name] = (loss, pieces(stage, lambda weight, of=by_storage: of[weight.data_ptr()].clone()))
     return results

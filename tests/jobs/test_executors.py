@@ -234,6 +234,36 @@ def test_processes_that_are_started_afterwards_can_be_stopped(tmp_path: Path) ->
     assert (tmp_path / "blocked").read_text() == "set()"
 
 
+_WITHOUT_ITS_SERVER = """
+import os, signal, sys, threading
+from pathlib import Path
+from steel_megatron.config import ExecutionConfig
+from steel_megatron.jobs.run import run_step
+from steel_megatron.log import exit_code
+from tests.jobs.test_executors import Words
+
+class Kills(Words):
+    def work(self, number):
+        os.kill(os.getppid(), signal.SIGKILL)
+        threading.Event().wait()
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: run_step(Kills(Path(sys.argv[1])), ExecutionConfig(tasks=2, workers=2))))
+"""
+
+
+def test_a_job_whose_fork_server_is_killed_ends_with_a_line_and_resumes(tmp_path: Path) -> None:
+    script, root = tmp_path / "script.py", str(Path(__file__).resolve().parents[2])
+    script.write_text(_WITHOUT_ITS_SERVER)
+    environment = {**os.environ, "PYTHONPATH": root}
+    job = subprocess.run([sys.executable, script, tmp_path], env=environment, capture_output=True, timeout=120)
+    said = job.stderr.decode()
+    assert job.returncode == 2 and "error: a worker process was killed, perhaps for want of memory" in said, said
+    assert "Traceback" not in said
+    run.run_step(Words(tmp_path), ExecutionConfig())
+    assert Words(tmp_path).words() == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize(("needed", "asked"), [(1, 4), (4 << 30, 4), ((4 << 30) + 1, 5)])
 def test_slurm_is_asked_for_enough_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, asked: int

@@ -92,14 +92,6 @@ def test_layouts_train_alike(layout: str, model: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_top_k_over_data_parallel_processes_trains_alike_without_its_balancing_loss() -> None:
-    """That loss is over the tokens that one process sees at a time, so it depends on how they are spread."""
-    model = {**TOP_2, "moe_aux_loss_coeff": 0.0}
-    whole = run_distributed(train, 1, small_run(ParallelConfig(), steps=4, **model))[0]
-    compare(run_distributed(train, 2, small_run(LAYOUTS["dp2"], steps=4, **model)), whole)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("model", [ATTENTION, TOP_2], ids=["none", "top_k_moe"])
 def test_checkpoints_go_on_under_another_layout(model: dict[str, Any], tmp_path: Path) -> None:
     alone, pipeline = (
@@ -108,12 +100,6 @@ def test_checkpoints_go_on_under_another_layout(model: dict[str, Any], tmp_path:
     whole = run_distributed(train, 1, small_run(ParallelConfig(), steps=4, **model))[0]
     run_distributed(train, 1, alone, 1, 2, True)
     compare(run_distributed(train, 2, pipeline, 3, 4, False, True), whole[2:])
-
-
-@pytest.mark.parametrize("layout", ["tp2", "ep2"])
-def test_untested_layouts_of_top_k_are_refused(layout: str) -> None:
-    with pytest.raises(ConfigError, match="top_k_moe, a baseline to compare with, is cut over pipeline stages"):
-        small_run(LAYOUTS[layout], **TOP_2)
 
 
 @pytest.mark.parametrize(

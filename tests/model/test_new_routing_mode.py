@@ -126,6 +126,13 @@ def test_what_the_mode_cannot_do_is_refused_before_anything_starts(lab: Path) ->
         assert run.model.routing is routing_mode(CAUSAL)
     with pytest.raises(ConfigError, match=f"routing_mode {CAUSAL} has no forward_documents"):
         dataclasses.replace(run, data=DataConfig(reset_at_eod=True))
+    # Either of the two alone, but not both at once.
+    running_mean = type(routing_mode(CAUSAL))
+    both = {"forward_split": running_mean.forward, "forward_documents": running_mean.forward}
+    register_routing_mode(type("RunningMean", (running_mean,), {"__module__": running_mean.__module__, **both}))
+    split = small_run(ParallelConfig(context_parallel_size=2), routing_mode=CAUSAL)
+    with pytest.raises(ConfigError, match=r"context_parallel_size = 2 .* has no forward_split_documents"):
+        dataclasses.replace(split, data=DataConfig(reset_at_eod=True))
     assert not torch.distributed.is_initialized()
 
 
@@ -158,7 +165,7 @@ def test_what_is_no_mode_is_not_registered(lab: Path) -> None:
     again = register_routing_mode(type("RunningMean", (running_mean,), {"__module__": running_mean.__module__}))
     assert type(routing_mode(CAUSAL)) is again  # a cell that is run twice
     assert not again.splits_sequences and not again.packs_documents
-    whole = {"forward_split": running_mean.forward, "forward_documents": running_mean.forward}
-    assert (
-        type("Whole", (running_mean,), whole).splits_sequences and type("Whole", (running_mean,), whole).packs_documents
-    )
+    of_fact = {"splits_sequences": "split", "packs_documents": "documents", "splits_documents": "split_documents"}
+    for fact, name in of_fact.items():
+        whole = type("Whole", (running_mean,), {f"forward_{name}": running_mean.forward})
+        assert {one: getattr(whole, one) for one in of_fact} == {one: one == fact for one in of_fact}

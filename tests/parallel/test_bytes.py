@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,9 @@ TP2_SP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
 CP2, CP4 = ParallelConfig(context_parallel_size=2), ParallelConfig(context_parallel_size=4)
 EP2 = ParallelConfig(expert_model_parallel_size=2)
 CP2_EP2 = ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2)
+TP2_ETP1_EP2 = ParallelConfig(tensor_model_parallel_size=2, expert_tensor_parallel_size=1, expert_model_parallel_size=2)
+TP2_SP_ETP1_EP2 = dataclasses.replace(TP2_ETP1_EP2, sequence_parallel=True)
+ETP2 = ParallelConfig(expert_tensor_parallel_size=2)
 
 
 @contextlib.contextmanager
@@ -57,7 +61,9 @@ def counted() -> Iterator[dict[str, float]]:
             setattr(module, attribute, function)
 
 
-def layer_bytes(parallel: ParallelConfig, cases: list[dict[str, Any]]) -> list[tuple[float, int]]:
+def layer_bytes(
+    parallel: ParallelConfig, cases: list[dict[str, Any]], document_starts: torch.Tensor | None = None
+) -> list[tuple[float, int]]:
     """For each model: bytes that one layer sends, forward and backward, and the blocks that the experts computed."""
     from steel_megatron.model.spec import build_model
     from steel_megatron.parallel.topology import initialize
@@ -80,6 +86,8 @@ def layer_bytes(parallel: ParallelConfig, cases: list[dict[str, Any]]) -> list[t
         seen: list[int] = []
         if model.ffn == "soft_moe":
             layer.experts.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].size(1)))
+        if document_starts is not None:
+            layer.documents.set(document_starts)
         with counted() as sent:
             layer(hidden)[0].square().sum().backward()
         results.append((sum(sent.values()), seen[0] // (BATCH * PER_EXPERT) if seen else 0))
@@ -173,3 +181,63 @@ def test_every_token_travels_to_cut_weights_under_sequence_parallelism_as_in_a_d
     expected = [6 * own * WIDTH, 4 * own * WIDTH, (2 + 4 * EXPERTS) * own * WIDTH, 8 * own * WIDTH + means + shares]
     for sent in run_distributed(layer_bytes, 2, TP2_SP, [{"sequence_length": length} | case for case in cases]):
         assert [ours for ours, _ in sent] == [numbers * FLOAT for numbers in expected]
+
+
+@pytest.mark.slow
+def test_documents_send_no_more_than_two_spans_of_a_chunk() -> None:
+    """Documents of 10 tokens and blocks of 8: chunks of 16 end inside of both."""
+    starts = (torch.arange(64) // 10 * 10).expand(BATCH, -1)
+    cases = [sequence(64), causal(64, 8), {"routing_mode": "merged", "sequence_length": 64, "block_length": 8}]
+    by_rank = run_distributed(layer_bytes, 2, CP2, cases, starts, timeout=60)
+    for sent in by_rank:
+        # In sequence, a chunk has a part of the document at its beginning and of the one at its end.
+        assert sent[0][0] == of_totals(CP2, 4)
+        assert sent[1][0] <= of_totals(CP2, 4)
+        assert sent[2][0] <= 2 * BATCH * 4 * WIDTH * FLOAT and sent[2][0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sequence", "block_causal"])
+def test_experts_that_are_whole_get_each_slot_from_one_of_the_tensor_parallel_processes(mode: str) -> None:
+    """Both hold the same slots without sequence parallelism: each sends half, and gets the results of all."""
+    case = sequence(64) if mode == "sequence" else causal(64, 8)
+    slots = BATCH * SLOTS * (1 if mode == "sequence" else 10) * WIDTH
+    for sent in run_distributed(layer_bytes, 2, TP2_ETP1_EP2, [case], timeout=60):
+        to_experts, halves = 4 * slots / 2 / 2, 2 * slots / 2
+        assert sent[0][0] == (to_experts + halves) * FLOAT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sequence", "block_causal"])
+def test_whole_experts_under_sequence_parallelism(mode: str) -> None:
+    """Slots go to their experts, and are not gathered; in ``sequence`` both have the same, and send halves."""
+    case = sequence(64) if mode == "sequence" else causal(64, 8)
+    expected = of_totals(TP2_SP_ETP1_EP2, 1)
+    if mode == "sequence":
+        slots = BATCH * SLOTS * WIDTH
+        expected += (4 * slots / 2 / 2 + 2 * slots / 2) * FLOAT
+    else:
+        blocks = 6  # of the first half's tokens; the second half's are filled up
+        expected += 4 * BATCH * blocks * SLOTS * WIDTH / 2 * FLOAT
+    for sent in run_distributed(layer_bytes, 2, TP2_SP_ETP1_EP2, [case], timeout=60):
+        assert sent[0][0] == expected
+
+
+@pytest.mark.slow
+def test_experts_cut_over_data_parallel_processes() -> None:
+    """Slots are gathered before the up projection; gate and value are scattered after the down projection."""
+    cases = [sequence(64), sequence(64) | {"ffn_activation": "swiglu"}]
+    for sent in run_distributed(layer_bytes, 2, ETP2, cases, timeout=60):
+        slots = BATCH * SLOTS * WIDTH
+        assert [ours for ours, _ in sent] == [6 * slots * FLOAT, 4 * slots * FLOAT]
+
+
+@pytest.mark.slow
+def test_top_k_routing_sends_each_token_to_k_experts() -> None:
+    length, top_k = 64, 2
+    case = {"ffn": "top_k_moe", "ffn_activation": "swiglu", "routing_mode": None, "sequence_length": length}
+    by_rank = run_distributed(layer_bytes, 2, EP2, [case], timeout=60)
+    # A process that gets more than it brings sends more on the way back; over both it is this:
+    tokens = 2 * BATCH * length * top_k * (4 * WIDTH + 2) / 2  # there and back, twice; the weights once each way
+    counts = 2 * EXPERTS * 8
+    assert sum(sent[0][0] for sent in by_rank) == tokens * FLOAT + counts

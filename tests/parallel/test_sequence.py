@@ -59,13 +59,13 @@ def test_the_degrees_of_a_layout() -> None:
         (
             {"sequence_length": 64, "routing_mode": "merged", "block_length": 32},
             {"context_parallel_size": 2},
-            r"block_length = 32 does not divide 16",
+            None,
         ),
         ({"sequence_length": 64, "block_length": 32}, {"context_parallel_size": 2}, None),
         (
             {"ffn": "top_k_moe", "ffn_activation": "swiglu"},
             {"context_parallel_size": 2},
-            "tensor, expert and context parallel sizes are 1, 1 and 2",
+            None,
         ),
     ],
 )

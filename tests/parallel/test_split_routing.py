@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steel_megatron.config import ParallelConfig
-from steel_megatron.model.routing import SharedSequences
-from steel_megatron.model.routing.merged import merge_weights_split
+from steel_megatron.model.routing.segment_split import SplitSegments, merge_weights_split, split_segments
 from steel_megatron.model.routing.split import dispatch_split, merge_partials, partial_slots
 from steel_megatron.model.routing.split_plan import SplitPlan, split_plan, split_plan_of_one_document
-from steel_megatron.ops import Routing, combine, dispatch, merge_weights
-from steel_megatron.ops.plan import block_plan
+from steel_megatron.ops import Routing, combine, dispatch
+from steel_megatron.ops.plan import block_plan, segment_plan
+from steel_megatron.ops.soft_moe import merge_weights_of_documents
 from steel_megatron.parallel.sequence import SequenceSplit
 from tests.distributed import run_distributed
 
@@ -182,6 +182,74 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+def through_merged(values: Tensors, plan: SplitSegments, gather: Any) -> torch.Tensor:
+    """What mode merged computes of a process's tokens, with one matrix for an expert and a plain loop."""
+    routing = (values[name] for name in ("x", "phi", "scale"))
+    weights = merge_weights_split(*routing, mix="normalized", plan=plan, gather=gather)
+    segments = plan.parts.to_segments(values["x"])
+    assert len(segments) == len(weights)
+    merged = torch.einsum("me,edc->mdc", weights, values["weight"])
+    return plan.parts.from_segments(torch.tanh(segments @ merged))
+
+
+def whole_merged(values: Tensors, starts: torch.Tensor, block_length: int) -> Tensors:
+    """The same of whole sequences."""
+    one, plan = leaves(values), segment_plan(starts, block_length)
+    weights = merge_weights_of_documents(one["x"], one["phi"], one["scale"], "normalized", plan)
+    merged = torch.einsum("me,edc->mdc", weights, one["weight"])
+    y = plan.from_segments(torch.tanh(plan.to_segments(one["x"]) @ merged))
+    (y * one["grad"]).sum().backward()
+    return {"y": y.detach()} | {name: one[name].grad for name in ("x", "phi", "scale", "weight")}
+
+
+def played_merged(values: Tensors, starts: torch.Tensor, block_length: int, split: SequenceSplit) -> Tensors:
+    """The same by as many ranks as there are, one after another in this process."""
+    one, y = leaves(values), torch.zeros_like(values["x"])
+    own = [split_segments(starts, block_length, split, rank) for rank in range(split.ranks)]
+    assert len({(plan.parts.total, plan.parts.longest) for plan in own}) == 1  # tensor-parallel processes gather them
+    places = [split.positions(rank) for rank in range(split.ranks)]
+    of_rank = [{**one, "x": one["x"][:, place]} for place in places]
+    sent: list[torch.Tensor] = []
+
+    def keep(part: torch.Tensor) -> torch.Tensor:
+        sent.append(part)
+        return torch.zeros(split.ranks, *part.shape, dtype=part.dtype)
+
+    for rank_values, plan in zip(of_rank, own, strict=True):
+        through_merged(rank_values, plan, keep)
+    assert len(sent) in (0, split.ranks)
+    assert all(part.size(1) <= 2 * len(split.ranges[0]) for part in sent)
+    total = 0.0
+    for place, rank_values, plan in zip(places, of_rank, own, strict=True):
+        result = through_merged(rank_values, plan, lambda _: torch.stack(sent))
+        y[:, place] = result.detach()
+        total = total + (result * one["grad"][:, place]).sum()
+    total.backward()
+    return {"y": y} | {name: one[name].grad for name in ("x", "phi", "scale", "weight")}
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_split_of_segments_equals_whole_sequences(data: st.DataObject) -> None:
+    context, tensor = data.draw(st.sampled_from([(1, 2), (2, 1), (2, 2), (2, 3), (3, 1), (4, 1), (1, 4)]))
+    length = 2 * context * tensor * data.draw(st.integers(1, 4))
+    begins = st.lists(st.integers(1, length - 1), max_size=6, unique=True)
+    starts = documents(length, [data.draw(begins) for _ in range(BATCH)])
+    block_length = data.draw(st.integers(1, length + 3))
+    values = inputs(length, data.draw(st.sampled_from([0.5, 3.0])), data.draw(st.integers(0, 9)))
+    ours = played_merged(values, starts, block_length, SequenceSplit(length, context, tensor))
+    assert_equal(ours, whole_merged(values, starts, block_length), 1e-9)
+
+
+MERGED_CASES = [
+    (documents(24, [[], []]), 3),
+    (documents(24, [[], []]), 5),
+    (documents(24, [[1, 2, 17], [12]]), 4),
+    (documents(24, [[10], []]), 100),
+]
+
+
 def on_processes(parallel: ParallelConfig, length: int) -> tuple[list[Tensors], torch.Tensor]:
     """Every case on this process's tokens; its results and gradients, and its positions."""
     from steel_megatron.parallel.topology import initialize
@@ -200,11 +268,12 @@ def on_processes(parallel: ParallelConfig, length: int) -> tuple[list[Tensors], 
         y = combine(experts(slots, one["weight"]), routing)
         (y * one["grad"][:, place]).sum().backward()
         results.append({"y": y.detach()} | {name: one[name].grad for name in ("x", "phi", "scale", "weight")})
-    one = leaves({**inputs(length, 2.0), "x": inputs(length, 2.0)["x"][:, place]})
-    shared = SharedSequences(split, group.rank(), gather, equal_blocks=False)
-    shares = merge_weights_split(one["x"], one["phi"], one["scale"], mix="raw", block_length=3, shared=shared)
-    (shares * torch.arange(EXPERTS) * shares.detach()).sum().backward()
-    results.append({"y": shares.detach()} | {name: one[name].grad for name in ("x", "phi", "scale")})
+    for starts, block_length in MERGED_CASES:
+        one = leaves({**inputs(length, 2.0), "x": inputs(length, 2.0)["x"][:, place]})
+        segments = split_segments(starts, block_length, split, group.rank())
+        y = through_merged(one, segments, gather)
+        (y * one["grad"][:, place]).sum().backward()
+        results.append({"y": y.detach()} | {name: one[name].grad for name in ("x", "phi", "scale", "weight")})
     return results, place
 
 
@@ -222,20 +291,12 @@ def on_processes(parallel: ParallelConfig, length: int) -> tuple[list[Tensors], 
 def test_processes_equal_whole_sequences(parallel: ParallelConfig) -> None:
     length, world = 24, parallel.context_parallel_size * parallel.sequence_parallel_size
     by_rank = run_distributed(on_processes, world, parallel, length, timeout=60)
-    for number, case in enumerate(CASES):
-        values = inputs(length, 2.0)
-        theirs = whole(values, case)
+    values = inputs(length, 2.0)
+    expected = [whole(values, case) for case in CASES] + [whole_merged(values, *case) for case in MERGED_CASES]
+    for number, theirs in enumerate(expected):
         ours = {name: sum(results[number][name] for results, _ in by_rank) for name in ("phi", "scale", "weight")}
         for name in ("x", "y"):
             ours[name] = torch.empty_like(values["x"])
             for results, place in by_rank:
                 ours[name][:, place] = results[number][name]
         assert_equal(ours, theirs)
-    one = leaves(inputs(length, 2.0))
-    shares = merge_weights(one["x"], one["phi"], one["scale"], mix="raw", block_length=3)
-    (shares * torch.arange(EXPERTS) * shares.detach()).sum().backward()
-    for results, place in by_rank:
-        torch.testing.assert_close(results[-1]["y"], shares.detach()[:, place[::3] // 3])
-        torch.testing.assert_close(results[-1]["x"], one["x"].grad[:, place])
-    for name in ("phi", "scale"):
-        torch.testing.assert_close(sum(results[-1][name] for results, _ in by_rank), one[name].grad)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steel_megatron.platform import prepare
-from steel_megatron.platform.cpu import FACTORIES, MODULES
+from steel_megatron.platform.cpu import FACTORIES, MODULES, _optimizers_of_torch
 from tests import needs
 
 pytestmark = needs.no_gpu.mark
@@ -32,6 +32,20 @@ def test_megatron_core_makes_its_tensors_on_the_cpu() -> None:
         assert hasattr(torch, name)
     assert stand_in.zeros(2, device="cuda").device.type == "cpu"
     stand_in.cuda.synchronize()
+
+
+def test_updates_are_torch_s_where_transformer_engine_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a login node it can be imported, and its optimizers cannot run."""
+    names = ("Adam", "multi_tensor_applier", "multi_tensor_scale_impl", "l2_norm_impl", "HAVE_APEX_OR_TE")
+    of_megatron = [module for name, module in sys.modules.items() if name.startswith("megatron.core.optimizer")]
+    found = [(module, name) for module in of_megatron for name in names if name in vars(module)]
+    own = [getattr(module, name) for module, name in found]
+    for module, name in found:
+        monkeypatch.setattr(module, name, "transformer-engine's")
+    _optimizers_of_torch()
+    assert [getattr(module, name) for module, name in found] == own and len(found) >= 8
+    assert sys.modules["megatron.core.optimizer"].Adam is torch.optim.AdamW
+    assert sys.modules["megatron.core.transformer.moe.moe_utils"].te_general_gemm is None
 
 
 def test_random_states_go_to_the_cpu_generator() -> None:

@@ -11,8 +11,7 @@ import torch
 
 from steel_megatron.config import ParallelConfig, TrainingConfig
 from steel_megatron.errors import ConfigError
-from steel_megatron.parallel import topology
-from steel_megatron.platform import fp8
+from steel_megatron.platform import Implementation, fp8
 from steel_megatron.train import loop
 from tests.train.small_run import small_run
 
@@ -31,6 +30,9 @@ def test_a_run_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             loop.pretrain(run)
     monkeypatch.setattr(loop, "missing_for_fp8", list)
+    with pytest.raises(ConfigError, match=r"^training\.fp8 = hybrid has no effect with model\.implementation = auto: "):
+        loop.pretrain(run)
+    monkeypatch.setattr(loop, "choose_implementation", lambda wanted, **_: Implementation("2.20.2"))
     with pytest.raises(AssertionError, match="have met"):
         loop.pretrain(run)
 
@@ -61,15 +63,3 @@ def test_settings() -> None:
     wrong: Any = "e5m2"
     with pytest.raises(ConfigError, match=r"TrainingConfig\.fp8 is 'e5m2'; it must be"):
         TrainingConfig(fp8=wrong, precision="bfloat16")
-
-
-def test_a_model_without_its_layers_is_refused() -> None:
-    from steel_megatron.model.spec import build_model
-
-    with (
-        topology.alone("a test") as own,
-        pytest.raises(
-            ConfigError, match=r"training\.fp8 = e4m3 has no effect on this model: only transformer-engine's"
-        ),
-    ):
-        build_model(small_run(ParallelConfig(), num_layers=1).model, own, "bfloat16", fp8="e4m3")

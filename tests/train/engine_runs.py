@@ -67,7 +67,7 @@ def own_batches(samples: Sequence[Sample], run: RunConfig, topology: Any) -> lis
 
 
 def weights_of(engine: Any) -> Pieces:
-    return pieces(engine.stage, lambda weight: weight.detach().float().clone())
+    return pieces(engine.chunks, lambda weight: weight.detach().float().clone())
 
 
 def followed(processes: int, cases: dict[str, Case]) -> dict[str, list[Record]]:

@@ -73,7 +73,7 @@ def _train(run: RunConfig) -> Outcome:
         result = engine.step(batches)
         skipped.append(result.skipped)
         if run.parallel.overlap_param_gather:
-            assert _under_way(engine) and engine.stage and not _under_way(engine)
+            assert _under_way(engine) and engine.chunks and not _under_way(engine)
         steps.append(Trained(result.loss, result.grad_norm, gradient_squares(engine)))
     live_bytes = _live_bytes() - before
     steps.append(tuple(minimised(engine.evaluate(own_batches(run, 0, topology)))))
@@ -82,7 +82,7 @@ def _train(run: RunConfig) -> Outcome:
 
 def _under_way(engine: Any) -> bool:
     """Whether weights are on their way from other processes."""
-    groups = [*engine.model.bucket_groups, *engine.model.expert_parallel_bucket_groups]
+    groups = (group for one in engine.models for group in (*one.bucket_groups, *one.expert_parallel_bucket_groups))
     return any(group.param_gather_handle is not None for group in groups)
 
 

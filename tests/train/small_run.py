@@ -163,19 +163,27 @@ def norms_of_tensors(ranks: Sequence[Trained]) -> dict[str, float]:
     return {name: square**0.5 for name, square in norms.items()}
 
 
+def _gradient_inside(parameter: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """The gradient of a weight that is a parameter, or a part of it; None if it is in another one."""
+    start = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+    if not 0 <= start < parameter.numel():
+        return None
+    return parameter.main_grad.flatten()[start : start + weight.numel()]
+
+
 def gradient_squares(engine: Any) -> dict[str, float]:
     """The sum of the squared gradient of each weight, or part of one, that this process holds."""
     from steel_megatron.model.weights import sharded_weights
 
-    gather_gradients(engine.model)
-    by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in engine.model.parameters()}
+    for model in engine.models:
+        gather_gradients(model)
+    parameters = [parameter for model in engine.models for parameter in model.parameters()]
     squares = {}
-    for sharded in sharded_weights(engine.stage).values():
+    for sharded in sharded_weights(*engine.chunks).values():
         layer = sharded.global_offset[: sharded.prepend_axis_num]
         name = f"{sharded.key} of layer {layer[0] + 1}" if layer else sharded.key
-        squares[f"{name} at {sharded.global_offset}"] = float(
-            by_storage[sharded.data.data_ptr()].double().square().sum()
-        )
+        (gradient,) = (found for one in parameters if (found := _gradient_inside(one, sharded.data)) is not None)
+        squares[f"{name} at {sharded.global_offset}"] = float(gradient.double().square().sum())
     return squares
 
 

@@ -83,6 +83,10 @@ def test_too_many_in_a_row_end_the_run() -> None:
     assert ends((1.0, 9.0, 4))[0] is not None
 
 
+def test_a_checkpoint_of_an_earlier_version_has_no_history(tmp_path: Path) -> None:
+    assert bad_steps.load(tmp_path) == bad_steps.History()
+
+
 @pytest.mark.parametrize(
     ("content", "wrong"),
     [

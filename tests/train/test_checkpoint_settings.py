@@ -45,6 +45,7 @@ MAY_DIFFER: dict[str, tuple[Any, int]] = {
     "routing_scale_init": (2.0, ALWAYS),
     "moe_top_k": (1, WHEN_BEGUN),
     "moe_aux_loss_coeff": (0.5, ALWAYS),
+    "moe_router_load_balancing_type": ("seq_aux_loss", ALWAYS),
     "shared_expert_intermediate_size": (8, NEVER),
     "vocab_size": (90, NEVER),
     "make_vocab_size_divisible_by": (64, NEVER),
@@ -56,6 +57,7 @@ MAY_DIFFER: dict[str, tuple[Any, int]] = {
     "hidden_dropout": (0.1, ALWAYS),
     "attention_dropout": (0.1, ALWAYS),
     "identical_expert_init": (True, ALWAYS),
+    "implementation": ("local", ALWAYS),
     "megatron": ({"softmax_scale": 0.1}, NEVER),
 }
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from steel_megatron.config import DataConfig, ParallelConfig, RunConfig
-from steel_megatron.errors import ConfigError
 from tests.distributed import run_distributed
-from tests.train.small_run import LAYOUTS, PROCESSES, compare, small_run, train
+from tests.train.small_run import LAYOUTS, PROCESSES, SHARED_LAYOUTS, compare, small_run, train
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "block_causal": {"block_length": 4},
@@ -20,11 +19,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "token": {"routing_mode": "token"},
     "merged": {"routing_mode": "merged", "block_length": 4},
     "dense": {"ffn": "dense", "routing_mode": None},
+    # Blocks and segments of 4 may end with chunks of 6 or 12 tokens; those of 5 do not, nor do documents.
+    "block_causal, blocks of 5": {"block_length": 5},
+    "merged, segments of 5": {"routing_mode": "merged", "block_length": 5},
 }
 
 
-def packed_run(parallel: ParallelConfig, variant: str, steps: int = 3) -> RunConfig:
-    run = small_run(parallel, steps=steps, **VARIANTS[variant])
+def packed_run(parallel: ParallelConfig, variant: str, steps: int = 3, **model: Any) -> RunConfig:
+    run = small_run(parallel, steps=steps, **VARIANTS[variant], **model)
     return dataclasses.replace(run, data=DataConfig(reset_at_eod=True))
 
 
@@ -72,7 +74,29 @@ def test_layouts_equal_one_process(layout: str, variant: str) -> None:
     compare(run_distributed(train, PROCESSES[layout], packed_run(LAYOUTS[layout], variant)), alone(variant))
 
 
-@pytest.mark.parametrize("layout", ["cp2", "tp2 sp"])
-def test_shared_sequences_are_refused(layout: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.reset_at_eod"):
-        packed_run(LAYOUTS[layout], "block_causal")
+def train_all(runs: list[RunConfig]) -> list[list[Any]]:
+    return [train(run) for run in runs]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("layout", SHARED_LAYOUTS)
+def test_documents_on_several_processes_equal_one_process(layout: str) -> None:
+    """Every fifty tokens or so a document ends: most lie on several processes of these layouts."""
+    variants = ["block_causal", "merged"]
+    if layout in ("cp2", "cp4", "cp2 tp2 sp", "tp2 sp ep2"):
+        # A dense layer has no experts to share.
+        variants = [variant for variant in VARIANTS if variant != "dense" or "ep2" not in layout]
+    runs = [packed_run(LAYOUTS[layout], variant) for variant in variants]
+    by_rank = run_distributed(train_all, PROCESSES[layout], runs)
+    for number, variant in enumerate(variants):
+        compare([results[number] for results in by_rank], alone(variant))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropped", ["hidden_dropout", "attention_dropout"])
+def test_documents_on_several_processes_drop_the_same(dropped: str) -> None:
+    one, shared = (
+        packed_run(layout, "block_causal", **{dropped: 0.2}) for layout in (ParallelConfig(), LAYOUTS["cp2"])
+    )
+    compare(run_distributed(train, 2, shared), run_distributed(train, 1, one)[0])

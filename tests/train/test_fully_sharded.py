@@ -38,6 +38,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dense": (2, {"ffn": "dense", "routing_mode": None}),
     "top_k_moe": (2, TOP_K),
     "recompute": (2, {"megatron": FULL}),
+    "documents": (2, {"routing_mode": "merged", "reset_at_eod": True}),
     "a step without numbers": (3, {}),
 }
 CASES: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
@@ -49,6 +50,26 @@ CASES: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
     ("tp2 sp", "block_causal"): (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     ("pp2", "block_causal"): (4, {"pipeline_model_parallel_size": 2}),
     ("ep2", "merged"): (4, {"expert_model_parallel_size": 2}),
+    ("routing again", "block_causal"): (2, {"recompute": "routing"}),
+    ("routing again ep2", "block_causal"): (4, {"recompute": "routing", "expert_model_parallel_size": 2}),
+    ("ep2", "documents"): (4, {"expert_model_parallel_size": 2}),
+    ("ep2", "top_k_moe"): (4, {"expert_model_parallel_size": 2}),
+    ("tp2 sp", "top_k_moe"): (
+        4,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    ),
+    ("tp2 etp1 ep2", "merged"): (
+        4,
+        {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "expert_model_parallel_size": 2},
+    ),
+    ("pp2 vpp2", "block_causal"): (
+        4,
+        {
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "pipeline_layers": [0, 1, 1, 0],
+        },
+    ),
     ("cp2 tp2", "token"): (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2}),
 }
 """Layout and variant; processes and degrees."""
@@ -56,7 +77,10 @@ CASES: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
 
 def run_of(variant: str, parallel: ParallelConfig, steps: int | None = None) -> RunConfig:
     own_steps, model = VARIANTS[variant]
-    run = small_run(parallel, steps=steps or own_steps, **{"num_layers": 2, **model})
+    fields = {"num_layers": 2, **model}
+    at_eod = fields.pop("reset_at_eod", False)
+    run = small_run(parallel, steps=steps or own_steps, **fields)
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, reset_at_eod=at_eod))
     precision: Any = "bfloat16" if variant == "bfloat16" else "float32"
     skips = int(variant == "a step without numbers")
     training = dataclasses.replace(run.training, precision=precision, skip_non_finite_steps=skips)
@@ -155,19 +179,22 @@ def test_a_resume_is_bit_equal(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_through_the_loop(tmp_path: Path) -> None:
-    """With what callbacks compute: an audit before the first step, and figures of the routing after each."""
+    """With what callbacks compute: an audit before the first step, and figures of the routing after each.
+
+    Those are means over what each process computed last, so they are compared with as many replicas.
+    """
     data = DataConfig(
         train=[write_corpus(tmp_path / "train", 60, 0)], validation=[write_corpus(tmp_path / "valid", 12, 1)]
     )
     found = []
-    for name, processes in (("alone", 1), ("fsdp", 2)):
+    for name in ("replicas", "fsdp"):
         run = make_run(data, tmp_path / name, ParallelConfig(fsdp=name == "fsdp"), train_steps=3)
         run = dataclasses.replace(
             run,
             model=dataclasses.replace(run.model, routing_mode="sequence"),
             training=dataclasses.replace(run.training, routing_metrics_interval=1),
         )
-        summary = run_distributed(outcome, processes, run)[-1]
+        summary = run_distributed(outcome, 2, run)[-1]
         scalars = read_scalars(run.tensorboard_dir)
         figures = {name: values[-1][1] for name, values in scalars.items() if name.startswith("routing/")}
         found.append((summary.loss, summary.validation_loss, figures))

@@ -397,3 +397,25 @@ def test_an_initial_checkpoint_that_is_not_there(corpora: DataConfig, tmp_path: 
     run = make_run(corpora, tmp_path)
     run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, init_from="nowhere"))
     assert one(run) == "there is no checkpoint nowhere"
+
+
+def warnings_of(run: RunConfig) -> list[str]:
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("steel_megatron").addHandler(handler)
+    pretrain(run)
+    return told
+
+
+def test_doubtful_settings_are_told_on_one_rank(corpora: DataConfig, tmp_path: Path) -> None:
+    few = dataclasses.replace(corpora, validation={"zh": [write_corpus(tmp_path / "few", 2, 3)]})
+    run = make_run(few, tmp_path / "run", train_steps=2, eval_interval=3)
+    first, other = run_distributed(warnings_of, 2, run)
+    assert other == []
+    interval, size = (line for line in first if "eval_interval" in line or "data.validation" in line)
+    assert interval == "training.eval_interval = 3 is over train_steps = 2, so the run is validated only at the end"
+    assert (
+        size.startswith("data.validation.zh has ")
+        and f"fewer than one batch of {run.training.global_batch_size}" in size
+    )

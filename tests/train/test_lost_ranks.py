@@ -13,11 +13,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from steel_megatron.config import DataConfig, RunConfig, dump_yaml
 from steel_megatron.errors import ExitCode, LostRankError
+from steel_megatron.parallel import peers
+from steel_megatron.parallel.peers import Peers
 from steel_megatron.parallel.rendezvous import meet, named
 from steel_megatron.parallel.topology import free_port
 from steel_megatron.train.callbacks import Callback, RunView
@@ -79,6 +82,7 @@ def trained(run: RunConfig, folder: Path, accidents: list[Callable[[], None]], h
     try:
         pretrain(run, [Accident(accidents[rank])])
     except LostRankError as error:
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does; it must not come before the line
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
         return f"{error.code:d}: {error}"
@@ -165,6 +169,27 @@ def test_threads_that_all_stand_still_are_found(run: RunConfig, tmp_path: Path) 
         )
     assert "stand_still" in (tmp_path / "run/stacks/rank-1.txt").read_text()
     assert "start_grad_sync" in (tmp_path / "run/stacks/rank-0.txt").read_text()
+
+
+def threads_left(folder: Path) -> list[str]:
+    """Of the watcher, whose heartbeats take long, after its block."""
+    from steel_megatron.config import ParallelConfig
+    from steel_megatron.parallel.topology import initialize
+
+    initialize(ParallelConfig())
+    beat = Peers._beat
+
+    def slow(self: Peers) -> None:
+        time.sleep(0.5)
+        beat(self)
+
+    with mock.patch.object(Peers, "_beat", slow), mock.patch.object(peers, "BEAT_SECONDS", 0.0), Peers(folder, None):
+        pass
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("peers")]
+
+
+def test_no_thread_is_left_that_would_abort_the_end_of_its_process(tmp_path: Path) -> None:
+    assert run_distributed(threads_left, 2, tmp_path) == [[], []]
 
 
 def test_one_process_alone_is_watched_as_well(corpora: DataConfig, tmp_path: Path) -> None:

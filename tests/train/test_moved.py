@@ -80,7 +80,9 @@ def _removed(root: Path) -> tuple[str, list[str]]:
     class Remover(Callback):
         def after_step(self, run: Any, result: Any) -> None:
             if result.step == 1:
-                shutil.rmtree(root / "run")
+                # At once, for TensorBoard's thread may write a file while a folder is emptied.
+                (root / "run").rename(root / "gone")
+                shutil.rmtree(root / "gone")
 
     data = DataConfig(train=[write_corpus(root / "train", 60, 0)])
     try:

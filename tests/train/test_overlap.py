@@ -18,6 +18,15 @@ LAYOUTS = {
     "dp2 grads": ({"overlap_grad_reduce": True}, 2),
     "dp2": ({"overlap_param_gather": True}, 2),
     "ep2 dp2": ({"overlap_param_gather": True, "expert_model_parallel_size": 2}, 4),
+    "pp2 vpp2 dp2": (
+        {
+            "overlap_param_gather": True,
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "pipeline_layers": [0, 1, 1, 0],
+        },
+        4,
+    ),
     "pp2 dp2": ({"overlap_param_gather": True, "pipeline_model_parallel_size": 2}, 4),
 }
 

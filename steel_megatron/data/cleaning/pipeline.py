@@ -24,7 +24,15 @@ from steel_megatron.data.cleaning.language_model import LanguageModel
 from steel_megatron.data.cleaning.mappers import ChineseConvert, CleanHtml, FixUnicode
 from steel_megatron.data.cleaning.recipe import Recipe, load_recipe
 from steel_megatron.data.cleaning.result import check_places, check_replaceable, finished_report, plan_of, publish
-from steel_megatron.data.cleaning.steps import STEPS, CleanUnits, FindDuplicates, SampleTexts, TrainModel, WriteKept
+from steel_megatron.data.cleaning.steps import (
+    STEPS,
+    CleanUnits,
+    FindDuplicates,
+    SampleTexts,
+    TrainModel,
+    WriteKept,
+    forget_units_without_documents,
+)
 from steel_megatron.data.reading.documents import Input, parse_inputs
 from steel_megatron.data.reading.formats import PARQUET_SUFFIX
 from steel_megatron.errors import ConfigError, DataError
@@ -32,6 +40,7 @@ from steel_megatron.files import disk_errors, exclusive_lock, with_suffix
 from steel_megatron.jobs.folder import prepare, remove_rest
 from steel_megatron.jobs.run import run_step
 from steel_megatron.log import get_logger
+from steel_megatron.signals import stop_signals
 
 logger = get_logger(__name__)
 
@@ -75,22 +84,33 @@ def clean_corpus(config: CleanConfig) -> CleaningResult:
     check_places(job, loaded.sources, inputs, final)
     _check_resources(job)
     plan = plan_of(job, inputs, packages)
-    with exclusive_lock(final, DataError):
+    with exclusive_lock(final, DataError), stop_signals() as signals:
         remove_rest(job.folder)
         report = finished_report(job, plan, final)
         if report is None:
             check_replaceable(final, config.overwrite)
             names = [step.name for step in STEPS]
             prepare(job.folder, plan, CleaningStep.job_name, names, config.overwrite, config.executor == "slurm")
-            for step in _steps(job):
-                run_step(step, config)
-            report = publish(job, final, config.overwrite)
+            _work(job, config)
+            with signals.held():
+                report = publish(job, final, config.overwrite)
     totals = report["totals"]
     logger.info(
         f"{final}: {totals['documents_in']:,} documents in = {totals['documents_kept']:,} kept + "
         f"{totals['documents_dropped']:,} dropped"
     )
     return CleaningResult(final, totals["documents_in"], totals["documents_kept"], totals["documents_dropped"], report)
+
+
+def _work(job: Job, config: CleanConfig) -> None:
+    """Do all steps, or what is left of them."""
+    forget_units_without_documents(job)
+    try:
+        for step in _steps(job):
+            run_step(step, config)
+    except (KeyboardInterrupt, SystemExit):
+        logger.warning(f"stopped. Units that are done are kept in {job.folder}: the same command resumes there")
+        raise
 
 
 def _steps(job: Job) -> list[CleaningStep]:

@@ -26,6 +26,10 @@ from steel_megatron.data.cleaning.mappers import Mapper
 from steel_megatron.data.cleaning.texts import DocumentText, Lost
 from steel_megatron.data.cleaning.unit_files import UnitFiles, damaged, load_array, rows_of, save_array, storable
 from steel_megatron.data.reading.documents import Document, SkippedRow
+from steel_megatron.jobs.step import marker
+from steel_megatron.log import get_logger
+
+logger = get_logger(__name__)
 
 LONGEST = 2_000_000
 """Characters of a document beyond which it is dropped, unread or behind the mapper that made it so long: counting its
@@ -266,6 +270,22 @@ class WriteKept(CleaningStep):
             written = files.commit()
         self.mark(number, dump_counts(counts, written))
         cleaned.unlink(missing_ok=True)
+
+
+def forget_units_without_documents(job: Job) -> None:
+    """Let units be cleaned again whose documents are gone before they are known to be written without duplicates.
+
+    They go once they are written; somebody who then removes the marker of that wants the unit to be done again.
+    """
+    if not job.deduplicates:
+        return
+    for number in WriteKept(job).missing():
+        done = marker(job.folder, CleanUnits.name, number)
+        signatures = job.folder / "signatures" / f"{number:06d}.npy"
+        cleaned = job.folder / "cleaned" / f"{number:06d}.jsonl.zst"
+        if done.exists() and not cleaned.exists() and len(load_array(signatures, job.folder)):
+            logger.warning(f"{cleaned} is not there: its unit is cleaned again")
+            done.unlink()
 
 
 def _trains_on(job: Job) -> list[int]:

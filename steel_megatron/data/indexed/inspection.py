@@ -20,6 +20,7 @@ from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import with_suffix
 from steel_megatron.log import progress
+from steel_megatron.streams import say
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 
@@ -308,9 +309,9 @@ def verify_corpus(prefixes: list[str], vocab_size: int | None = None, workers: i
         for prefix in found:
             result = verify(prefix, vocab_size, bar.advance, workers)
             checksums = "checksums match" if result.checksums else "no manifest, so no checksums to compare"
-            sys.stdout.write(
+            say(
                 f"{prefix}: {result.documents:,} documents, {result.tokens:,} tokens; structure in order, largest id "
-                f"{result.max_id}, {checksums}\n"
+                f"{result.max_id}, {checksums}"
             )
 
 
@@ -327,6 +328,4 @@ def merge_corpora(prefixes: list[str], output: str, overwrite: bool = False) -> 
     found = expand_prefixes(prefixes)
     with progress("merge", _bytes(found, (BIN,)), "bytes") as bar:
         manifest = merge(found, output, overwrite, bar.advance)
-    sys.stdout.write(
-        f"{output}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens of {len(found)} corpora\n"
-    )
+    say(f"{output}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens of {len(found)} corpora")

@@ -144,7 +144,7 @@ class HuggingFaceTokenizer(TokenizerBase):
         Raises:
             DataError: they cannot be written.
         """
-        save_huggingface(Path(folder), self._tokenizer, {**self._config, "eos_token": self._eod_token})
+        save_as_trained(Path(folder), self._tokenizer, self._config, self._eod_token)
 
 
 def _as_it_is(model: str) -> tokenizers.Tokenizer:
@@ -240,6 +240,30 @@ def save_huggingface(folder: Path, tokenizer: tokenizers.Tokenizer, config: dict
     write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode(), DataError)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     write_atomically(folder / "tokenizer_config.json", text.encode(), DataError)
+
+
+def save_as_trained(folder: Path, tokenizer: tokenizers.Tokenizer, config: dict[str, Any], eod_token: str) -> None:
+    """Write a tokenizer that gives a text the ids that training saw: nothing before it, and no other token after it.
+
+    A beginning-of-sequence token is left out, since no corpus has one: evaluation would score texts after it.
+
+    Args:
+        folder: gets the files of :func:`save_huggingface`.
+        tokenizer: the tokenizer; not changed.
+        config: content of ``tokenizer_config.json``.
+        eod_token: the token that ends a document; it also pads where the configuration names no token for that.
+
+    Raises:
+        DataError: they cannot be written.
+    """
+    stored = json.loads(tokenizer.to_str())
+    processor = stored["post_processor"] or {}
+    parts = [part for part in (processor, *processor.get("processors", ())) if part.get("type") == "ByteLevel"]
+    stored["post_processor"] = parts[0] if parts else None  # it only trims offsets; the others add tokens
+    config = {name: value for name, value in config.items() if name != "bos_token"}
+    config |= {"eos_token": eod_token, "pad_token": token_text(config.get("pad_token")) or eod_token}
+    config |= {"add_bos_token": False, "add_eos_token": False}
+    save_huggingface(folder, tokenizers.Tokenizer.from_str(json.dumps(stored)), config)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 from steel_megatron.config import TokenizerEngine, TokenizerKind
 from steel_megatron.data.tokenizing.base import TokenizerBase, flatten
 from steel_megatron.data.tokenizing.gigatoken_engine import CHECK_TEXTS, EngineProblem, FlatIds
-from steel_megatron.data.tokenizing.huggingface import save_huggingface
+from steel_megatron.data.tokenizing.huggingface import save_as_trained
 from steel_megatron.errors import DataError
 
 SPACE_SYMBOL = "▁"
@@ -163,11 +163,9 @@ class SentencePieceTokenizer(TokenizerBase):
                 raise DataError(
                     f"the exported tokenizer would encode {text!r} differently from the SentencePiece model"
                 )
-        unknown, bos, eos = (
-            self._processor.IdToPiece(index) if index >= 0 else None
-            for index in (self._processor.unk_id(), self._processor.bos_id(), self.eod_id)
-        )
-        save_huggingface(Path(folder), exported, {"unk_token": unknown, "bos_token": bos, "eos_token": eos})
+        named = {"unk_token": self._processor.unk_id(), "pad_token": self._processor.pad_id()}
+        config = {name: self._processor.IdToPiece(index) for name, index in named.items() if index >= 0}
+        save_as_trained(Path(folder), exported, config, self._processor.IdToPiece(self.eod_id))
 
 
 def _is_lossless(model: Any) -> bool:

@@ -9,9 +9,14 @@ from steel_megatron.config import ModelConfig
 from steel_megatron.config.routing import MergedFacts
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.routing.mode import RoutedLayer, RoutingMode, SharedSequences, register_routing_mode
-from steel_megatron.ops import expert_weights, merge_weights, mixed_tokens, reference
+from steel_megatron.model.routing.segment_split import (
+    SplitSegments,
+    merge_weights_split,
+    split_segments,
+    split_segments_of_one_document,
+)
+from steel_megatron.ops import merge_weights
 from steel_megatron.ops.soft_moe import merge_weights_of_documents
-from steel_megatron.parallel.sequence import SequenceSplit
 
 
 @register_routing_mode
@@ -41,13 +46,33 @@ class Merged(MergedFacts, RoutingMode):
         return plan.from_segments(results)
 
     def forward_split(self, layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences) -> torch.Tensor:
-        """The mean that merges a chunk's first segment may come from another process.
+        """The mean that merges a segment may lie on other processes, and so may a part of the segment.
 
         Args: as for :meth:`RoutingMode.forward_split`.
         """
-        block, mix = layer.block_length, layer.slot_input
-        shares = merge_weights_split(x, layer.phi, layer.scale, mix=mix, block_length=block, shared=shared)
-        return self._compute(layer, x, shares, block)
+        plan = split_segments_of_one_document(x.size(0), layer.block_length, shared.split, shared.rank, x.device)
+        return self._compute_split(layer, x, shared, plan, equal_segments=True)
+
+    def forward_split_documents(
+        self, layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences, documents: PackedDocuments
+    ) -> torch.Tensor:
+        """Each document starts a new segment, on whichever process that is.
+
+        Args: as for :meth:`RoutingMode.forward_split_documents`.
+        """
+        plan = documents.once(
+            "split segments",
+            lambda starts: split_segments(starts.cpu(), layer.block_length, shared.split, shared.rank).to(x.device),
+        )
+        return self._compute_split(layer, x, shared, plan, equal_segments=False)
+
+    @staticmethod
+    def _compute_split(
+        layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences, plan: SplitSegments, *, equal_segments: bool
+    ) -> torch.Tensor:
+        weights = merge_weights_split(x, layer.phi, layer.scale, mix=layer.slot_input, plan=plan, gather=shared.gather)
+        results = layer.run_merged_experts(plan.parts.to_segments(x), weights, equal_segments=equal_segments)
+        return plan.parts.from_segments(results)
 
     def _compute(self, layer: RoutedLayer, x: torch.Tensor, shares: torch.Tensor, block: int) -> torch.Tensor:
         batch, length, width = x.shape
@@ -55,50 +80,3 @@ class Merged(MergedFacts, RoutingMode):
         padded = F.pad(x, (0, 0, 0, segments * block - length)).reshape(batch * segments, block, width)
         y = layer.run_merged_experts(padded, shares.flatten(0, 1))
         return y.reshape(batch, segments * block, width)[:, :length]
-
-
-def merge_weights_split(
-    x: torch.Tensor, phi: torch.Tensor, scale: torch.Tensor, *, mix: str, block_length: int, shared: SharedSequences
-) -> torch.Tensor:
-    """:func:`steel_megatron.ops.merge_weights` for this process's segments.
-
-    A segment is computed with the routing of the mean of the segment before. Where that one lies on another process,
-    the mean comes from there: one vector for each chunk and sequence.
-
-    Args:
-        x: [B, L, d], this process's tokens; its chunks begin and end with segments.
-        phi: [d, E, P].
-        scale: [1].
-        mix: what the mean is taken of.
-        block_length: tokens of a segment.
-        shared: the processes that share the sequences.
-
-    Returns:
-        [B, L / block_length, E] in float32 or wider.
-    """
-    mixed = mixed_tokens(reference.upcast(x), mix)
-    means = mixed.unflatten(1, (-1, block_length)).mean(2)
-    held = shared.split.ranges[shared.rank]
-    offsets, total = [], 0
-    for start, stop in held:
-        offsets.append(total)
-        total += (stop - start) // block_length
-    # The last segment's mean of each chunk; of an empty chunk nobody asks for it.
-    last = [
-        max(0, offset + (stop - start) // block_length - 1) for offset, (start, stop) in zip(offsets, held, strict=True)
-    ]
-    gathered = shared.gather(means[:, last])  # [ranks, B, chunks, d]
-    # The first token stands at the end. All are one tensor, so that backward reaches the collective on every process.
-    known = torch.cat((gathered.transpose(0, 1).flatten(1, 2), mixed[:, :1]), dim=1)
-    before = []
-    for offset, (start, stop) in zip(offsets, held, strict=True):
-        if start < stop:
-            before.append(known[:, [_ending_at(start, shared.split)]])
-            before.append(means[:, offset : offset + (stop - start) // block_length - 1])
-    return expert_weights(torch.cat(before, dim=1), phi, scale)
-
-
-def _ending_at(position: int, split: SequenceSplit) -> int:
-    """The number of the chunk that ends at a position, counted over all processes; one past the last for position 0."""
-    ends = [stop if start < stop else -1 for held in split.ranges for start, stop in held]
-    return ends.index(position) if position else len(ends)

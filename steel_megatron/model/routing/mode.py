@@ -98,14 +98,15 @@ class RoutingMode(RoutingModeFacts, ABC):
     """How tokens reach experts. Register a subclass with :func:`register_routing_mode`.
 
     A subclass has ``name`` and ``causal``, and computes at least whole sequences. That it can compute sequences which
-    processes share, or keep packed documents apart, is stated by overriding ``forward_split`` or ``forward_documents``;
-    runs that need what a mode does not override are refused.
+    processes share, keep packed documents apart, or do both at once, is stated by overriding ``forward_split``,
+    ``forward_documents`` or ``forward_split_documents``; runs that need what a mode does not override are refused.
     """
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         cls.splits_sequences = cls.forward_split is not RoutingMode.forward_split
         cls.packs_documents = cls.forward_documents is not RoutingMode.forward_documents
+        cls.splits_documents = cls.forward_split_documents is not RoutingMode.forward_split_documents
 
     @abstractmethod
     def multiplications(self, model: ModelConfig, network: float) -> tuple[float, float]:
@@ -151,6 +152,25 @@ class RoutingMode(RoutingModeFacts, ABC):
             NotImplementedError: the mode does not override it.
         """
         raise NotImplementedError(f"{self.name} does not split sequences; RunConfig refuses it")
+
+    def forward_split_documents(
+        self, layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences, documents: PackedDocuments
+    ) -> torch.Tensor:
+        """This process's tokens of sequences that several processes share, each document computed as if it were alone.
+
+        Args:
+            layer: the layer that the mode routes for.
+            x: [B, L, d] tokens.
+            shared: the processes that share the sequences, and which tokens each holds.
+            documents: which documents the whole sequences hold.
+
+        Returns:
+            [B, L, d]
+
+        Raises:
+            NotImplementedError: the mode does not override it.
+        """
+        raise NotImplementedError(f"{self.name} does not split sequences of several documents; RunConfig refuses it")
 
 
 def register_routing_mode(mode: type[RoutingMode]) -> type[RoutingMode]:

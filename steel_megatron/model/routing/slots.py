@@ -11,7 +11,7 @@ from steel_megatron.config import ModelConfig
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.routing.mode import RoutedLayer, RoutingMode, SharedSequences
 from steel_megatron.model.routing.split import dispatch_split
-from steel_megatron.model.routing.split_plan import split_plan_of_one_document
+from steel_megatron.model.routing.split_plan import SplitPlan, split_plan, split_plan_of_one_document
 from steel_megatron.ops import Routing, combine
 from steel_megatron.ops.plan import block_plan
 from steel_megatron.ops.soft_moe import dispatch_blocks
@@ -21,7 +21,7 @@ class SlotRouting(RoutingMode):
     """Dispatch, experts, combine (Soft MoE, arXiv 2308.00951, section 2.1); modes differ in their blocks of tokens."""
 
     replicated_slots: ClassVar[bool]
-    """Whether all processes that share a sequence have the same slots."""
+    """Whether all processes that share a sequence of one document have the same slots."""
 
     @abstractmethod
     def refresh_length(self, block_length: int) -> int | None:
@@ -39,7 +39,7 @@ class SlotRouting(RoutingMode):
 
     def forward(self, layer: RoutedLayer, x: torch.Tensor) -> torch.Tensor:
         plan = block_plan(x.size(1), self.refresh_length(layer.block_length), x.device)
-        return self._compute(layer, *dispatch_blocks(x, layer.phi, layer.scale, layer.slot_input, plan))
+        return _compute(layer, *dispatch_blocks(x, layer.phi, layer.scale, layer.slot_input, plan))
 
     def forward_documents(self, layer: RoutedLayer, x: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
         """Slots are means over tokens of one document.
@@ -47,7 +47,7 @@ class SlotRouting(RoutingMode):
         Args: as for :meth:`RoutingMode.forward_documents`.
         """
         plan = documents.block_plan(self.refresh_length(layer.block_length))
-        return self._compute(layer, *dispatch_blocks(x, layer.phi, layer.scale, layer.slot_input, plan))
+        return _compute(layer, *dispatch_blocks(x, layer.phi, layer.scale, layer.slot_input, plan))
 
     def forward_split(self, layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences) -> torch.Tensor:
         """Slots are means over the tokens of all processes: partial means are sent, not tokens.
@@ -57,11 +57,32 @@ class SlotRouting(RoutingMode):
         plan = split_plan_of_one_document(
             shared.split, shared.rank, self.refresh_length(layer.block_length), shared.equal_blocks, x.device
         )
-        return self._compute(layer, *dispatch_split(x, layer.phi, layer.scale, layer.slot_input, plan, shared.gather))
+        dispatched = dispatch_split(x, layer.phi, layer.scale, layer.slot_input, plan, shared.gather)
+        return _compute(layer, *dispatched, replicated=self.replicated_slots)
 
-    def _compute(self, layer: RoutedLayer, slots: torch.Tensor, routing: Routing) -> torch.Tensor:
-        batch, blocks, experts, per_expert, width = slots.shape
-        by_expert = slots.permute(2, 0, 1, 3, 4).reshape(experts, -1, width)
-        results = layer.run_experts(by_expert, replicated=self.replicated_slots)
-        results = results.reshape(experts, batch, blocks, per_expert, width)
-        return combine(results.permute(1, 2, 0, 3, 4), routing)
+    def forward_split_documents(
+        self, layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences, documents: PackedDocuments
+    ) -> torch.Tensor:
+        """Slots are means over the tokens of one document, on whichever processes they are.
+
+        Args: as for :meth:`RoutingMode.forward_split_documents`.
+        """
+        refresh = self.refresh_length(layer.block_length)
+
+        def make(document_starts: torch.Tensor) -> SplitPlan:
+            whole = block_plan(shared.split.length, refresh, torch.device("cpu"), document_starts)
+            plan = split_plan(whole, shared.split, shared.rank, equal_blocks=shared.equal_blocks)
+            return plan.filled_up(documents.most(plan.own_span.size(1))).to(x.device)
+
+        # Each process has the slots of the documents that its own tokens are of.
+        plan = documents.once("split blocks", make)
+        return _compute(layer, *dispatch_split(x, layer.phi, layer.scale, layer.slot_input, plan, shared.gather))
+
+
+def _compute(layer: RoutedLayer, slots: torch.Tensor, routing: Routing, *, replicated: bool = False) -> torch.Tensor:
+    """Experts and combine: slots [B, R, E, P, d] to [B, L, d]; ``replicated`` as for ``run_experts``."""
+    batch, blocks, experts, per_expert, width = slots.shape
+    by_expert = slots.permute(2, 0, 1, 3, 4).reshape(experts, -1, width)
+    results = layer.run_experts(by_expert, replicated=replicated)
+    results = results.reshape(experts, batch, blocks, per_expert, width)
+    return combine(results.permute(1, 2, 0, 3, 4), routing)

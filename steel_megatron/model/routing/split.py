@@ -54,7 +54,7 @@ def dispatch_split(
         ``phi`` and ``scale`` are partial: those of the process's own tokens.
     """
     partials, logits = partial_slots(x, phi, scale, mix, plan)
-    gathered = gather(_select(partials, plan.sent)) if plan.sent.size(1) else None
+    gathered = gather(select(partials, plan.sent)) if plan.sent.size(1) else None
     slots = merge_partials(partials, gathered, plan)
     return slots.to(x.dtype).unflatten(2, phi.shape[1:]), Routing(logits, plan.block_of_token)
 
@@ -92,17 +92,17 @@ def merge_partials(partials: torch.Tensor, gathered: torch.Tensor | None, plan: 
         [B, R, S, d]
     """
     nothing = partials.size(1) - 1
-    own, own_exists = _select(partials, plan.own_span), plan.own_span != nothing
+    own, own_exists = select(partials, plan.own_span), plan.own_span != nothing
     if gathered is None:
         return own[..., :-1] * own_exists[..., None, None]
     of_sets = _merge(gathered.transpose(0, 1).flatten(1, 2), plan.sets)
-    pairs = torch.stack((own, _select(of_sets, plan.set_of_block)), dim=2).flatten(0, 1)  # [B * R, 2, S, d + 1]
+    pairs = torch.stack((own, select(of_sets, plan.set_of_block)), dim=2).flatten(0, 1)  # [B * R, 2, S, d + 1]
     exist = torch.stack((own_exists, plan.set_of_block != 0), dim=-1).expand(len(partials), -1, -1)
     return _merge(pairs, exist.flatten(0, 1).unsqueeze(1)).view(own.shape)[..., :-1]
 
 
-def _select(partials: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[B, M, S, d + 1], those with these numbers; index [N, M]."""
+def select(partials: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[B, Q, ...] to [B, M, ...], those with these numbers in each sequence; index [N, M], N is 1 or B."""
     if len(index) == 1:
         return partials[:, index[0]]
     return partials[torch.arange(len(partials), device=partials.device).unsqueeze(1), index]

@@ -16,10 +16,12 @@ numbers are sent for a chunk, whatever its number of tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from steel_megatron.ops.plan import BlockPlan, block_plan
 from steel_megatron.parallel.sequence import SequenceSplit, TokenRange
@@ -48,6 +50,19 @@ class SplitPlan:
     own_span: torch.Tensor
     set_of_block: torch.Tensor
     block_of_token: torch.Tensor
+
+    def filled_up(self, blocks: int) -> SplitPlan:
+        """The same with empty blocks at the end, that nobody reads, until there are ``blocks``."""
+        missing = blocks - self.own_span.size(1)
+        return dataclasses.replace(
+            self,
+            own_span=F.pad(self.own_span, (0, missing), value=self.starts.size(1)),
+            set_of_block=F.pad(self.set_of_block, (0, missing)),
+        )
+
+    def to(self, device: torch.device) -> SplitPlan:
+        """The same on another device."""
+        return SplitPlan(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 class _CutSequence:
@@ -189,5 +204,4 @@ def split_plan_of_one_document(
         device: where the plan's tensors are.
     """
     whole = block_plan(split.length, block_length, torch.device("cpu"))
-    plan = split_plan(whole, split, rank, equal_blocks=equal_blocks)
-    return SplitPlan(**{name: tensor.to(device) for name, tensor in vars(plan).items()})
+    return split_plan(whole, split, rank, equal_blocks=equal_blocks).to(device)

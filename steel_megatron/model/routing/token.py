@@ -38,3 +38,12 @@ class Token(TokenFacts, RoutingMode):
         Args: as for :meth:`RoutingMode.forward_split`.
         """
         return self.forward(layer, x)
+
+    def forward_split_documents(
+        self, layer: RoutedLayer, x: torch.Tensor, shared: SharedSequences, documents: PackedDocuments
+    ) -> torch.Tensor:
+        """As for whole sequences of one document.
+
+        Args: as for :meth:`RoutingMode.forward_split_documents`.
+        """
+        return self.forward(layer, x)

@@ -1,12 +1,12 @@
 """What happens next to training: metrics, the progress bar, and what users add."""
 
 from steel_megatron.config import RunConfig
-from steel_megatron.train.callbacks.base import Callback, RunView
+from steel_megatron.train.callbacks.base import Callback, CopyFirst, RunView
 from steel_megatron.train.callbacks.metrics import Metrics, TensorBoard
 from steel_megatron.train.callbacks.progress import ProgressBar
 from steel_megatron.train.callbacks.routing import RoutingMetrics
 
-__all__ = ["Callback", "RunView", "callbacks_of"]
+__all__ = ["Callback", "CopyFirst", "RunView", "callbacks_of"]
 
 
 def callbacks_of(run: RunConfig) -> list[Callback]:

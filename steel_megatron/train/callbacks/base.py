@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as callbacks see it. It is for reading: what a callback changes in the model changes the run."""
+    """A run as callbacks see it. It is for reading: what a hook changes in the model changes the run."""
 
     config: RunConfig
     topology: Topology
@@ -35,8 +35,17 @@ class RunView:
 
     @property
     def model(self) -> GPTModel:
-        """This process's pipeline stage."""
+        """This process's pipeline stage.
+
+        Raises:
+            ConfigError: it has several model chunks.
+        """
         return self.engine.stage
+
+    @property
+    def chunks(self) -> list[GPTModel]:
+        """This process's parts of the model: its pipeline stage, or several chunks under the interleaved schedule."""
+        return self.engine.chunks
 
 
 class Callback:
@@ -63,3 +72,35 @@ class Callback:
 
     def stop(self, run: RunView) -> None:
         """At the end, also after an error: close what :meth:`start` opened."""
+
+
+class CopyFirst(Callback):
+    """Lets the copy of a save end before callbacks whose hooks may change weights; without such hooks it waits never.
+
+    Args:
+        later: the callbacks after it.
+    """
+
+    def __init__(self, later: Sequence[Callback]) -> None:
+        own = {name for name in vars(Callback) if not name.startswith("_")}
+        self._waits = {name for name in own for one in later if getattr(type(one), name) is not getattr(Callback, name)}
+
+    def before_step(self, run: RunView) -> None:
+        """Wait if a later callback has this hook."""
+        self._wait(run, "before_step")
+
+    def after_step(self, run: RunView, result: StepResult) -> None:
+        """Wait if a later callback has this hook: the step may have been skipped, and nothing updated."""
+        self._wait(run, "after_step")
+
+    def after_validation(self, run: RunView, losses: Mapping[str, float]) -> None:
+        """Wait if a later callback has this hook."""
+        self._wait(run, "after_validation")
+
+    def after_save(self, run: RunView, path: Path) -> None:
+        """Wait if a later callback has this hook: the next save may have begun."""
+        self._wait(run, "after_save")
+
+    def _wait(self, run: RunView, hook: str) -> None:
+        if hook in self._waits:
+            run.engine.before_update()

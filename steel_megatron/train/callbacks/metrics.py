@@ -147,7 +147,7 @@ def _leak(run: RunView) -> str:
     """The figures of a short audit of the current model; only on a process that holds the whole model."""
     cut, model = run.config.parallel, run.config.model
     degrees = (cut.tensor_model_parallel_size, cut.pipeline_model_parallel_size, cut.expert_model_parallel_size)
-    if max(*degrees, cut.context_parallel_size) > 1 or cut.fsdp or model.sequence_length < 2:
+    if max(*degrees, cut.context_parallel_size, cut.expert_tensor_size) > 1 or cut.fsdp or model.sequence_length < 2:
         return "by its settings; `steel-megatron audit CHECKPOINT` measures it"
     found = audit_model(
         stage_outputs(run.model, model.vocab_size),

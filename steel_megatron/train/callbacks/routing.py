@@ -103,5 +103,5 @@ class RoutingMetrics(Callback):
 
 
 def _layers(run: RunView) -> list[Any]:
-    """This stage's layers that route."""
-    return [layer for layer in run.model.decoder.layers if isinstance(layer.mlp, ParallelSoftMoE)]
+    """This process's layers that route."""
+    return [layer for chunk in run.chunks for layer in chunk.decoder.layers if isinstance(layer.mlp, ParallelSoftMoE)]

@@ -49,7 +49,7 @@ class Objective(Protocol):
         Args:
             run: the run's settings.
             topology: the process groups.
-            stage: this process's part of the model.
+            stage: this process's part of the model; the first one where it has several, which share ``documents``.
         """
         ...
 
@@ -71,7 +71,7 @@ class Objective(Protocol):
         ...
 
     def forward_step(self, batches: Iterator[Any], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
-        """One forward of one pipeline stage, on the next micro batch."""
+        """One forward of one pipeline stage (or of one of its chunks), on the next micro batch."""
         ...
 
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from steel_megatron.config import RunConfig
 from steel_megatron.model.documents import PackedDocuments
+from steel_megatron.model.implementation import cross_entropy
 from steel_megatron.parallel.sequence import SequenceSplit
 from steel_megatron.parallel.topology import Topology
+from steel_megatron.platform import LOCAL, Implementation, choose_implementation
 from steel_megatron.train.objective.base import OBJECTIVES, LossFunction
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class Batch:
         tokens: int64 [B, T].
         labels: int64 [B, T]; labels[:, t] is the token to be predicted at position t (already shifted).
         loss_mask: float32 [B, T]; 0 where a label does not count.
-        document_starts: int64 [B, T], for each token the position of the first token of its document; None where
-            documents that share a sequence see each other.
+        document_starts: int64 [B, T of whole sequences], for each token the position of the first token of its
+            document; None where documents that share a sequence see each other.
     """
 
     tokens: torch.Tensor
@@ -47,13 +48,13 @@ class Batch:
     def part(self, topology: Topology) -> Batch:
         """What this process has of whole sequences, on its device: all of them, or its pieces of each."""
         context_size = topology.parallel.context_parallel_size
-        assert context_size == 1 or self.document_starts is None  # RunConfig refuses it
         if context_size == 1:
             return self.to(topology.device)
         positions = SequenceSplit(self.tokens.size(1), context_size).positions(topology.context_parallel_rank)
-        return Batch(self.tokens[:, positions], self.labels[:, positions], self.loss_mask[:, positions]).to(
-            topology.device
-        )
+        # Where documents begin is asked of whole sequences: a chunk may hold the end of one, and a mean over it.
+        return Batch(
+            self.tokens[:, positions], self.labels[:, positions], self.loss_mask[:, positions], self.document_starts
+        ).to(topology.device)
 
 
 class NextToken:
@@ -64,14 +65,21 @@ class NextToken:
         vocab_size: ids from here on are padding of the embedding matrix and get no probability.
         groups: the process groups.
         documents: read by the stage's modules to keep packed documents apart.
+        implementation: what computes the cross entropy.
     """
 
     def __init__(
-        self, loss_name: str, vocab_size: int, groups: ProcessGroupCollection, documents: PackedDocuments
+        self,
+        loss_name: str,
+        vocab_size: int,
+        groups: ProcessGroupCollection,
+        documents: PackedDocuments,
+        implementation: Implementation = LOCAL,
     ) -> None:
         self.terms = (loss_name,)
         self.vocab_size, self.documents = vocab_size, documents
         self.tp_group, self.cp_group = groups.tp, groups.cp
+        self.cross_entropy = cross_entropy(implementation, groups.tp)
 
     @classmethod
     def build(cls, run: RunConfig, topology: Topology, stage: GPTModel) -> NextToken:
@@ -79,7 +87,8 @@ class NextToken:
 
         Args: as for :meth:`steel_megatron.train.objective.Objective.build`.
         """
-        return cls(run.model.loss_name, run.model.vocab_size, topology.groups, stage.documents)
+        chosen = choose_implementation(run.model.implementation)
+        return cls(run.model.loss_name, run.model.vocab_size, topology.groups, stage.documents, chosen)
 
     @classmethod
     def batch(
@@ -123,7 +132,7 @@ class NextToken:
         if own_vocabulary < local:
             padding = torch.arange(local, device=logits.device) >= own_vocabulary
             logits = logits.masked_fill(padding, torch.finfo(torch.float32).min)
-        return vocab_parallel_cross_entropy(logits, labels)
+        return self.cross_entropy(logits, labels)
 
     def loss(self, batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sum of losses, number of labels that count, and the report of both: float64 [1, 2]."""

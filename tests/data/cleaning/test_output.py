@@ -82,6 +82,24 @@ def test_what_a_job_has_lost_is_noticed(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_unit_whose_documents_are_gone_is_cleaned_again(
+    recipe: Path, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody removes the marker of the last step, whose input goes when it is done."""
+    recipe.write_text("kind: text\noperators: [document_deduplicator]\n")
+    clean_corpus(recipe, [str(raw)], tmp_path / "whole")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(results, "replace_folder", killed)
+        clean_corpus(recipe, [str(raw)], tmp_path / "out")
+    (tmp_path / "out.partial" / "done" / "deduplicate" / "000000.json").unlink()
+    clean_corpus(recipe, [str(raw)], tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("output", ["raw", "raw/0.jsonl", "keep"])
 def test_what_is_no_result_is_never_replaced(

@@ -413,6 +413,24 @@ def test_kills_leave_nothing_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_job_says_so_and_resumes(
+    recipe: Path, corpus: Path, whole: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    reached = tmp_path / "reached"
+    still = STILL.format(step="CleanUnits", after=True, reached=str(reached))
+    with standing_still(tool(recipe, corpus, tmp_path / "out", "--workers", "2", begin=still), reached) as (job, _):
+        job.send_signal(number)
+        assert job.stderr is not None
+        errors = job.stderr.read()
+        assert job.wait(60) == code, errors
+    assert "stopped. Units that are done are kept in" in errors and "Traceback" not in errors
+    assert list((tmp_path / "out.partial" / "done" / "clean").iterdir())
+    clean_corpus(recipe, inputs(corpus), tmp_path / "out", workers=2)
+    assert content(tmp_path / "out") == content(whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "tasks"), [("sample", None), ("clean", 2), ("deduplicate", None)])
 def test_completed_units_are_not_done_again(
     recipe: Path,

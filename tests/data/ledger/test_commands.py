@@ -215,6 +215,12 @@ def test_texts_are_decoded(folder: Folder, sp_model: Path, capsys: pytest.Captur
         (["append", "l.json", "b", "--at", "9" * 30], "is too late for a change: the latest is"),
         (["mixture", "l.json", "zh=1" + "0" * 300], "at most 5e+18"),
         (["cancel", "l.json", "--at", "0"], "nothing would be left"),
+        *(
+            (["skip", "l.json", "--samples", samples], f"samples is '{samples}'; it must be FIRST:END, such as 512:520")
+            for samples in ("5", "a:b", "5:", ":5", "-1:5", "1.5:2", "1:2:3", "\u00bd:2")
+        ),
+        (["skip", "l.json", "--samples", "5:5"], "5"),
+        (["skip", "l.json", "--samples", "8:5"], "8"),
     ],
 )
 def test_what_is_refused(folder: Folder, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
 
 import pyarrow
 import pytest
@@ -20,7 +23,7 @@ import zstandard
 from pyarrow import parquet as writer
 
 from steel_megatron.data.indexed.dataset import open_indexed
-from steel_megatron.data.preprocessing.step import ChunkSizes
+from steel_megatron.data.preprocessing.step import ChunkSizes, EncodeUnits
 from steel_megatron.data.tokenizing.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import DataError
 from tests import needs
@@ -237,7 +240,7 @@ _KILLED = """
 import json, os, random, shutil, signal, sys
 from pathlib import Path
 from steel_megatron.config import PreprocessConfig
-from steel_megatron.data.preprocessing.step import ChunkSizes
+from steel_megatron.data.preprocessing.step import ChunkSizes, EncodeUnits
 from steel_megatron.data.preprocessing.pipeline import preprocess
 
 arguments, pace, whole, kills = json.loads(sys.argv[1])
@@ -375,6 +378,29 @@ def test_a_stopped_job_resumes(
     assert segments_in(out) == ["c.partial/segments/000000/000000.json"]
     preprocess(large_corpus, out / "c", "sentencepiece", sp_model, workers=3 - workers)
     assert files_in(out) == large_result
+
+
+def _asked_to_stop_while_importing(*_: object) -> None:
+    """As an engine's first call: it imports, and takes whatever is raised meanwhile for a package that is not there."""
+    with suppress(BaseException):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.sigpending()  # back in Python: the handler runs
+
+
+def test_a_signal_in_the_first_call_of_an_engine_is_not_lost(
+    tmp_path: Path, sp_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "x.jsonl", ["text"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(SentencePieceTokenizer, "verify_on", _asked_to_stop_while_importing)
+        preprocess([str(tmp_path / "x.jsonl")], tmp_path / "out" / "c", "sentencepiece", sp_model)
+    assert stopped.value.code == 143
+    assert preprocess([str(tmp_path / "x.jsonl")], tmp_path / "out" / "c", "sentencepiece", sp_model).documents == 1
+    tokenizer = SimpleNamespace(encode_flat=_asked_to_stop_while_importing)
+    worker = SimpleNamespace(encoder=SimpleNamespace(tokenizer=tokenizer), encode=mock.Mock())
+    with pytest.raises(SystemExit) as stopped:  # a worker of Slurm or Ray
+        EncodeUnits.work_on(cast(EncodeUnits, worker), [0])
+    assert stopped.value.code == 143 and not worker.encode.called
 
 
 @pytest.mark.slow

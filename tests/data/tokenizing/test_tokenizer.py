@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -162,6 +163,31 @@ def test_fingerprint_depends_on_what_decides_ids(hf_folder: Path, tmp_path: Path
     content["model"]["merges"] = content["model"]["merges"][:-1]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     assert HuggingFaceTokenizer(tmp_path).fingerprint != original.fingerprint
+
+
+def test_an_exported_tokenizer_adds_nothing_that_training_did_not_see(
+    hf_folder: Path, sp_model: Path, tmp_path: Path
+) -> None:
+    """A template that begins texts with <s>, as Llama's, stays behind; there is always something to pad with."""
+    llama = tmp_path / "llama"
+    shutil.copytree(hf_folder, llama)
+    built = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json"))
+    template = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", built.token_to_id("<s>"))]
+    )
+    built.post_processor = tokenizers.processors.Sequence([tokenizers.processors.ByteLevel(), template])
+    built.save(str(llama / "tokenizer.json"))
+    config = json.loads((llama / "tokenizer_config.json").read_text()) | {"bos_token": "<s>", "add_bos_token": True}
+    (llama / "tokenizer_config.json").write_text(json.dumps(config))
+    assert AutoTokenizer.from_pretrained(str(llama))("a")["input_ids"][0] == built.token_to_id("<s>")
+    for kind, path in (("huggingface", llama), ("sentencepiece", sp_model)):
+        ours = load_tokenizer(kind, path)
+        ours.save_pretrained(tmp_path / kind)
+        exported = AutoTokenizer.from_pretrained(str(tmp_path / kind))
+        assert exported.bos_token is None and exported.eos_token_id == ours.eod_id
+        assert exported.pad_token_id is not None
+        for text in (*ZH, "two  spaces and\na line"):
+            assert exported(text)["input_ids"] == ours.encode(text), kind
 
 
 def _without(name: str) -> Callable[[Path], None]:
