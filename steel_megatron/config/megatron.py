@@ -30,6 +30,8 @@ TOP_K_MOE_FIELDS = (
 """Fields that only megatron-core's MoE layer (``ffn: top_k_moe``) reads; they change the result."""
 OPTIMIZER_FIELDS = ("decoupled_weight_decay", "decoupled_lr", "decoupled_min_lr")
 """Fields of OptimizerConfig."""
+LOSS_SCALE_FIELDS = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+"""Fields of OptimizerConfig that only runs in float16 read."""
 
 REQUIRES: dict[str, tuple[str, object]] = {
     "recompute_method": ("recompute_granularity", "full"),

@@ -38,6 +38,12 @@ class ParallelConfig:
     recompute: Recompute = "none"
     """What the backward pass computes again instead of keeping it in memory: nothing, attention (selective), whole
     layers (full), or the routing of Soft-MoE layers without their experts (routing)."""
+    fsdp: bool = False
+    """Whether data- and context-parallel processes shard weights and gradients too, not only the optimizer's state."""
+    overlap_grad_reduce: bool | None = None
+    """Whether gradients are reduced while the backward pass goes on; none means where a GPU is (fsdp always does)."""
+    overlap_param_gather: bool | None = None
+    """Whether updated weights are gathered while the next step begins; none means where a GPU is (fsdp always does)."""
 
     def __post_init__(self) -> None:
         typed(self)
@@ -56,6 +62,21 @@ class ParallelConfig:
                 f"{self.virtual_pipeline_model_parallel_size}, but pipeline_model_parallel_size is 1: there are no "
                 "stages whose chunks could take turns; set pipeline_model_parallel_size to 2 or more"
             )
+        self._check_overlap()
+
+    def _check_overlap(self) -> None:
+        """Raise a ConfigError for options of overlap that do nothing."""
+        if self.overlap_param_gather and self.overlap_grad_reduce is False:
+            raise ConfigError(
+                "ParallelConfig.overlap_param_gather is True with overlap_grad_reduce = False, without which all "
+                "weights are one bucket that nothing overlaps with; leave overlap_grad_reduce unset"
+            )
+        for name in ("overlap_grad_reduce", "overlap_param_gather"):
+            if self.fsdp and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"ParallelConfig.{name} is {getattr(self, name)} with fsdp = True, which gathers weights and "
+                    "reduces gradients layer by layer in its own way; leave it unset"
+                )
 
     @property
     def interleaved(self) -> bool:
@@ -143,6 +164,7 @@ class ParallelConfig:
         return (
             f"TP{self.tensor_model_parallel_size} {sequence}PP{self.pipeline_model_parallel_size} {virtual}{context}"
             f"EP{self.expert_model_parallel_size} {expert_tensor}DP{self.data_parallel_size(world_size)}"
+            f"{' FSDP' if self.fsdp else ''}"
         )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from steel_megatron.config.checks import at_least, one_of, typed
 from steel_megatron.errors import ConfigError
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
+Fp8 = Literal["e4m3", "hybrid"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,10 @@ class TrainingConfig:
     global_batch_size: int = 8
     """Sequences of one optimizer step, over all processes."""
     precision: Precision = "float32"
-    """Type of weights and activations; optimizer state is always float32."""
+    """Type of weights and activations (float16 with a dynamic loss scale); optimizer state is always float32."""
+    fp8: Fp8 | None = None
+    """Format of matrix products in FP8: e4m3, or hybrid (gradients in e5m2); it needs bfloat16, transformer-engine and
+    a GPU. None for no FP8."""
     seed: int = 1234
     """Seed of the initial weights and of the order of samples."""
     log_interval: int = 10
@@ -54,7 +58,14 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         typed(self)
-        one_of(("float32", "bfloat16"), self, "precision")
+        one_of(get_args(Precision), self, "precision")
+        if self.fp8 is not None:
+            one_of(get_args(Fp8), self, "fp8")
+            if self.precision != "bfloat16":
+                raise ConfigError(
+                    f"TrainingConfig.fp8 is {self.fp8} with precision = {self.precision}; what is not in FP8 is in "
+                    "bfloat16 then: set precision to bfloat16"
+                )
         at_least(1, self, "train_steps", "stop_after_step", "micro_batch_size", "global_batch_size")
         at_least(1, self, "log_interval", "eval_interval", "eval_steps", "routing_metrics_interval")
         at_least(1, self, "watchdog_seconds")

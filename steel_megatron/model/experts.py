@@ -101,29 +101,29 @@ class Experts(MegatronModule):
         setattr(weight, "allreduce", not self.apart)  # noqa: B010
         return weight
 
-    def forward(self, x: torch.Tensor, layout: TokenLayout = "replicated") -> torch.Tensor:
-        """Every expert on its own vectors.
+    def forward(
+        self,
+        x: torch.Tensor,
+        layout: TokenLayout = "replicated",
+        shares: torch.Tensor | None = None,
+        equal_segments: bool = True,
+    ) -> torch.Tensor:
+        """Every expert on its own vectors, or all merged by given shares into one: :func:`merged_experts`.
+
+        Both are called as a module: what gathers the weights before they are used hooks there.
 
         Args:
-            x: [E, N, d], or [1, N, d] where all experts get the same vectors.
-            layout: of the vectors over the tensor-parallel processes, which share each expert.
-
-        Returns:
-            [E, N, d]
-        """
-        return self._compute(x, self.up, self.down, layout)
-
-    def forward_merged(self, x: torch.Tensor, shares: torch.Tensor, equal_segments: bool = True) -> torch.Tensor:
-        """Merge all experts by given shares and compute the merged expert: :func:`merged_experts`.
-
-        Args:
-            x: [M, N, d], M segments of N tokens.
-            shares: [M, experts over all processes] in float32 or wider.
+            x: [E, N, d], or [1, N, d] where all experts get the same vectors; for merged experts [M, N, d], M segments
+                of N tokens.
+            layout: of the vectors over the tensor-parallel processes, which share each expert; not of merged ones.
+            shares: [M, experts over all processes] in float32 or wider; None merges none.
             equal_segments: whether M is surely the same on all expert-parallel processes.
 
         Returns:
-            [M, N, d]
+            [E, N, d], or [M, N, d]
         """
+        if shares is None:
+            return self._compute(x, self.up, self.down, layout)
         groups = {"tp_group": self.tp_group, "ep_group": self.ep_group}
         return merged_experts(x, shares, self.up, self.down, equal_segments=equal_segments, **groups)
 

@@ -12,6 +12,7 @@ from steel_megatron.config.loading import described, is_a
 from steel_megatron.config.megatron import (
     COMPUTATION_FIELDS,
     EXECUTION_FIELDS,
+    LOSS_SCALE_FIELDS,
     REQUIRES,
     TOP_K_MOE_FIELDS,
     changes_the_result,
@@ -96,6 +97,8 @@ def _reason(name: str, kind: type, known: Collection[str]) -> str:
         return f"{kind.__name__} has no such field"
     if name in TOP_K_MOE_FIELDS:
         return "only models with ffn = top_k_moe read this field"
+    if name in LOSS_SCALE_FIELDS:
+        return "only runs with training.precision = float16 read this field"
     return "the library's modules do not read this field or do not work with it"
 
 

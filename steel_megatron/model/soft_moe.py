@@ -219,7 +219,7 @@ class ParallelSoftMoE(OldNames, MegatronModule):
         """Segments of this process's own, or without sequence parallelism of all that share the experts' matrices."""
         group = self.experts.tp_group
         if group.size() == 1 or not (self.sequence_parallel or self.folded):
-            return self.experts.forward_merged(segments, weights, equal_segments)
+            return self.experts(segments, shares=weights, equal_segments=equal_segments)
         count, length = segments.shape[:2]
         if self.folded and not equal_segments:  # of other documents: the smaller ones are filled up
             most = torch.tensor([count, length], device=segments.device)
@@ -227,5 +227,6 @@ class ParallelSoftMoE(OldNames, MegatronModule):
             missing = int(most[0]) - count
             segments = F.pad(segments, (0, 0, 0, int(most[1]) - length, 0, missing))
             weights = F.pad(weights, (0, 0, 0, missing))
-        everyones = gather_copies(segments, group), gather_copies(weights, group)
-        return own_part(self.experts.forward_merged(*everyones, equal_segments), group)[:count, :length]
+        everyones, shares = gather_copies(segments, group), gather_copies(weights, group)
+        results = self.experts(everyones, shares=shares, equal_segments=equal_segments)
+        return own_part(results, group)[:count, :length]

@@ -42,7 +42,11 @@ from steel_megatron.platform import LOCAL, Implementation, choose_implementation
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -60,6 +64,7 @@ def transformer_config(
     precision: Precision,
     device: torch.device,
     chosen: Implementation = LOCAL,
+    fp8: str | None = None,
 ) -> TransformerConfig:
     """The settings as megatron-core wants them.
 
@@ -69,6 +74,7 @@ def transformer_config(
         precision: type of the weights, and of what pipeline stages send.
         device: where the weights are.
         chosen: the implementation.
+        fp8: format of matrix products in FP8; None for none.
 
     Raises:
         ConfigError: ``model.megatron`` has a field that may not be set, or a value that megatron-core refuses.
@@ -103,11 +109,13 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
         "calculate_per_token_loss": True,
         # The weights are set by initialize_weights, whose result does not depend on the layout.
         "perform_initialization": False,
         "use_cpu_initialization": device.type != "cuda",
         **implementation_fields(chosen),
+        **({"fp8": fp8} if fp8 else {}),
     }
     check_recompute_modules(model.ffn, model.megatron)
     return with_further_fields(TransformerConfig, own, model.megatron, "model.megatron", model_fields(model.ffn))
@@ -216,6 +224,7 @@ def build_chunks(
     precision: Precision = "float32",
     *,
     seed: int | None = None,
+    fp8: str | None = None,
 ) -> list[GPTModel]:
     """This process's parts of the model: one, or several under the interleaved schedule.
 
@@ -226,9 +235,10 @@ def build_chunks(
         topology: the process groups.
         precision: type of the weights.
         seed: of the initial weights; None leaves the matrices uninitialised, to be loaded.
+        fp8: format of matrix products in FP8; None for none.
     """
-    chosen = choose_implementation(model.implementation)
-    config = transformer_config(model, topology.parallel, precision, topology.device, chosen)
+    chosen = choose_implementation(model.implementation, fully_sharded=topology.parallel.fsdp)
+    config = transformer_config(model, topology.parallel, precision, topology.device, chosen, fp8)
     if config.sequence_parallel:
         _name_random_state()
     groups = topology.groups

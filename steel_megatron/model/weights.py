@@ -8,12 +8,16 @@ layouts compares layouts.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt import GPTModel
 
 from steel_megatron.config import ModelConfig
+
+SHARDS = "shards"
+"""Attribute of a stage whose weights are sharded over data-parallel processes: this process's shards, by name."""
 
 
 def sharded_weights(*chunks: GPTModel) -> dict[str, ShardedTensor]:
@@ -28,9 +32,23 @@ def sharded_weights(*chunks: GPTModel) -> dict[str, ShardedTensor]:
     return {
         name if len(chunks) == 1 else f"{number}.{name}": one
         for number, chunk in enumerate(chunks)
-        for name, one in chunk.sharded_state_dict().items()
+        for name, one in _of_chunk(chunk).items()
         if isinstance(one, ShardedTensor)
     }
+
+
+def _of_chunk(chunk: GPTModel) -> dict[str, object]:
+    return dict(chunk.__dict__[SHARDS] if SHARDS in chunk.__dict__ else chunk.sharded_state_dict())
+
+
+def storable(weights: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+    """Weights as torch's checkpoints take them: parts that may be uneven have all axes of the whole tensor."""
+    return {name: one if one.has_regular_grid else _with_all_axes(one) for name, one in weights.items()}
+
+
+def _with_all_axes(one: ShardedTensor) -> ShardedTensor:
+    shape = (1,) * one.prepend_axis_num + tuple(one.local_shape)
+    return replace(one, data=one.data.detach().view(shape), local_shape=shape, prepend_axis_num=0)
 
 
 def initialize_weights(stage: GPTModel, model: ModelConfig, seed: int) -> None:

@@ -37,12 +37,16 @@ LOCAL = Implementation()
 """Of every machine."""
 
 
-def choose_implementation(wanted: ImplementationName, platform: Platform | None = None) -> Implementation:
+def choose_implementation(
+    wanted: ImplementationName, platform: Platform | None = None, *, fully_sharded: bool = False
+) -> Implementation:
     """Choose what computes a model.
 
     Args:
         wanted: ``model.implementation``. ``auto`` takes transformer-engine where it is installed and a GPU is there.
         platform: the machine; None looks at it.
+        fully_sharded: whether the run shards its weights (``parallel.fsdp``): then apex has no accumulated gradients to
+            add to, because these exist only as shards.
 
     Raises:
         ConfigError: transformer-engine is asked for, and this machine cannot run it.
@@ -65,5 +69,5 @@ def choose_implementation(wanted: ImplementationName, platform: Platform | None 
     return Implementation(
         transformer_engine=version,
         apex_norm=version is None and platform.apex_norm,
-        fused_gradients=platform.apex_gradients,
+        fused_gradients=platform.apex_gradients and not fully_sharded,
     )

@@ -24,6 +24,7 @@ from steel_megatron.config import TrainingConfig
 from steel_megatron.data.strict_json import Rule, from_json, list_of, to_json, whole
 from steel_megatron.errors import CheckpointError, DataError
 from steel_megatron.platform import probe
+from steel_megatron.train.loss_scale import LossScale
 
 FILE = "skipped_steps.json"
 """In a checkpoint's folder."""
@@ -61,8 +62,12 @@ class History:
     losses: Annotated[tuple[float, ...], list_of(_FINITE, "a list of finite numbers")] = ()
     """Of the last accepted steps; empty where spikes are not skipped."""
     grad_norms: Annotated[tuple[float, ...], list_of(_FINITE, "a list of finite numbers")] = ()
+    loss_scale: Annotated[tuple[float, ...], list_of(_FINITE, "a list of finite numbers")] = ()
+    """In float16, the state of the loss scale after the last step."""
 
     def __post_init__(self) -> None:
+        if len(self.loss_scale) not in (0, LossScale.NUMBERS):
+            raise DataError(f"loss_scale has {len(self.loss_scale)} numbers; it must have {LossScale.NUMBERS} or none")
         if len(self.losses) != len(self.grad_norms):
             raise DataError(f"{len(self.losses)} losses and {len(self.grad_norms)} grad_norms; there must be as many")
 
@@ -86,10 +91,11 @@ class BadSteps:
 
     Args:
         training: the run's settings.
+        loss_scale: of a run in float16.
     """
 
-    def __init__(self, training: TrainingConfig) -> None:
-        self._settings = training
+    def __init__(self, training: TrainingConfig, loss_scale: LossScale | None = None) -> None:
+        self._settings, self._loss_scale = training, loss_scale
         self.restore(History())
 
     def restore(self, history: History) -> None:
@@ -99,12 +105,15 @@ class BadSteps:
         wanted = self._settings.skip_spikes is not None
         size = self._settings.spike_window if wanted else 0
         self._window = deque(zip(history.losses, history.grad_norms, strict=True), maxlen=size)
+        if self._loss_scale is not None and history.loss_scale:
+            self._loss_scale.restore(history.loss_scale)
 
     @property
     def history(self) -> History:
         """What a checkpoint carries."""
         losses, norms = tuple(zip(*self._window, strict=True)) or ((), ())
-        return History(tuple(self._skipped), self._not_finite, self._spikes, losses, norms)
+        scale = self._loss_scale.state if self._loss_scale else ()
+        return History(tuple(self._skipped), self._not_finite, self._spikes, losses, norms, scale)
 
     @property
     def skipped(self) -> int:
@@ -137,6 +146,8 @@ class BadSteps:
             self._not_finite += 1
             return f"the loss is {loss}"
         if not math.isfinite(grad_norm):
+            if self._loss_scale is not None and self._loss_scale.can_fall:
+                return f"gradients overflow float16 at a loss scale of {self._loss_scale.value:g}"
             self._not_finite += 1
             return f"the gradient's norm is {grad_norm} at a loss of {loss:.4f}"
         self._not_finite = 0

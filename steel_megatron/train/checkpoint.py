@@ -36,7 +36,7 @@ from steel_megatron.config import (
 from steel_megatron.errors import CheckpointError, ConfigError, SteelError
 from steel_megatron.files import disk_errors, sync_folder
 from steel_megatron.log import get_logger
-from steel_megatron.model.weights import sharded_weights
+from steel_megatron.model.weights import sharded_weights, storable
 from steel_megatron.train import bad_steps, random_states
 from steel_megatron.train.checkpoint_checksums import compare_checksums
 from steel_megatron.train.checkpoint_manifest import check_manifest, check_metadata, content_errors
@@ -89,7 +89,7 @@ def sharded_engine(engine: Engine) -> dict[str, Any]:
     """All of an engine's state, where it lies in memory; every process calls it."""
     model = sharded_weights(*engine.chunks)
     state = OptimizerState(engine.optimizer, model)
-    return {"model": model, "optimizer": state.sharded, "random": random_states.sharded()}
+    return {"model": storable(model), "optimizer": state.sharded, "random": random_states.sharded()}
 
 
 def path_of(run: RunConfig, step: int) -> Path:
@@ -299,7 +299,7 @@ def load(engine: Engine, info: CheckpointInfo) -> None:
     wanted: dict[str, Any] = {"optimizer": state.sharded}
     # Random states belong to processes; with another number of them there is nothing to give them back to.
     wanted["random"] = _saved_random_states(info) if info.world_size == dist.get_world_size() else {}
-    main, later = state.main_weights, {}
+    main, later, model = state.main_weights, {}, storable(model)
     if info.has_main_weights and not main:  # saved by a run in bfloat16: its weights are rounded
         model = {name: replace(one, key=MAIN_WEIGHTS + one.key) for name, one in model.items()}
     elif main and not info.has_main_weights:  # saved by a run in float32, which needs no copies
@@ -340,9 +340,10 @@ def load_weights(stage: GPTModel, info: CheckpointInfo, model: ModelConfig) -> N
     """
     check_model(info, model, resumes=False)
     weights = sharded_weights(stage)
-    assert sum(one.data.numel() for one in weights.values()) == sum(one.numel() for one in stage.parameters())
+    own = sum(getattr(one, "_local_tensor", one).numel() for one in stage.parameters())  # of sharded ones, the shard
+    assert sum(one.data.numel() for one in weights.values()) == own
     with _loading_errors(info.path):
-        fill({"model": weights}, info.path)
+        fill({"model": storable(weights)}, info.path)
 
 
 def tensor_names(info: CheckpointInfo) -> list[str]:

@@ -123,7 +123,11 @@ def simulated_engine(run: RunConfig, rank: int, world_size: int) -> Iterator[Eng
         world_size: its processes.
     """
     # Weights have the same shapes in all implementations, and transformer-engine's modules want a real GPU.
-    local = dataclasses.replace(run, model=dataclasses.replace(run.model, implementation="local"))
+    local = dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, implementation="local"),
+        training=dataclasses.replace(run.training, fp8=None),
+    )
     with simulated(run.parallel, rank, world_size) as topology:
         yield Engine(local, topology)
 

@@ -257,7 +257,7 @@ def _begin_save(
 
 def _steady_storages(engine: Engine, state: dict[str, Any]) -> set[int]:
     """Addresses of memory that only an update changes: optimized weights and the optimizer's state, but no buffers."""
-    weights = (one.data for chunk in engine.chunks for one in chunk.parameters() if one.requires_grad)
+    weights = (one.data for model in engine.models for one in model.parameters() if one.requires_grad)
     means = (one.data for one in state["optimizer"].values())
     return {tensor.untyped_storage().data_ptr() for tensors in (weights, means) for tensor in tensors}
 

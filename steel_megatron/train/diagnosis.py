@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,18 +14,23 @@ from megatron.core.models.gpt import GPTModel
 PARTS = ("self_attention", "mlp")
 
 
-def where_forward_fails(chunks: Sequence[GPTModel], forward: Callable[[], object]) -> str:
+Weights = Sequence[Mapping[str, torch.nn.Parameter]]
+"""What this process holds of each chunk's weights, by name."""
+
+
+def where_forward_fails(chunks: Sequence[GPTModel], weights: Weights, forward: Callable[[], object]) -> str:
     """Which part of the model first gives a value that is not finite; every process of the launch calls it.
 
     Args:
         chunks: this process's parts of the model.
+        weights: of each chunk.
         forward: computes the batches again that went wrong.
 
     Returns:
         such as ``layer 3's mlp (at token 17 of sequence 0), from finite inputs``.
     """
     found: list[tuple[int, str]] = []
-    for number, name, parameter in _parameters(chunks):
+    for number, name, parameter in _parameters(chunks, weights):
         if not torch.isfinite(parameter).all():
             found.append((3 * number, f"the weight {name} of layer {number}" if number else f"the weight {name}"))
     with _watching(chunks, found):
@@ -36,10 +41,15 @@ def where_forward_fails(chunks: Sequence[GPTModel], forward: Callable[[], object
     )
 
 
-def where_backward_fails(chunks: Sequence[GPTModel]) -> str:
-    """Which weight's gradient is not finite, nearest to the loss; every process of the launch calls it."""
+def where_backward_fails(chunks: Sequence[GPTModel], weights: Weights) -> str:
+    """Which weight's gradient is not finite, nearest to the loss; every process of the launch calls it.
+
+    Args:
+        chunks: this process's parts of the model.
+        weights: of each chunk.
+    """
     found = []
-    for number, name, parameter in _parameters(chunks):
+    for number, name, parameter in _parameters(chunks, weights):
         if not torch.isfinite(parameter.main_grad).all():
             found.append((-number, f"the gradient of {name}" + (f" (layer {number})" if number else "")))
     return _earliest(found) or "no single gradient: their norm overflows"
@@ -79,10 +89,10 @@ def _watching(chunks: Sequence[GPTModel], found: list[tuple[int, str]]) -> Itera
             handle.remove()
 
 
-def _parameters(chunks: Sequence[GPTModel]) -> Iterator[tuple[int, str, Any]]:
+def _parameters(chunks: Sequence[GPTModel], weights: Weights) -> Iterator[tuple[int, str, Any]]:
     """Each parameter with its name, and before it the number of its layer in the whole model, from 1; 0 outside."""
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
+    for chunk, own in zip(chunks, weights, strict=True):
+        for name, parameter in own.items():
             match = re.search(r"\bdecoder\.layers\.(\d+)\.", name)
             yield chunk.decoder.layers[int(match[1])].layer_number if match else 0, name, parameter
 

@@ -10,24 +10,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from steel_megatron.config import RunConfig
-from steel_megatron.config.megatron import OPTIMIZER_FIELDS
+from steel_megatron.config.megatron import LOSS_SCALE_FIELDS, OPTIMIZER_FIELDS
 from steel_megatron.errors import ConfigError, TrainingError
 from steel_megatron.model.megatron_fields import with_further_fields
 from steel_megatron.model.spec import DTYPES, build_chunks
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.bad_steps import BadSteps, agreed
+from steel_megatron.train.data_parallel import Replicated
 from steel_megatron.train.diagnosis import where_backward_fails, where_forward_fails
+from steel_megatron.train.fully_sharded import FullySharded, reduce_over_all_ranks
+from steel_megatron.train.loss_scale import LossScale, first_loss_scale
 from steel_megatron.train.objective import Term
 from steel_megatron.train.objective.base import objective_of
-from steel_megatron.train.optimizer_state import OptimizerState, allocate_state
+from steel_megatron.train.optimizer_state import OptimizerState, allocate_state, optimizers_of
 
 _DECAY_STYLES = {
     "cosine": "cosine",
@@ -49,6 +53,7 @@ class StepResult:
         grad_norm: global norm of the gradient, before clipping.
         lr: learning rate that the step used.
         skipped: why nothing was updated; None if weights were.
+        loss_scale: what the loss was multiplied by before the backward pass; None unless in float16.
     """
 
     step: int
@@ -56,6 +61,7 @@ class StepResult:
     grad_norm: float
     lr: float
     skipped: str | None = None
+    loss_scale: float | None = None
 
     @property
     def loss(self) -> float:
@@ -83,41 +89,40 @@ class Engine:
 
     Attributes:
         before_update: called before anything changes weights or the optimizer's state, which a save may be copying.
-        chunks: this process's parts of the model, in the order of their layers: one, or several under the interleaved
-            schedule.
-        models: the same, each with its gradients.
+        models: what :attr:`chunks` are, each with its gradients.
     """
 
     def __init__(self, run: RunConfig, topology: Topology, stage: GPTModel | None = None) -> None:
         self.run, self.topology = run, topology
         self.groups = topology.groups
-        self.chunks = (
-            [stage] if stage else build_chunks(run.model, topology, run.training.precision, seed=run.training.seed)
+        training = run.training
+        self._chunks = (
+            [stage]
+            if stage
+            else build_chunks(run.model, topology, training.precision, seed=training.seed, fp8=training.fp8)
         )
-        self.config = self.chunks[0].config
-        self.objective = objective_of(run).build(run, topology, self.chunks[0])
+        self.config = self._chunks[0].config
+        self.objective = objective_of(run).build(run, topology, self._chunks[0])
         self.step_number = 0
         self.before_update: Callable[[], None] = lambda: None
-        self.bad_steps = BadSteps(run.training)
-        self.models = [
-            DistributedDataParallel(
-                config=self.config,
-                ddp_config=DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True,
-                    use_distributed_optimizer=True,
-                    overlap_grad_reduce=topology.device.type == "cuda",
-                ),
-                module=chunk,
-                pg_collection=self.groups,
-            )
-            for chunk in self.chunks
-        ]
+        kind = FullySharded if topology.parallel.fsdp else Replicated
+        self.models: list[Replicated | FullySharded] = [kind(chunk, topology) for chunk in self._chunks]
         self.optimizer = self._optimizer()
+        self.loss_scale = LossScale(self.optimizer) if run.training.precision == "float16" else None
+        self.bad_steps = BadSteps(run.training, self.loss_scale)
         self.scheduler = self._scheduler()
         self.config.finalize_model_grads_func = finalize_model_grads
         no_syncs = [model.no_sync for model in self.models]
         self.config.no_sync_func = no_syncs if topology.parallel.interleaved else no_syncs[0]
-        self.config.grad_scale_func = None
+        self.config.grad_scale_func = self.optimizer.scale_loss if self.loss_scale else None
+
+    @property
+    def chunks(self) -> list[GPTModel]:
+        """This process's parts of the model, in the order of their layers, with the weights of the last step: one, or
+        several under the interleaved schedule."""
+        for model in self.models:
+            model.wait_for_weights()
+        return self._chunks
 
     @property
     def stage(self) -> GPTModel:
@@ -126,16 +131,19 @@ class Engine:
         Raises:
             ConfigError: it has several.
         """
-        if len(self.chunks) > 1:
+        if len(self._chunks) > 1:
             raise ConfigError(
-                f"each process has {len(self.chunks)} model chunks (parallel.virtual_pipeline_model_parallel_size): "
+                f"each process has {len(self._chunks)} model chunks (parallel.virtual_pipeline_model_parallel_size): "
                 "use chunks, not stage or model, which only a process with a single one has"
             )
         return self.chunks[0]
 
     def _optimizer(self) -> MegatronOptimizer:
         settings = self.run.optimizer
-        dtype = DTYPES[self.run.training.precision]
+        sharded = self.topology.parallel.fsdp
+        precision = self.run.training.precision
+        in_float16 = precision == "float16"
+        labels = self.run.training.micro_batch_size * self.run.model.sequence_length
         own = {
             "optimizer": "adam",
             "lr": settings.lr,
@@ -145,14 +153,21 @@ class Engine:
             "adam_beta2": settings.beta2,
             "adam_eps": settings.epsilon,
             "clip_grad": settings.clip_grad,
-            "bf16": dtype is torch.bfloat16,
-            "params_dtype": dtype,
-            "use_distributed_optimizer": True,
+            "bf16": precision == "bfloat16" and not sharded,  # shards are in float32, and need no copies
+            "fp16": in_float16,
+            "params_dtype": torch.float32 if sharded else DTYPES[precision],
+            "use_distributed_optimizer": not sharded,
         }
         config = with_further_fields(
-            MegatronOptimizerConfig, own, settings.megatron, "optimizer.megatron", OPTIMIZER_FIELDS
+            MegatronOptimizerConfig,
+            own,
+            {**(first_loss_scale(labels) if in_float16 else {}), **settings.megatron},
+            "optimizer.megatron",
+            OPTIMIZER_FIELDS + (LOSS_SCALE_FIELDS if in_float16 else ()),
         )
         optimizer = get_megatron_optimizer(config, self.models)
+        if sharded:
+            reduce_over_all_ranks(optimizer)
         allocate_state(optimizer)
         return optimizer
 
@@ -198,7 +213,7 @@ class Engine:
         """
         terms = self.accumulate_gradients(batches)
         step = self.step_number + 1
-        self.optimizer.prepare_grads()
+        overflow = self.optimizer.prepare_grads()
         loss, norm = agreed(minimised(terms).mean, float(self.optimizer.get_grad_norm()))
         skipped = self.bad_steps.why_skip(step, loss, norm, minimised(terms).items)
         if (limit := self.bad_steps.too_many) is not None:
@@ -210,18 +225,39 @@ class Engine:
         lr = max(group["lr"] for group in self.optimizer.param_groups if group["default_config"])  # not decoupled_lr
         if skipped is None:
             self.before_update()
-            self.optimizer.step()
+            self._update(norm)
+        for model in self.models:
+            model.begin_to_gather()
+        scale = None
+        if self.loss_scale is not None:
+            scale = self.loss_scale.value
+            self.loss_scale.adapt(overflow)
         self.step_number = step
-        return StepResult(step=step, terms=terms, grad_norm=norm, lr=lr, skipped=skipped)
+        return StepResult(step=step, terms=terms, grad_norm=norm, lr=lr, skipped=skipped, loss_scale=scale)
+
+    def _update(self, norm: float) -> None:
+        """Clip the gradients, which are ready and whose norm is known, and update the weights."""
+        for part in optimizers_of(self.optimizer):
+            if (limit := part.config.clip_grad) > 0.0 and (parameters := part.get_parameters()):
+                own = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(parameters, limit, norm, own)
+        self.optimizer.step_with_ready_grads()
 
     def _where_it_fails(self, batches: Sequence[Any], loss: float, norm: float) -> str:
         """What the model says of numbers that are wrong on all processes."""
         if not math.isfinite(loss):
-            where = where_forward_fails(self.chunks, lambda: self.evaluate(batches))
+            where = where_forward_fails(self.chunks, self._weights, lambda: self.evaluate(batches))
             return f"The first number that is not finite: {where}"
         if not math.isfinite(norm):
-            return f"Nearest to the loss: {where_backward_fails(self.chunks)}"
+            return f"Nearest to the loss: {where_backward_fails(self.chunks, self._weights)}"
         return "All numbers are finite"
+
+    @property
+    def _weights(self) -> list[dict[str, torch.nn.Parameter]]:
+        """What this process holds of each chunk's weights, by their names in the chunk."""
+        return [
+            {name.removeprefix("module."): weight for name, weight in model.named_parameters()} for model in self.models
+        ]
 
     def resume_at(self, step: int, optimizer_state: OptimizerState) -> None:
         """Resume after ``step`` steps, with an optimizer state that was filled from a checkpoint."""
@@ -246,12 +282,12 @@ class Engine:
             """The micro batches, for one chunk; each sets the dropout of its forward pass."""
             firsts = itertools.count(size * topology.data_parallel_rank, apart)  # of micro batches in the global batch
             for batch, first in zip(batches, firsts, strict=False):
-                self.chunks[0].dropout.set(self.run.training.seed, step, first)
+                self._chunks[0].dropout.set(self.run.training.seed, step, first)
                 yield batch
 
         reports = get_forward_backward_func()(
             forward_step_func=self.objective.forward_step,
-            data_iterator=[read() for _ in self.chunks] if topology.parallel.interleaved else read(),
+            data_iterator=[read() for _ in self._chunks] if topology.parallel.interleaved else read(),
             model=self.models,
             num_microbatches=len(batches),
             forward_only=forward_only,

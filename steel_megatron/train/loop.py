@@ -22,7 +22,8 @@ from steel_megatron.parallel import agreement
 from steel_megatron.parallel.agreement import any_rank, broadcast_from_rank0, on_rank0, raise_if_any_rank_failed
 from steel_megatron.parallel.peers import Peers
 from steel_megatron.parallel.topology import Topology, initialize, read_launch, shutdown
-from steel_megatron.platform import choose_implementation
+from steel_megatron.platform import Implementation, choose_implementation
+from steel_megatron.platform.fp8 import missing_for_fp8
 from steel_megatron.train import checkpoint, random_states
 from steel_megatron.train.bad_samples import naming_documents, note_skipped
 from steel_megatron.train.batches import Batches
@@ -83,7 +84,8 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         )
     with ExitStack() as stack:
         stack.callback(_UNDER_WAY.release)
-        implementation = choose_implementation(run.model.implementation)
+        implementation = choose_implementation(run.model.implementation, fully_sharded=run.parallel.fsdp)
+        _check_fp8(run, implementation)
         run.num_micro_batches(read_launch(os.environ).world_size)  # checks the batch before anything is started
         topology = stack.enter_context(_process_groups(run))
         peers = stack.enter_context(Peers(Path(run.checkpoint.directory), run.training.watchdog_seconds))
@@ -110,6 +112,19 @@ def _process_groups(run: RunConfig) -> Iterator[Topology]:
         shutdown()
         raise
     shutdown()
+
+
+def _check_fp8(run: RunConfig, implementation: Implementation) -> None:
+    """Refuse FP8 that this machine cannot compute, or would not, before the processes meet."""
+    if not run.training.fp8:
+        return
+    if missing := missing_for_fp8():
+        raise ConfigError(f"training.fp8 = {run.training.fp8} needs {' and '.join(missing)}; leave it unset here")
+    if implementation.transformer_engine is None:
+        raise ConfigError(
+            f"training.fp8 = {run.training.fp8} has no effect with model.implementation = {run.model.implementation}: "
+            "only transformer-engine's layers compute in FP8; set it to auto or transformer_engine"
+        )
 
 
 @contextmanager

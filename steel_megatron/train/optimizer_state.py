@@ -28,14 +28,14 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes along the axes of a tensor."""
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The distributed optimizers inside: one, or two when experts have data-parallel groups of their own."""
+def optimizers_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers inside of one: one, or two when experts have data-parallel groups of their own."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
     """Make the optimizer's state before its first step, so that a checkpoint can be loaded into it."""
-    for part in _parts(optimizer):
+    for part in optimizers_of(optimizer):
         part.init_state_fn(part.optimizer, part.config)  # zeros, for torch's AdamW and the fused ones
         if isinstance(part.optimizer, COUNTS_PER_PARAMETER):
             for values in part.optimizer.state.values():
@@ -104,12 +104,8 @@ class OptimizerState:
         self.sharded: dict[str, ShardedTensor] = {}
         self._optimizer = optimizer
         self._copies: list[Callable[[], None]] = []
-        for part in _parts(optimizer):
-            for parameter in part.model_param_group_index_map:
-                tensors = part._get_main_param_and_optimizer_states(parameter)
-                if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:  # these are copies in float32
-                    self._copies.append(partial(part._set_main_param_and_optimizer_states, parameter, tensors))
-                start = part._get_model_param_range_map(parameter)["param"].start
+        for part in optimizers_of(optimizer):
+            for parameter, tensors, start in self._tensors(part):
                 inside = _inside(parameter, weights)
                 for key, flat in tensors.items():
                     if key == "step" or (key == "param" and _shares_memory(flat, parameter)):
@@ -118,6 +114,18 @@ class OptimizerState:
                         own = flat[max(first - start, 0) : max(first + weight.data.numel() - start, 0)]
                         found = _in_boxes(f"optimizer.state.{key}.{weight.key}", own, max(start - first, 0), weight)
                         self.sharded |= {f"{key}.{name}.{number}": box for number, box in enumerate(found)}
+
+    def _tensors(self, part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], int]]:
+        """Each parameter, what an optimizer keeps of it, flat, and from which of its elements on."""
+        if not isinstance(part, DistributedOptimizer):  # the parameters are shards, and it keeps all of them
+            for parameter in part.get_parameters():
+                yield parameter, {key: value.flatten() for key, value in part.optimizer.state[parameter].items()}, 0
+            return
+        for parameter in part.model_param_group_index_map:
+            tensors = part._get_main_param_and_optimizer_states(parameter)
+            if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:  # these are copies in float32
+                self._copies.append(partial(part._set_main_param_and_optimizer_states, parameter, tensors))
+            yield parameter, tensors, part._get_model_param_range_map(parameter)["param"].start
 
     @property
     def main_weights(self) -> dict[str, ShardedTensor]:
@@ -128,7 +136,7 @@ class OptimizerState:
         """The tensors were filled with the state after ``step`` steps, which Adam's bias correction needs as well."""
         for put_back in self._copies:
             put_back()
-        for part in _parts(self._optimizer):
+        for part in optimizers_of(self._optimizer):
             if isinstance(part.optimizer, COUNTS_PER_PARAMETER):
                 for values in part.optimizer.state.values():
                     values["step"] = torch.tensor(float(step), dtype=torch.float32)

@@ -44,12 +44,12 @@ Pieces = dict[str, torch.Tensor]
 
 
 def pieces(chunks: Any, value_of: Callable[[torch.Tensor], torch.Tensor]) -> Pieces:
-    """What ``value_of`` gives for each weight of a stage's chunks, labelled with its place in the whole tensor."""
+    """What ``value_of`` gives for each weight of a stage or of a list of chunks, labelled with its place."""
     from steel_megatron.model.weights import sharded_weights
 
     return {
         f"{sharded.key}|{','.join(map(str, sharded.global_offset))}|{sharded.prepend_axis_num}": value_of(sharded.data)
-        for sharded in sharded_weights(*chunks).values()
+        for sharded in sharded_weights(*(chunks if isinstance(chunks, list) else [chunks])).values()
     }
 
 
@@ -89,6 +89,8 @@ def gather_gradients(model: Any) -> None:
     """Every process's part of the reduced gradients, on all: the distributed optimizer reduces to one part each."""
     import torch.distributed as dist
 
+    if not hasattr(model, "expert_parallel_buffers"):  # the gradients belong to the shards of fully sharded weights
+        return
     for buffer in [*model.buffers, *model.expert_parallel_buffers]:
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:

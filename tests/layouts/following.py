@@ -11,7 +11,7 @@ import torch
 
 from steel_megatron.config import RunConfig
 from tests.hf.launched import Pieces, pieces
-from tests.train.small_run import Trained, norms_of_tensors, own_batches, squares
+from tests.train.small_run import Trained, gradient_squares, norms_of_tensors, own_batches
 
 
 @dataclass
@@ -42,7 +42,7 @@ def follow(run: RunConfig) -> Record:
     record = Record(before=weights_of(engine))
     for step in range(1, run.training.train_steps + 1):
         result = engine.step(own_batches(run, step, topology))
-        record.steps.append(Trained(result.loss, result.grad_norm, squares(engine)))
+        record.steps.append(Trained(result.loss, result.grad_norm, gradient_squares(engine)))
     record.evaluation = tuple(minimised(engine.evaluate(own_batches(run, 0, topology))))
     record.after = weights_of(engine)
     return record

@@ -196,7 +196,7 @@ def build_both() -> tuple[dict[str, Any], dict[str, Any], list[str]]:
 
     topology = initialize(LAYOUTS["tp2 sp"])
     local = spec.build_model(MODEL, topology, "bfloat16", seed=1)
-    spec.choose_implementation = lambda wanted: Implementation("of this machine")
+    spec.choose_implementation = lambda wanted, **_: Implementation("of this machine")
     if not torch.cuda.is_available():  # its modules ask before they are built; what they are told computes nothing
         answers: Any = type("Properties", (), {"major": 9, "minor": 0, "multi_processor_count": 132, "name": "none"})
         torch.cuda.is_available = lambda: True

@@ -171,12 +171,13 @@ def _gradient_inside(parameter: torch.Tensor, weight: torch.Tensor) -> torch.Ten
     return parameter.main_grad.flatten()[start : start + weight.numel()]
 
 
-def squares(engine: Any) -> dict[str, float]:
+def gradient_squares(engine: Any) -> dict[str, float]:
+    """The sum of the squared gradient of each weight, or part of one, that this process holds."""
     from steel_megatron.model.weights import sharded_weights
 
     for model in engine.models:
         gather_gradients(model)
-    parameters = [parameter for chunk in engine.chunks for parameter in chunk.parameters()]
+    parameters = [parameter for model in engine.models for parameter in model.parameters()]
     squares = {}
     for sharded in sharded_weights(*engine.chunks).values():
         layer = sharded.global_offset[: sharded.prepend_axis_num]
@@ -207,7 +208,7 @@ def train(run: RunConfig, first: int = 1, last: int | None = None, save: bool = 
     results = []
     for step in range(first, (last or run.training.train_steps) + 1):
         result = engine.step(own_batches(run, step, topology))
-        results.append(Trained(result.loss, result.grad_norm, squares(engine)))
+        results.append(Trained(result.loss, result.grad_norm, gradient_squares(engine)))
     results.append(tuple(minimised(engine.evaluate(own_batches(run, 0, topology)))))
     if save:
         checkpoint_save.save(engine, engine.step_number * run.training.global_batch_size)

@@ -171,7 +171,8 @@ def test_settings_of_megatron_core() -> None:
         (model(no_rope_freq=[1, 0]), "megatron-core refuses model.megatron with no_rope_freq = [1, 0]: "),
         (model(softmax_scale=1, **full, recompute_num_layers=1), "no error"),
         (optimizer(lr=1.0), "optimizer.megatron.lr = 1.0: the library sets this field itself"),
-        (optimizer(fp16=True), "optimizer.megatron.fp16 = True: the library's modules do not read this field or do"),
+        (optimizer(fp16=True), "optimizer.megatron.fp16 = True: the library sets this field itself, to False; use its"),
+        (optimizer(hysteresis=1), "optimizer.megatron.hysteresis = 1: only runs with training.precision = float16"),
         (optimizer(decoupled_weight_decay="x"), "optimizer.megatron.decoupled_weight_decay = 'x'; it must be of type"),
         (optimizer(decoupled_min_lr=0.1), "optimizer.megatron.decoupled_min_lr = 0.1 has no effect without optimizer"),
         (

@@ -101,6 +101,8 @@ class Metrics(Callback):
             "speed/tokens_per_second": tokens_per_second,
             "memory/gib": _memory(run.topology.device),
         }
+        if result.loss_scale is not None:
+            scalars["train/loss_scale"] = result.loss_scale
         if peak := probe().peak_flops:
             peak *= run.topology.launch.world_size
             scalars["speed/mfu"] = tokens_per_second * self._flops_per_token / peak
@@ -145,7 +147,7 @@ def _leak(run: RunView) -> str:
     """The figures of a short audit of the current model; only on a process that holds the whole model."""
     cut, model = run.config.parallel, run.config.model
     degrees = (cut.tensor_model_parallel_size, cut.pipeline_model_parallel_size, cut.expert_model_parallel_size)
-    if max(*degrees, cut.context_parallel_size, cut.expert_tensor_size) > 1 or model.sequence_length < 2:
+    if max(*degrees, cut.context_parallel_size, cut.expert_tensor_size) > 1 or cut.fsdp or model.sequence_length < 2:
         return "by its settings; `steel-megatron audit CHECKPOINT` measures it"
     found = audit_model(
         stage_outputs(run.model, model.vocab_size),

@@ -14,6 +14,7 @@ from steel_megatron.ops import reference
 from steel_megatron.train.callbacks.base import Callback, RunView
 from steel_megatron.train.callbacks.metrics import TensorBoard
 from steel_megatron.train.engine import StepResult
+from steel_megatron.train.fully_sharded import whole_weights
 
 NAMES = ("combine_entropy", "dispatch_entropy", "slot_similarity", "scale")
 
@@ -90,7 +91,8 @@ class RoutingMetrics(Callback):
         width = len(NAMES) + model.num_experts
         sums = torch.zeros(model.num_layers, width + 1, dtype=torch.float64, device=run.topology.device)
         for layer in _layers(run):
-            figures = routing_figures(self._inputs.pop(layer.layer_number), layer.mlp.phi, layer.mlp.scale)
+            with whole_weights(layer):
+                figures = routing_figures(self._inputs.pop(layer.layer_number), layer.mlp.phi, layer.mlp.scale)
             sums[layer.layer_number - 1] = torch.cat((figures, figures.new_ones(1)))
         dist.all_reduce(sums)  # a layer is on one pipeline stage, and there on several processes
         means = (sums[:, :-1] / sums[:, -1:]).tolist()
