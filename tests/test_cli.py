@@ -265,7 +265,7 @@ def test_mistakes_in_a_file_are_named_with_their_line(
     ("words", "message"),
     [
         (["--model.hidden_size", "x"], "--model.hidden_size is x; it must be of type int"),
-        (["--training.precision", "half"], "--training.precision is half; it must be one of float32, bfloat16"),
+        (["--training.precision", "half"], "precision is half; it must be one of float32, bfloat16, float16"),
         (["--optimizer.lr="], "--optimizer.lr has no value; it must be of type float"),
         (["--data.validation", "{zh: {a: b}}"], f"it must be {SETS}"),
     ],

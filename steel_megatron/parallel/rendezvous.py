@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import os
 import socket
 from collections.abc import Iterator
@@ -22,10 +21,6 @@ _SHOWN = 8
 def store_is_rank0s() -> bool:
     """Whether rank 0 serves the store and takes it along when it ends; under torchrun, torchrun does."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-
-
-_MEETINGS = itertools.count()
-"""Numbers the meetings of a process; all processes of a launch meet equally often."""
 
 
 def connect(timeout: datetime.timedelta, *, serve: bool = False) -> dist.TCPStore:
@@ -71,8 +66,10 @@ def meet(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
             f"{own} found nobody at {address} (MASTER_ADDR, MASTER_PORT), where rank 0 or torchrun should be, within "
             f"{_minutes(timeout)}; {TIMEOUT} sets how long to wait"
         ) from error
-    # A later meeting of the same processes must not find the addresses of an earlier one.
-    shared = dist.PrefixStore(f"steel/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_MEETINGS)}", store)
+    # A later meeting of the same processes must not find the addresses of an earlier one. The store counts them, not
+    # the process: one that comes to this store for the first time may have met others elsewhere.
+    launch = dist.PrefixStore(f"steel/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    shared = dist.PrefixStore(str(launch.add(f"meetings of {rank}", 1)), launch)
     shared.set(f"come/{rank}", socket.gethostname())
     try:
         shared.wait([f"come/{other}" for other in range(world_size)], timeout)

@@ -72,12 +72,12 @@ def trained_on(state: State, engine: Any) -> State:
 def state_of(engine: Any) -> State:
     """What this process holds now."""
     from steel_megatron.model.weights import sharded_weights
-    from steel_megatron.train.optimizer_state import OptimizerState, _parts
+    from steel_megatron.train.optimizer_state import OptimizerState, optimizers_of
 
     optimizer = OptimizerState(engine.optimizer, sharded_weights(*engine.chunks))
     held = {
         f"{one.key}|{','.join(map(str, one.global_offset))}|0": one.data.clone() for one in optimizer.sharded.values()
     }
-    values = [value for part in _parts(engine.optimizer) for value in part.optimizer.state.values()]
+    values = [value for part in optimizers_of(engine.optimizer) for value in part.optimizer.state.values()]
     steps = {int(value["step"]) for value in values}
     return State(weights_of(engine), held, steps)

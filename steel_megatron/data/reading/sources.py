@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from steel_megatron.data.reading.chunks import BadRow
-from steel_megatron.data.reading.keys import Row, lines_of, string, text_at
+from steel_megatron.data.reading.keys import Row, string, text_at
 from steel_megatron.errors import DataError
 
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -160,8 +160,9 @@ class Text(Source):
         return Dialogue(found) if row.get("dialogue") is True else found
 
     def text_of(self, value: object) -> str | Dialogue:
-        if self._key == "text" and isinstance(value, (str, list)):
-            return lines_of([value], self._key)
+        strings = value if isinstance(value, list) else [value]
+        if self._key == "text" and all(isinstance(one, str) for one in strings):
+            return "\n".join(strings)
         return super().text_of(value)
 
     def plain_key(self) -> tuple[str, Sequence[str]] | None:

@@ -46,7 +46,7 @@ from tests.data.jobs import (
 
 BAD_ROWS = {
     "broken JSON": b'{"text": "x"',
-    "a JSON list where an object was expected": b'["x"]',
+    "a JSON list where an object was expected": b'["x", 1]',
     "key 'text' is missing; the row has 'body'": b'{"body": "x"}',
     "key 'text' holds null": b'{"text": null}',
     "key 'text' holds a int": b'{"text": 3}',
