@@ -7,7 +7,7 @@ exported folder uses a cache if its routing mode is causal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,46 +16,25 @@ from typing import TYPE_CHECKING
 import torch
 import yaml
 
-from steel_megatron.config import ModelConfig, TokenizerKind, load_yaml
+from steel_megatron.config import ModelConfig, ParallelConfig, TokenizerKind, load_yaml
+from steel_megatron.config.parallel import check_layout
 from steel_megatron.data.ledger.ledger import Ledger
 from steel_megatron.data.tokenizing.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from steel_megatron.errors import CheckpointError, ConfigError, DataError
 from steel_megatron.hf.convert import is_exported, read_config
 from steel_megatron.hf.loading import load_model
 from steel_megatron.hf.mapping import FFN_TYPES, config_from_hf, to_hf
-from steel_megatron.parallel.topology import initialize_alone
+from steel_megatron.hf.texts import Texts, texts_of_folder, texts_of_tokenizer
+from steel_megatron.ops.sampling import Sampling, choose
+from steel_megatron.parallel.topology import initialize, initialize_alone
 from steel_megatron.platform import prepare
 
 if TYPE_CHECKING:
     from steel_megatron.train.checkpoint import CheckpointInfo
 
 NextLogits = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        max_new_tokens: maximum number of new tokens; an end-of-document token ends the text earlier.
-        temperature: divides the logits; 0 is greedy decoding.
-        top_k: sample only from the k likeliest tokens; 0 for all.
-        seed: random seed for sampling.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.top_k < 0 or not 0 <= self.seed < 2**63:
-            raise ConfigError(
-                f"max_new_tokens = {self.max_new_tokens} must be at least 1, top_k = {self.top_k} at least 0, and "
-                f"seed = {self.seed} from 0 to 2**63 - 1"
-            )
-        if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
-            raise ConfigError(f"temperature = {self.temperature} must be 0, or from 0.001 to 1000")
+OnText = Callable[[str], None]
+"""Gets a continuation piece by piece, as far as it is certain."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +43,8 @@ class Generation:
 
     Attributes:
         prompt: the prompt.
-        text: prompt and continuation.
-        new_tokens: ids of the continuation, without the end-of-document token.
+        text: prompt and continuation, up to a stop string.
+        new_tokens: ids of the continuation, without the end-of-document token; those of a stop string are among them.
     """
 
     prompt: str
@@ -74,40 +53,145 @@ class Generation:
 
 
 def generate(
-    model: Path, prompts: Sequence[str], sampling: Sampling, tokenizer: tuple[TokenizerKind, str] | None = None
+    model: Path,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    tokenizer: tuple[TokenizerKind, str] | None = None,
+    parallel: ParallelConfig | None = None,
+    on_text: OnText = lambda text: None,
 ) -> list[Generation]:
-    """Continue prompts.
+    """Continue prompts; under a launch, every process calls it and gets the same.
 
     Args:
         model: checkpoint folder (``step_...``) or exported Hugging Face folder.
         prompts: non-empty texts.
         sampling: how tokens are sampled.
         tokenizer: kind and path; None for the tokenizer that the model was trained or exported with.
+        parallel: the layout of a checkpoint's model; None for one process.
+        on_text: gets each prompt, and its continuation as it is made; a line break at the end.
 
     Raises:
         CheckpointError: the folder is neither a checkpoint nor an exported model.
         ConfigError: a prompt has no tokens, or prompt and new tokens exceed the model's sequence length.
     """
     # Check everything before loading the model.
-    if is_exported(model):
-        settings = config_from_hf(read_config(model), str(model / "config.json"))
-        loaded = load_tokenizer(*(tokenizer or _tokenizer_of_folder(model)))
-        load = partial(_load_exported, model)
-    else:
-        info = _read_checkpoint(model)
-        settings = info.model
-        loaded = load_tokenizer(*tokenizer) if tokenizer else _tokenizer_of_run(model)
-        load = partial(_load_checkpoint, info)
-    encoded = [_encode(prompt, settings, loaded, sampling) for prompt in prompts]
+    settings, texts, load = _opened(model, tokenizer, parallel, chat=False)
+    encoded = [_encode(prompt, settings, texts, sampling) for prompt in prompts]
     next_logits = load()
     results = []
     for prompt, ids in zip(prompts, encoded, strict=True):
-        new = _continue(ids, next_logits, settings.vocab_size, loaded.eod_id, sampling)
-        results.append(Generation(prompt, loaded.decode(ids + new), new))
+        on_text(prompt)
+        reply = _Reply(texts.decode, sampling.stop, on_text)
+        new = _continue(ids, next_logits, settings.vocab_size, texts.ends, sampling, reply)
+        results.append(Generation(prompt, reply.end(new, texts.decode(ids + new)), new))
+        on_text("\n")
     return results
 
 
-def _encode(prompt: str, model: ModelConfig, tokenizer: Tokenizer, sampling: Sampling) -> list[int]:
+def chat(
+    model: Path,
+    turns: Iterable[str],
+    sampling: Sampling,
+    tokenizer: tuple[TokenizerKind, str] | None = None,
+    parallel: ParallelConfig | None = None,
+    on_text: OnText = lambda text: None,
+) -> Iterator[str]:
+    """Reply to each turn of the user in one conversation, in the model's chat template.
+
+    Args:
+        model, sampling, tokenizer, parallel: as for :func:`generate`.
+        turns: what the user says; the next one is asked for after the reply. Empty ones are passed over.
+        on_text: gets each reply as it is made.
+
+    Yields:
+        The replies.
+
+    Raises:
+        ConfigError: the model has no chat template, or the conversation exceeds the model's sequence length.
+    """
+    settings, texts, load = _opened(model, tokenizer, parallel, chat=True)
+    next_logits, messages = load(), list[dict[str, str]]()
+    for turn in turns:
+        if not turn.strip():
+            continue
+        messages.append({"role": "user", "content": turn})
+        ids = _encode(texts.render(messages, True), settings, texts, sampling)
+        reply = _Reply(texts.decode, sampling.stop, on_text)
+        new = _continue(ids, next_logits, settings.vocab_size, texts.ends, sampling, reply)
+        messages.append({"role": "assistant", "content": reply.end(new, texts.decode(new))})
+        yield messages[-1]["content"]
+
+
+def _opened(
+    model: Path, tokenizer: tuple[TokenizerKind, str] | None, parallel: ParallelConfig | None, *, chat: bool
+) -> tuple[ModelConfig, Texts, Callable[[], NextLogits]]:
+    """A model's settings and tokenizer, and what loads it."""
+    if is_exported(model):
+        if parallel not in (None, ParallelConfig()):
+            raise ConfigError(f"{model} is an exported folder, which one process decodes; cut its checkpoint instead")
+        settings = config_from_hf(read_config(model), str(model / "config.json"))
+        if chat and tokenizer is None:
+            return settings, texts_of_folder(model, chat=True), partial(_load_exported, model)
+        loaded = load_tokenizer(*(tokenizer or tokenizer_of_folder(model)))
+        return settings, texts_of_tokenizer(loaded, chat), partial(_load_exported, model)
+    info = _read_checkpoint(model)
+    loaded = load_tokenizer(*tokenizer) if tokenizer else tokenizer_of_run(model)
+    return info.model, texts_of_tokenizer(loaded, chat), partial(_load_checkpoint, info, parallel or ParallelConfig())
+
+
+class _Reply:
+    """A continuation while it is made: shown piece by piece, and ended by a stop string.
+
+    Args:
+        decode: the text of ids.
+        stops: strings that end it.
+        on_text: gets what is certain of it.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str], on_text: OnText) -> None:
+        self._decode, self._stops, self._on_text = decode, stops, on_text
+        self._shown = ""
+
+    def __call__(self, new: list[int]) -> bool:
+        """Take note of the tokens so far; whether a stop string ends them."""
+        text = self._decode(new)
+        cut = self._cut(text)
+        if cut == len(text):
+            # What may become another character, or the beginning of a stop string, is shown later.
+            cut = len(text.rstrip("\ufffd"))
+            cut -= max(
+                (size for stop in self._stops for size in range(len(stop)) if text[:cut].endswith(stop[:size])),
+                default=0,
+            )
+            self._show(text[:cut])
+            return False
+        return True
+
+    def end(self, new: list[int], text: str) -> str:
+        """Show what is left.
+
+        Args:
+            new: the tokens.
+            text: a text that ends with theirs.
+
+        Returns:
+            ``text`` up to the stop string.
+        """
+        own = self._decode(new)
+        cut = self._cut(own)
+        self._show(own[:cut])
+        return text[: len(text) - (len(own) - cut)]
+
+    def _cut(self, text: str) -> int:
+        return min([at for stop in self._stops if (at := text.find(stop)) >= 0], default=len(text))
+
+    def _show(self, text: str) -> None:
+        if text.startswith(self._shown) and len(text) > len(self._shown):
+            self._on_text(text[len(self._shown) :])
+            self._shown = text
+
+
+def _encode(prompt: str, model: ModelConfig, tokenizer: Texts, sampling: Sampling) -> list[int]:
     ids = tokenizer.encode(prompt)
     if not ids or len(ids) + sampling.max_new_tokens > model.sequence_length:
         raise ConfigError(
@@ -122,25 +206,25 @@ def _encode(prompt: str, model: ModelConfig, tokenizer: Tokenizer, sampling: Sam
     return ids
 
 
-def _continue(ids: list[int], next_logits: NextLogits, vocab_size: int, eod_id: int, sampling: Sampling) -> list[int]:
+def _continue(
+    ids: list[int],
+    next_logits: NextLogits,
+    vocab_size: int,
+    ends: Collection[int],
+    sampling: Sampling,
+    is_done: Callable[[list[int]], bool] = lambda new: False,
+) -> list[int]:
     generator = torch.Generator().manual_seed(sampling.seed)
     new: list[int] = []
     while len(new) < sampling.max_new_tokens:
         logits = next_logits(torch.tensor([ids + new]))[:vocab_size].float().cpu()
-        token = _choose(logits, sampling, generator)
-        if token == eod_id:
+        token = choose(logits, ids + new, sampling, generator)
+        if token in ends:
             break
         new.append(token)
+        if is_done(new):
+            break
     return new
-
-
-def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    if sampling.top_k:
-        least = logits.topk(min(sampling.top_k, logits.numel())).values[-1]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    return int(torch.multinomial((logits / sampling.temperature).softmax(-1), 1, generator=generator))
 
 
 def _read_checkpoint(path: Path) -> CheckpointInfo:
@@ -150,16 +234,18 @@ def _read_checkpoint(path: Path) -> CheckpointInfo:
     return checkpoint.read_info(path)
 
 
-def _load_checkpoint(info: CheckpointInfo) -> NextLogits:
-    """The library's own model in a single process."""
+def _load_checkpoint(info: CheckpointInfo, parallel: ParallelConfig) -> NextLogits:
+    """The library's own model, in one process or cut over those of a launch."""
     from steel_megatron.model.megatron_fields import without_ineffective_fields
     from steel_megatron.model.spec import build_model
     from steel_megatron.train import checkpoint
 
     checkpoint.verify(info.path)
     _check_shapes(info)
-    topology = initialize_alone("generate")
     model = without_ineffective_fields(info.model)
+    if parallel != ParallelConfig():
+        return _load_launched(info, model, parallel)
+    topology = initialize_alone("generate")
     stage = build_model(model, topology)
     checkpoint.load_weights(stage, info, model)
     stage.eval()
@@ -171,6 +257,24 @@ def _load_checkpoint(info: CheckpointInfo) -> NextLogits:
         return stage(tokens, positions, None)[0, -1]
 
     return next_logits
+
+
+def _load_launched(info: CheckpointInfo, model: ModelConfig, parallel: ParallelConfig) -> NextLogits:
+    """The library's own model, of which every process holds a part."""
+    from steel_megatron.model.forward import launched_forward, next_logits_of
+    from steel_megatron.model.spec import build_model
+    from steel_megatron.train import checkpoint
+
+    check_layout(model, parallel)
+    topology = initialize(parallel)
+    if topology.data_parallel_size > 1:
+        raise ConfigError(
+            f"generate needs {topology.launch.world_size // topology.data_parallel_size} processes for this layout; "
+            f"this launch has {topology.launch.world_size}"
+        )
+    stage = build_model(model, topology)
+    checkpoint.load_weights(stage, info, model)
+    return next_logits_of(launched_forward([stage.eval()], model, topology))
 
 
 def _check_shapes(info: CheckpointInfo) -> None:
@@ -217,14 +321,14 @@ def with_cache(exported: torch.nn.Module) -> NextLogits:
     return next_logits
 
 
-def _tokenizer_of_folder(path: Path) -> tuple[TokenizerKind, str]:
+def tokenizer_of_folder(path: Path) -> tuple[TokenizerKind, str]:
     """The tokenizer that was exported with a model."""
     if not any((path / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
         raise CheckpointError(f"{path} was exported without a tokenizer; name it with --tokenizer_path")
     return "huggingface", str(path)
 
 
-def _tokenizer_of_run(path: Path) -> Tokenizer:
+def tokenizer_of_run(path: Path) -> Tokenizer:
     """The tokenizer named in the run.yaml of a checkpoint."""
     try:
         data = load_yaml((path / "run.yaml").read_text(encoding="utf-8"))["data"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-import math
+import os
 import shutil
-from collections import Counter
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from steel_megatron.config import DataConfig, ParallelConfig
 from steel_megatron.data.tokenizing.sentencepiece_training import train_sentencepiece
 from steel_megatron.data.tokenizing.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import CheckpointError, ConfigError
-from steel_megatron.generate import Generation, Sampling, _choose, _continue, generate, with_cache
+from steel_megatron.generate import Generation, Sampling, _continue, _Reply, chat, generate, with_cache
 from steel_megatron.hf.configuration_steel import SteelConfig
 from steel_megatron.hf.convert import export_hf, read_config
 from steel_megatron.hf.mapping import config_from_hf
@@ -28,6 +30,7 @@ from steel_megatron.hf.modeling_steel import SteelForCausalLM
 from steel_megatron.train.loop import pretrain
 from tests.data.configured import preprocess
 from tests.distributed import run_distributed
+from tests.evaluation.benchmarks import write_model
 from tests.train.small_run import small_run
 
 pytestmark = pytest.mark.slow
@@ -136,20 +139,6 @@ def test_draws_follow_the_seed(trained: Path) -> None:
     assert [one.new_tokens for one in first] != [one.new_tokens for one in other]
 
 
-def test_draws_have_the_probabilities_of_the_best_logits() -> None:
-    logits, draws = torch.tensor([0.5, 2.0, -1.0, 1.0]), 4000
-    generator = torch.Generator().manual_seed(0)
-    for temperature in (0.5, 2.0):
-        sampling = Sampling(temperature=temperature, top_k=3)
-        counts = Counter(_choose(logits, sampling, generator) for _ in range(draws))
-        weights = {token: math.exp(logits[token].item() / temperature) for token in (0, 1, 3)}
-        assert set(counts) == set(weights)
-        for token, weight in weights.items():
-            share = weight / sum(weights.values())
-            deviation = math.sqrt(share * (1 - share) / draws)
-            assert abs(counts[token] / draws - share) < 5 * deviation, (temperature, token)
-
-
 def test_a_text_ends_with_its_end_or_when_it_is_long_enough() -> None:
     asked: list[list[int]] = []
 
@@ -159,11 +148,13 @@ def test_a_text_ends_with_its_end_or_when_it_is_long_enough() -> None:
         following = [3, 1, 4, 2][min(len(asked[-1]) - 2, 3)]
         return torch.tensor([float(token == following) for token in range(5)] + [9.0] * 3)
 
-    assert _continue([0, 2], next_logits, 5, 4, Sampling(max_new_tokens=9)) == [3, 1]
+    assert _continue([0, 2], next_logits, 5, {4}, Sampling(max_new_tokens=9)) == [3, 1]
     assert asked == [[0, 2], [0, 2, 3], [0, 2, 3, 1]]
-    assert _continue([0, 2], next_logits, 5, 4, Sampling(max_new_tokens=1)) == [3]
+    assert _continue([0, 2], next_logits, 5, {4}, Sampling(max_new_tokens=1)) == [3]
     drawn = [
-        _continue([0], lambda tokens: torch.zeros(90), 90, 90, Sampling(max_new_tokens=20, temperature=1.0, seed=seed))
+        _continue(
+            [0], lambda tokens: torch.zeros(90), 90, {90}, Sampling(max_new_tokens=20, temperature=1.0, seed=seed)
+        )
         for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -177,10 +168,21 @@ def test_the_command_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, caps
         return [Generation("a", "a b", [7])]
 
     monkeypatch.setattr("steel_megatron.generate.generate", generated)
-    options = "--temperature 0.5 --top_k 3 --seed 7 --max_new_tokens 9 --tokenizer_path t"
+    options = "--temperature 0.5 --top_k 3 --seed 7 --max_new_tokens 9 --tokenizer_path t --top_p 0.9 --min_p 0.1"
+    options += " --repetition_penalty 1.5 --stop x y --tensor_model_parallel_size 2 --pipeline_model_parallel_size 4"
     assert main(["generate", "--model", "m", "--prompts", "a", "b", *options.split(), "--json_output=true"]) == 0
-    sampling = Sampling(max_new_tokens=9, temperature=0.5, top_k=3, seed=7)
-    assert given == [Path("m"), ["a", "b"], sampling, ("huggingface", "t")]
+    sampling = Sampling(
+        max_new_tokens=9,
+        temperature=0.5,
+        top_k=3,
+        top_p=0.9,
+        min_p=0.1,
+        repetition_penalty=1.5,
+        stop=["x", "y"],
+        seed=7,
+    )
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=4)
+    assert given == [Path("m"), ["a", "b"], sampling, ("huggingface", "t"), parallel]
     assert json.loads(capsys.readouterr().out) == {"prompt": "a", "text": "a b", "new_tokens": [7]}
 
 
@@ -191,7 +193,9 @@ def test_texts_that_do_not_fit(trained: Path) -> None:
 
 
 def test_bad_settings() -> None:
-    for settings in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}):
+    bad: list[dict[str, object]] = [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}]
+    bad += [{"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.5}, {"repetition_penalty": 0.0}, {"stop": [""]}, {"stop": "a"}]
+    for settings in bad:
         with pytest.raises(ConfigError, match=next(iter(settings))):
             Sampling(**settings)
 
@@ -209,3 +213,123 @@ def test_a_folder_without_a_tokenizer(trained: Path, tmp_path: Path) -> None:
         generate(tmp_path, PROMPTS, Sampling())
     tokenizer = ("sentencepiece", str(trained / "tokenizer.model"))
     assert generate(tmp_path, PROMPTS, Sampling(max_new_tokens=2), tokenizer)
+
+
+def test_a_repetition_penalty_as_in_transformers(trained: Path) -> None:
+    """From the exported folder and from the checkpoint, the tokens of transformers' generate."""
+    sampling = Sampling(max_new_tokens=8, repetition_penalty=1.7)
+    model = AutoModelForCausalLM.from_pretrained(trained / "hf", trust_remote_code=True)
+    own = SentencePieceTokenizer(trained / "tokenizer.model")
+    plain = [one.new_tokens for one in by_library(trained / "hf", Sampling(max_new_tokens=8))]
+    for path in (trained / "hf", newest(trained)):
+        found = [one.new_tokens for one in by_library(path, sampling)]
+        assert found != plain
+        for prompt, tokens in zip(PROMPTS, found, strict=True):
+            ids = torch.tensor([own.encode(prompt)])
+            theirs = model.generate(ids, max_new_tokens=8, do_sample=False, repetition_penalty=1.7)[0, ids.size(1) :]
+            assert tokens == [token for token in theirs.tolist() if token != own.eod_id]
+
+
+def test_the_same_under_every_layout(trained: Path) -> None:
+    sampling = Sampling(max_new_tokens=5, temperature=0.9, top_p=0.95, seed=3)
+    alone = by_library(newest(trained), sampling)
+    tensor, pipeline = (
+        ParallelConfig(tensor_model_parallel_size=2),
+        ParallelConfig(pipeline_model_parallel_size=2),
+    )
+    for layout in (tensor, pipeline):
+        ranks = run_distributed(generate, 2, newest(trained), PROMPTS, sampling, None, layout)
+        assert ranks == [alone, alone]
+
+
+def test_a_stop_string_ends_the_text(trained: Path) -> None:
+    (whole,) = generate(trained / "hf", ["T"], Sampling(max_new_tokens=8))
+    reply = whole.text[1:]
+    assert len(reply) > 3
+    stop = reply[2:4]
+    pieces: list[str] = []
+    sampling = Sampling(max_new_tokens=8, stop=["never", stop])
+    (found,) = generate(trained / "hf", ["T"], sampling, on_text=pieces.append)
+    assert found.text == "T" + reply[: reply.index(stop)]
+    assert found.new_tokens == whole.new_tokens[: len(found.new_tokens)]
+    assert "".join(pieces) == found.text + "\n"
+
+
+def test_pieces_are_shown_when_they_are_certain() -> None:
+    words = ["a", "b", "ST", "x", "\ufffd", "ST", "OP", "y"]
+    shown: list[str] = []
+    reply = _Reply(lambda ids: "".join(words[token] for token in ids), ["STOP"], shown.append)
+    seen = []
+    for count in range(1, 8):
+        done = reply(list(range(count)))
+        seen.append("".join(shown))
+        if done:
+            break
+    assert seen == ["a", "ab", "ab", "abSTx", "abSTx", "abSTx\ufffd", "abSTx\ufffd"] and done
+    assert reply.end(list(range(7)), "prompt " + "".join(words[:7])) == "prompt abSTx\ufffd"
+
+
+def test_a_conversation(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn is asked after the reply to the one before, which is part of the next prompt."""
+    hf = write_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(hf)
+    sampling = Sampling(max_new_tokens=6)
+    replies = list(chat(hf, ["你好", "", "Why?"], sampling))
+    model = AutoModelForCausalLM.from_pretrained(hf, trust_remote_code=True)
+    messages: list[dict[str, str]] = []
+    for turn, reply in zip(["你好", "Why?"], replies, strict=True):
+        messages.append({"role": "user", "content": turn})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        theirs = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.size(1) :]
+        assert reply == tokenizer.decode(theirs, skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": reply})
+    # The library's tokenizer renders the same conversation, and stdin gives the same turns.
+    assert list(chat(hf, ["你好", "Why?"], sampling, ("huggingface", str(tmp_path / "tokenizer")))) == replies
+    monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n\nWhy?\n"))
+    assert main(["generate", "--model", str(hf), "--chat", "--max_new_tokens", "6"]) == 0
+    assert capsys.readouterr().out == "".join(reply + "\n" for reply in replies)
+    with pytest.raises(ConfigError, match="at most sequence_length = 512"):
+        list(chat(hf, ["word " * 600], sampling))
+
+
+def test_prompts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("steel_megatron.generate.generate", lambda model, prompts, *rest: asked.append(prompts) or [])
+    (tmp_path / "a.txt").write_text("one\n\n二\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "one\\ntwo"}\n', encoding="utf-8")
+    command = ["generate", "--model", "m"]
+    assert main([*command, "--prompts", "zero", "--prompts_file", str(tmp_path / "a.txt")]) == 0
+    assert main([*command, "--prompts_file", str(tmp_path / "a.jsonl")]) == 0
+    assert asked == [["zero", "one", "二"], ["one\ntwo"]]
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n')
+    for options, message in (
+        (["--prompts_file", str(tmp_path / "b.jsonl")], 'line 1 must be an object with the text of a "prompt"'),
+        (["--prompts_file", str(tmp_path / "none")], "cannot be read"),
+        ([], "there is no prompt; name one with --prompts"),
+        (["--prompts", "a", "--stream", "--json_output"], "leave out --chat and --stream"),
+    ):
+        caplog.clear()
+        assert main([*command, *options]) == 2
+        assert message in caplog.text
+
+
+@pytest.mark.parametrize("output", ["closed pipe", "full device", "closed", "ascii"])
+def test_output_that_cannot_be_written(trained: Path, output: str) -> None:
+    """One line and a code, or escaped characters; never a traceback."""
+    command = f"{sys.executable} -m steel_megatron generate --model {trained / 'hf'} --prompts 月球 --stream"
+    command += " --max_new_tokens 4"
+    line = {
+        "closed pipe": f"{command} | true; exit ${{PIPESTATUS[0]}}",
+        "full device": f"{command} > /dev/full",
+        "closed": f"{command} >&-",
+        "ascii": command,
+    }[output]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii" if output == "ascii" else "utf-8"}
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, timeout=280)
+    assert "Traceback" not in done.stderr
+    if output == "ascii":
+        assert done.returncode == 0 and "\\u6708\\u7403" in done.stdout
+    else:
+        assert done.returncode == (141 if output == "closed pipe" else 2)
+        assert len([one for one in done.stderr.splitlines() if "stdout cannot be written" in one]) <= 1

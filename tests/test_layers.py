@@ -20,6 +20,7 @@ LAYERS = (
     ("train",),
     ("hf",),
     ("generate", "audit", "report"),
+    ("evaluation",),
     ("cli",),
     ("__main__", "launch"),
 )

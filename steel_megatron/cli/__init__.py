@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steel_megatron.cli import checkpoints, corpora, ledgers, models
+from steel_megatron.cli import checkpoints, corpora, evaluation, ledgers, models
 from steel_megatron.cli.help import Command, command_help, completion, group_overview, overview, version
 from steel_megatron.cli.options import settings_of
 from steel_megatron.cli.suggestions import did_you_mean
@@ -52,6 +52,8 @@ COMMANDS = {
     "import-hf": Command(models.import_hf),
     "generate": Command(models.generate),
     "audit": Command(models.audit, ("path",)),
+    "evaluate": Command(evaluation.evaluate, ("model",)),
+    "contamination": Command(evaluation.contamination),
 }
 GROUPS = {
     "data": "Create, change and show a run's ledger: its corpora, their mixture, the samples of a step.",

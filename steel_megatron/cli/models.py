@@ -6,7 +6,7 @@ import sys
 from typing import Literal
 
 from steel_megatron.config import RunConfig, TokenizerKind, import_routing_code
-from steel_megatron.errors import DataError, ExitCode, LostRankError
+from steel_megatron.errors import ConfigError, DataError, ExitCode, LostRankError
 from steel_megatron.log import get_logger, report_error
 from steel_megatron.streams import say
 
@@ -84,25 +84,43 @@ def import_hf(folder: str, output: str, overwrite: bool = False) -> None:
 
 def generate(
     model: str,
-    prompts: list[str],
+    prompts: list[str] = [],  # noqa: B006 (read by the parser, never changed)
+    prompts_file: str | None = None,
+    chat: bool = False,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: list[str] = [],  # noqa: B006
     seed: int = 0,
+    stream: bool = False,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
     tokenizer_path: str | None = None,
     tokenizer_kind: TokenizerKind = "huggingface",
     json_output: bool = False,
     routing_code: str | None = None,
 ) -> None:
-    """Continue prompts with a checkpoint or an exported folder.
+    """Continue prompts with a checkpoint or an exported folder, or chat with it.
 
     Args:
         model: checkpoint folder (step_...) or Hugging Face folder.
-        prompts: texts to continue.
+        prompts: texts to continue; with --chat, what the user says one after the other.
+        prompts_file: file with further prompts: one a line, or in .jsonl objects with a "prompt".
+        chat: hold a conversation in the model's chat template; without prompts, with the lines of stdin.
         max_new_tokens: maximum number of new tokens.
         temperature: divides the logits; 0 is greedy decoding.
         top_k: sample only from the k likeliest tokens; 0 for all.
+        top_p: sample only from the likeliest tokens that have this probability together.
+        min_p: sample only from tokens with at least this share of the likeliest one's probability.
+        repetition_penalty: makes tokens that are in the text less likely; 1 for none.
+        stop: strings that end a continuation before them.
         seed: random seed for sampling.
+        stream: print tokens as they come.
+        tensor_model_parallel_size: processes that share the matrices of a checkpoint's layers.
+        pipeline_model_parallel_size: processes that share a checkpoint's layers.
         tokenizer_path: tokenizer folder or file; default: the model's own.
         tokenizer_kind: kind of the tokenizer.
         json_output: print one JSON object per prompt, with the ids of the new tokens.
@@ -110,20 +128,58 @@ def generate(
     """
     import dataclasses
     import json
+    import os
     from pathlib import Path
 
+    from steel_megatron.cli.prompts import read_prompts, turns_of_stdin
+    from steel_megatron.config import ParallelConfig
     from steel_megatron.generate import Sampling
+    from steel_megatron.generate import chat as converse
     from steel_megatron.generate import generate as run
+    from steel_megatron.log import launched_rank
+    from steel_megatron.parallel.topology import read_launch
 
     if routing_code:
         import_routing_code(routing_code)
-    if top_k and not temperature:
-        logger.warning(f"top_k = {top_k} has no effect: temperature is 0, so the likeliest token is taken")
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    if json_output and (chat or stream):
+        raise ConfigError("--json_output prints whole results; leave out --chat and --stream")
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        seed=seed,
+    )
+    for name in sampling.without_effect:
+        value = getattr(sampling, name)
+        logger.warning(f"{name} = {value} has no effect: temperature is 0, so the likeliest token is taken")
+    asked = [*prompts, *(read_prompts(Path(prompts_file)) if prompts_file else [])]
+    if not asked and (not chat or prompts_file):
+        raise ConfigError("there is no prompt; name one with --prompts or --prompts_file, or chat with --chat")
+    if not asked and read_launch(os.environ).world_size > 1:
+        raise ConfigError("one process alone can chat over stdin; give the turns with --prompts or --prompts_file")
     tokenizer = (tokenizer_kind, tokenizer_path) if tokenizer_path else None
-    for result in run(Path(model), prompts, sampling, tokenizer):
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+    )
+
+    def show(text: str) -> None:
+        if launched_rank() == 0:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    if chat:
+        for _ in converse(Path(model), asked or turns_of_stdin(), sampling, tokenizer, parallel, show):
+            show("\n")
+        return
+    on_text = {"on_text": show} if stream else {}
+    for result in run(Path(model), asked, sampling, tokenizer, parallel, **on_text):
         line = json.dumps(dataclasses.asdict(result), ensure_ascii=False) if json_output else result.text + "\n"
-        sys.stdout.write(line + "\n")
+        show("" if stream else line + "\n")
 
 
 def audit(

@@ -15,7 +15,7 @@ from steel_megatron.data.ledger.ledger import Ledger
 from steel_megatron.data.tokenizing.sentencepiece_training import train_sentencepiece
 from steel_megatron.data.tokenizing.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import DataError, SteelError
-from steel_megatron.generate import _tokenizer_of_run
+from steel_megatron.generate import tokenizer_of_run
 from steel_megatron.log import setup_logging
 from tests.data.corpora import write
 from tests.distributed import run_distributed
@@ -145,20 +145,20 @@ def test_a_tokenizer_is_found_around_its_run(
     data = DataConfig(tokenizer_kind="sentencepiece", tokenizer_path="old/tokenizer.model")
     run = dataclasses.replace(small_run(ALONE, "runs/a"), data=data)
     (step / "run.yaml").write_text(dump_yaml(run))
-    assert _tokenizer_of_run(step).fingerprint == wanted.fingerprint
+    assert tokenizer_of_run(step).fingerprint == wanted.fingerprint
     shutil.move("old/tokenizer.model", "kept.model")
     with pytest.raises(
         DataError, match=r"tokenizer old/tokenizer.model does not exist .*name it with --tokenizer_path"
     ):
-        _tokenizer_of_run(step)
+        tokenizer_of_run(step)
     other = SentencePieceTokenizer(train_sentencepiece(texts[:1] * 10, Path("new/tokenizer"), vocab_size=290))
     assert other.fingerprint != wanted.fingerprint
     with pytest.raises(DataError, match=rf"another one \({other.fingerprint}, recorded is {wanted.fingerprint}\)"):
-        _tokenizer_of_run(step)
+        tokenizer_of_run(step)
     (tmp_path / "new/old").mkdir()
     shutil.copyfile("kept.model", "new/old/tokenizer.model")
-    assert _tokenizer_of_run(step).fingerprint == wanted.fingerprint
+    assert tokenizer_of_run(step).fingerprint == wanted.fingerprint
     assert "was moved: it is read from" in capsys.readouterr().err
     shutil.copyfile("new/tokenizer.model", "old/tokenizer.model")
-    assert _tokenizer_of_run(step).fingerprint == other.fingerprint  # named by the settings
+    assert tokenizer_of_run(step).fingerprint == other.fingerprint  # named by the settings
     assert f"has the fingerprint {other.fingerprint}; the corpora were made with" in capsys.readouterr().err
