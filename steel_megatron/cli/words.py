@@ -23,7 +23,7 @@ from steel_megatron.log import get_logger
 logger = get_logger(__name__)
 
 _SWITCHES = ("true", "false", "yes", "no", "on", "off", "null")
-_TEXTS = ("prompts",)
+_TEXTS = ("prompts", "stop")
 """Lists whose values may begin with a bracket."""
 
 

@@ -122,9 +122,16 @@ def texts_of_folder(path: Path, chat: bool = False) -> Texts:
         return text
 
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    mark = tokenizer.decode(first)
+
+    def encode(text: str) -> list[int]:
+        """With what the tokenizer puts around a text, unless a chat template has put it there."""
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=not text.startswith(mark))
+        return ids
+
     ends = {tokenizer.eos_token_id}
     if chat and (end := tokenizer.get_vocab().get(MARKS[1])) is not None:
         ends.add(end)
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     identity = f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.chat_template if chat else ''}"
-    return Texts(tokenizer.encode, decode, render, frozenset(ends), first, identity)
+    return Texts(encode, decode, render, frozenset(ends), first, identity)
