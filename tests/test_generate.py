@@ -293,7 +293,7 @@ def test_a_conversation(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
         list(chat(hf, ["word " * 600], sampling))
 
 
-def test_prompts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[object] = []
     monkeypatch.setattr("steel_megatron.generate.generate", lambda model, prompts, *rest: asked.append(prompts) or [])
     (tmp_path / "a.txt").write_text("one\n\n二\n", encoding="utf-8")
@@ -309,9 +309,8 @@ def test_prompts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
         ([], "there is no prompt; name one with --prompts"),
         (["--prompts", "a", "--stream", "--json_output"], "leave out --chat and --stream"),
     ):
-        caplog.clear()
         assert main([*command, *options]) == 2
-        assert message in caplog.text
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", ["closed pipe", "full device", "closed", "ascii"])

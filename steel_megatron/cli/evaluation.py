@@ -57,7 +57,7 @@ def evaluate(
     from steel_megatron.parallel.topology import read_launch
     from steel_megatron.platform import prepare
 
-    _need_harness("evaluate")
+    need_harness("evaluate")
     if routing_code:
         import_routing_code(routing_code)
     if json and os.path.isdir(json):
@@ -125,7 +125,7 @@ def contamination(
     from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
     from steel_megatron.files import write_atomically
 
-    _need_harness("contamination")
+    need_harness("contamination")
     if json and os.path.isdir(json):
         raise DataError(f"the report {json} is a folder; name a file")
     from steel_megatron.evaluation.contamination import find_overlaps
@@ -141,6 +141,7 @@ def contamination(
     return 1 if found.found else 0
 
 
-def _need_harness(command: str) -> None:
+def need_harness(what: str) -> None:
+    """Raise a ConfigError where lm-eval is not installed, which ``what`` needs."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(f"{command} needs lm-eval: pip install 'steel-megatron[eval]'")
+        raise ConfigError(f"{what} needs lm-eval: pip install 'steel-megatron[eval]'")

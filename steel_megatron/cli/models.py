@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Literal
 
+from steel_megatron.cli.evaluation import need_harness
 from steel_megatron.config import RunConfig, TokenizerKind, import_routing_code
 from steel_megatron.errors import ConfigError, DataError, ExitCode, LostRankError
 from steel_megatron.log import get_logger, report_error
@@ -28,9 +29,15 @@ def pretrain(run: RunConfig) -> int:
     from steel_megatron.train.loop import pretrain as train
     from steel_megatron.train.stop_signal import ignore_stop_signals, stop_with_launcher
 
+    callbacks = []
+    if run.evaluation.tasks:
+        need_harness("evaluation.tasks")
+        from steel_megatron.evaluation.in_loop import TaskScores
+
+        callbacks.append(TaskScores(run))
     stop_with_launcher()
     try:
-        summary = train(run)
+        summary = train(run, callbacks)
     except LostRankError as error:
         code = report_error(error)
         sys.stdout.flush()

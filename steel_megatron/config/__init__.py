@@ -16,6 +16,7 @@ from steel_megatron.config.data import (
     TokenizerKind,
 )
 from steel_megatron.config.doubts import doubts, job_doubts
+from steel_megatron.config.evaluation import EvaluationConfig
 from steel_megatron.config.execution import ExecutionConfig, ExecutorName
 from steel_megatron.config.loading import dump_yaml, from_dict, load_yaml, to_dict
 from steel_megatron.config.model import (
@@ -48,6 +49,7 @@ __all__ = [
     "CheckpointConfig",
     "CleanConfig",
     "DataConfig",
+    "EvaluationConfig",
     "ExecutionConfig",
     "ExecutorName",
     "FeedForward",

@@ -8,6 +8,7 @@ from pathlib import Path
 from steel_megatron.config.checkpoint import CheckpointConfig
 from steel_megatron.config.checks import typed
 from steel_megatron.config.data import DataConfig
+from steel_megatron.config.evaluation import EvaluationConfig
 from steel_megatron.config.model import ModelConfig
 from steel_megatron.config.optimizer import OptimizerConfig
 from steel_megatron.config.parallel import ParallelConfig, check_layout
@@ -26,6 +27,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         typed(self)

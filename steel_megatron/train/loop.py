@@ -28,6 +28,7 @@ from steel_megatron.train import checkpoint, random_states
 from steel_megatron.train.bad_samples import naming_documents, note_skipped
 from steel_megatron.train.batches import Batches
 from steel_megatron.train.callbacks import Callback, CopyFirst, RunView, callbacks_of
+from steel_megatron.train.callbacks.base import EvaluatesTasks
 from steel_megatron.train.checkpoint_checksums import verified_by_all
 from steel_megatron.train.checkpoint_save import Saver
 from steel_megatron.train.engine import Engine, minimised
@@ -78,6 +79,11 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         SteelError: settings, data, checkpoints or the loss are not usable, or another run is under way in this
             process.
     """
+    if run.evaluation.tasks and not any(isinstance(one, EvaluatesTasks) for one in callbacks):
+        raise ConfigError(
+            f"evaluation.tasks is {run.evaluation.tasks}, but none of the callbacks evaluates them; pass pretrain "
+            "steel_megatron.evaluation.in_loop.TaskScores(run) among its callbacks, as the command does"
+        )
     if not _UNDER_WAY.acquire(blocking=False):
         raise ConfigError(
             "a run is under way in this process already; wait for its end, or start this one in a process of its own"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -252,6 +251,7 @@ def test_means() -> None:
         ("A seems right at first, but the answer is (B).", "B"),
         ("I would go for D here", "D"),
         ("应该选C", "C"),
+        ("答案是A？不对，答案是D。", "D"),
         ("它是红色的", "A"),
         ("A或者B", "A"),
         ("either B or C", None),
@@ -265,7 +265,7 @@ def test_letters_are_read(reply: str, letter: str | None) -> None:
 
 
 @pytest.mark.slow
-def test_bad_data(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     (data / "ceval" / "val").mkdir(parents=True)
     file = data / "ceval" / "val" / "logic_val.csv"
@@ -289,7 +289,5 @@ def test_bad_data(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     refused(None, "there is no task 'cevall' in lm-eval's definitions; did you mean ceval", task="cevall")
     with pytest.raises(DataError, match=r"there is no folder .*nowhere"):
         load_benchmarks(["ceval"], tmp_path / "nowhere", 0)
-    with caplog.at_level(logging.ERROR):
-        command = ["evaluate", str(folder / "hf"), "--tasks", "cmmlu", "--data", str(folder / "data")]
-        assert main(command) == 2
-    assert "no split test of subject agronomy" in caplog.text
+    assert main(["evaluate", str(folder / "hf"), "--tasks", "cmmlu", "--data", str(folder / "data")]) == 2
+    assert "no split test of subject agronomy" in capsys.readouterr().err

@@ -74,6 +74,10 @@ class Callback:
         """At the end, also after an error: close what :meth:`start` opened."""
 
 
+class EvaluatesTasks(Callback):
+    """What a run with ``evaluation.tasks`` must have among its callbacks: benchmarks are a layer above training."""
+
+
 class CopyFirst(Callback):
     """Lets the copy of a save end before callbacks whose hooks may change weights; without such hooks it waits never.
 
