@@ -101,8 +101,11 @@ def texts_of_folder(path: Path, chat: bool = False) -> Texts:
     """
     from transformers import AutoTokenizer
 
+    from steel_megatron.hf.configuration_steel import SteelConfig
+
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        # With settings at hand, transformers asks nobody on stdin whether it may run the folder's own code for them.
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, config=SteelConfig())
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"the tokenizer of {path} cannot be read: {error}; name one with --tokenizer_path"
