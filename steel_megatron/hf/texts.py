@@ -99,13 +99,14 @@ def texts_of_folder(path: Path, chat: bool = False) -> Texts:
         CheckpointError: it cannot be read.
         ConfigError: it has no chat template.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from steel_megatron.hf.configuration_steel import SteelConfig
 
     try:
-        # With settings at hand, transformers asks nobody on stdin whether it may run the folder's own code for them.
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, config=SteelConfig())
+        # transformers then knows the settings, and asks nobody on stdin whether it may run the folder's own code.
+        AutoConfig.register("steel", SteelConfig, exist_ok=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"the tokenizer of {path} cannot be read: {error}; name one with --tokenizer_path"
