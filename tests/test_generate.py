@@ -269,7 +269,7 @@ def test_pieces_are_shown_when_they_are_certain() -> None:
 def test_a_conversation(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each turn is asked after the reply to the one before, which is part of the next prompt."""
     hf = write_model(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(hf)
+    tokenizer = AutoTokenizer.from_pretrained(hf, trust_remote_code=True)
     sampling = Sampling(max_new_tokens=6)
     replies = list(chat(hf, ["你好", "", "Why?"], sampling))
     model = AutoModelForCausalLM.from_pretrained(hf, trust_remote_code=True)
@@ -283,6 +283,7 @@ def test_a_conversation(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
         messages.append({"role": "assistant", "content": reply})
     # The library's tokenizer renders the same conversation, and stdin gives the same turns.
     assert list(chat(hf, ["你好", "Why?"], sampling, ("huggingface", str(tmp_path / "tokenizer")))) == replies
+    capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n\nWhy?\n"))
     assert main(["generate", "--model", str(hf), "--chat", "--max_new_tokens", "6"]) == 0
     assert capsys.readouterr().out == "".join(reply + "\n" for reply in replies)
