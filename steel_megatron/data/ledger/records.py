@@ -172,11 +172,17 @@ class SkippedSamples:
     """The one after the last."""
 
 
+SHOWN = 8
+"""Changes of corpora that are named."""
+
+
 def in_words(event: Event, corpora: Sequence[Corpus]) -> str:
-    """What an event changes."""
+    """What an event changes; of many corpora the first ones and how many more there are."""
     words = [f"add {corpora[added.corpus].name} ({_times(added.epochs)})" for added in event.add]
     words += [f"remove {name}" for name in event.remove]
     words += [f"read {name} {_times(epochs)}" for name, epochs in event.epochs.items()]
+    if len(words) > SHOWN:
+        words[SHOWN:] = [f"and so for {len(words) - SHOWN:,} more"]
     if event.mixture is not Unchanged.MIXTURE:
         weights = " ".join(f"{domain}={weight:g}" for domain, weight in (event.mixture or {}).items())
         words.append(f"mixture {weights or 'none'}")
