@@ -33,6 +33,7 @@ from steel_megatron.model.megatron_fields import (
     model_fields,
     with_further_fields,
 )
+from steel_megatron.model.output_layer import Labels, compute_losses_in
 from steel_megatron.model.soft_moe import DenseFeedForward, ParallelSoftMoE, slot_exchange_group
 from steel_megatron.model.top_k_moe import TopKMoE, top_k_moe_settings
 from steel_megatron.model.weights import initialize_weights
@@ -226,7 +227,7 @@ def build_chunks(
 ) -> list[GPTModel]:
     """This process's parts of the model: one, or several under the interleaved schedule.
 
-    All of them share what is set before a forward pass, ``documents`` and ``dropout``.
+    All of them share what is set before a forward pass, ``documents``, ``labels`` and ``dropout``.
 
     Args:
         model: the settings.
@@ -247,7 +248,7 @@ def build_chunks(
     # It warns of every feed-forward module that is not its own.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     layers = topology.parallel.layers_of_chunks(model.num_layers)[groups.pp.rank() :: groups.pp.size()]
-    chunks, norm = [], layer_parts(chosen).norm
+    chunks, norm, labels = [], layer_parts(chosen).norm, Labels()
     for number, count in enumerate(layers):
         stage = GPTModel(
             config=config,
@@ -266,6 +267,7 @@ def build_chunks(
         stage.register_forward_hook(lambda _stage, _inputs, output: documents.keep_for_backward(output))
         _add_dropout(stage, dropout)
         _mark_split_weights(stage)
+        compute_losses_in(stage, model.vocab_size, labels)
         if seed is not None:
             initialize_weights(stage, model, seed)
         chunks.append(stage)

@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from steel_megatron.config import RunConfig
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.implementation import cross_entropy
+from steel_megatron.model.output_layer import Labels
 from steel_megatron.parallel.sequence import SequenceSplit
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.platform import LOCAL, Implementation, choose_implementation
@@ -60,11 +61,15 @@ class Batch:
 class NextToken:
     """Next-token cross entropy in float32, summed over the labels that count.
 
+    The stage's output layer computes it, and no logits of whole micro batches are made. A subclass that overrides
+    :meth:`loss` or :meth:`token_losses` is given logits.
+
     Args:
         loss_name: what its loss is called in a report.
         vocab_size: ids from here on are padding of the embedding matrix and get no probability.
         groups: the process groups.
         documents: read by the stage's modules to keep packed documents apart.
+        labels: read by the stage's output layer.
         implementation: what computes the cross entropy.
     """
 
@@ -74,10 +79,11 @@ class NextToken:
         vocab_size: int,
         groups: ProcessGroupCollection,
         documents: PackedDocuments,
+        labels: Labels,
         implementation: Implementation = LOCAL,
     ) -> None:
         self.terms = (loss_name,)
-        self.vocab_size, self.documents = vocab_size, documents
+        self.vocab_size, self.documents, self.labels = vocab_size, documents, labels
         self.tp_group, self.cp_group = groups.tp, groups.cp
         self.cross_entropy = cross_entropy(implementation, groups.tp)
 
@@ -88,7 +94,7 @@ class NextToken:
         Args: as for :meth:`steel_megatron.train.objective.Objective.build`.
         """
         chosen = choose_implementation(run.model.implementation)
-        return cls(run.model.loss_name, run.model.vocab_size, topology.groups, stage.documents, chosen)
+        return cls(run.model.loss_name, run.model.vocab_size, topology.groups, stage.documents, stage.labels, chosen)
 
     @classmethod
     def batch(
@@ -121,8 +127,20 @@ class NextToken:
         split = SequenceSplit(length * self.cp_group.size(), self.cp_group.size())
         positions = split.positions(self.cp_group.rank()).to(batch.tokens.device).expand(batch_size, length)
         self.documents.set(batch.document_starts)
+        in_output_layer = not self._reads_logits
+        if in_output_layer:
+            self.labels.set(batch.labels, batch.loss_mask)
         output = model(batch.tokens, positions, None)
-        return output, partial(self.loss, batch)
+        self.labels.take()  # no output layer has, on the other pipeline stages
+        return output, partial(self._with_counts if in_output_layer else self.loss, batch)
+
+    @property
+    def _reads_logits(self) -> bool:
+        """Whether this is an objective of one's own, which computes something else from them."""
+        return any(
+            getattr(getattr(self, name), "__func__", None) is not getattr(NextToken, name)
+            for name in ("loss", "token_losses")
+        )
 
     def token_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross entropy of every position in nats, float32 [B, T], from this process's logits [B, T, V / TP]."""
@@ -136,7 +154,11 @@ class NextToken:
 
     def loss(self, batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sum of losses, number of labels that count, and the report of both: float64 [1, 2]."""
-        total = (self.token_losses(logits, batch.labels) * batch.loss_mask).sum()
+        return self._with_counts(batch, (self.token_losses(logits, batch.labels) * batch.loss_mask).sum())
+
+    def _with_counts(self, batch: Batch, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The sum of losses, of one element, with the other two of :meth:`loss`."""
+        total = total.sum()  # no view of it: the schedules free what they are given
         count = batch.loss_mask.sum()
         return total, count.int(), torch.stack((total.detach(), count)).double().unsqueeze(0)
 
