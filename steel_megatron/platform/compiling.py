@@ -20,9 +20,7 @@ def compiled_at_first_call() -> Iterator[None]:
     plain = torch.compile
     torch.compile = _at_first_call  # type: ignore[assignment]
     try:
-        import megatron.core.jit  # keeps the decorator that it finds
-
-        assert megatron.core.jit.jit_fuser in (_at_first_call, torch.jit.script), "megatron-core decorates otherwise"
+        import megatron.core.jit  # noqa: F401  (keeps the decorator that it finds)
         yield
     finally:
         torch.compile = plain
