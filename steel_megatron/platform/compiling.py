@@ -21,6 +21,7 @@ def compiled_at_first_call() -> Iterator[None]:
     torch.compile = _at_first_call  # type: ignore[assignment]
     try:
         import megatron.core.jit  # noqa: F401  (keeps the decorator that it finds)
+
         yield
     finally:
         torch.compile = plain
