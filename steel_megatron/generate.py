@@ -193,7 +193,8 @@ def _check_shapes(info: CheckpointInfo) -> None:
 
 
 def _load_exported(path: Path) -> NextLogits:
-    return with_cache(load_model(path).to(probe().device))
+    model: torch.nn.Module = load_model(path)
+    return with_cache(model.to(probe().device))
 
 
 def with_cache(exported: torch.nn.Module) -> NextLogits:
