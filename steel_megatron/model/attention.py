@@ -11,7 +11,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from torch.nn.attention.bias import causal_lower_right
 
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.dropout import Dropout
@@ -128,6 +127,8 @@ class ScaledDotProductAttention(MegatronModule):
         if seen is not None:
             rule = {"attn_mask": seen}
         elif q.size(2) != k.size(2):
+            from torch.nn.attention.bias import causal_lower_right  # takes seconds: it brings torch._dynamo along
+
             rule = {"attn_mask": causal_lower_right(q.size(2), k.size(2))}
         grouped = q.size(1) != k.size(1)
         out = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale, enable_gqa=grouped, **rule)

@@ -17,8 +17,10 @@ from steel_megatron.data.tokenizing.gigatoken_engine import (
     EngineProblem,
     FlatIds,
     Gigatoken,
+    is_installed,
     unsure,
 )
+from steel_megatron.data.tokenizing.remembered import key_of, recall, remember
 from steel_megatron.errors import DataError
 from steel_megatron.log import get_logger
 
@@ -37,7 +39,8 @@ _log = get_logger(__name__)
 class TokenizerBase(ABC):
     """A tokenizer whose batches are encoded by its own library or by gigatoken.
 
-    The choice is made, and checked on sample texts, when it is first needed; worker processes inherit it.
+    The choice is made, and checked on sample texts, when it is first needed; it is remembered for the next start, and
+    worker processes inherit it.
     """
 
     kind: TokenizerKind
@@ -140,11 +143,18 @@ class TokenizerBase(ABC):
         return self._engine
 
     def _try_gigatoken(self) -> TokenizerEngine:
+        key = key_of("gigatoken", self.kind, self.fingerprint)
+        if is_installed() and (known := recall(key)) is not None:
+            problem = known[0]["problem"]
+            return "gigatoken" if problem is None else self._without_gigatoken(EngineProblem(problem))
         try:
             fast = Gigatoken(self._fast_model())
             self._compare(fast, list(self._check_texts()))
-        except EngineProblem as problem:
-            return self._without_gigatoken(problem)
+        except EngineProblem as found:
+            if not isinstance(found, EngineMissing):
+                remember(key, {"problem": str(found)})
+            return self._without_gigatoken(found)
+        remember(key, {"problem": None})
         self._gigatoken = fast
         return "gigatoken"
 
@@ -190,11 +200,11 @@ class TokenizerBase(ABC):
             self._engine, self._gigatoken = self._without_gigatoken(problem), None
 
     def _engine_for_batches(self) -> Gigatoken | None:
-        if self.engine == "gigatoken" and self._gigatoken is None:  # chosen and checked by the process that sent us
+        if self.engine == "gigatoken" and self._gigatoken is None:  # chosen and checked by another process
             try:
                 self._gigatoken = Gigatoken(self._fast_model())
             except EngineProblem as problem:
-                raise DataError(f"gigatoken cannot encode for {self._name} in a worker process: {problem}") from problem
+                raise DataError(f"gigatoken cannot encode for {self._name} in this process: {problem}") from problem
         return self._gigatoken
 
     def for_thread(self) -> Self:

@@ -24,11 +24,18 @@ from steel_megatron.data.tokenizing.control_tokens import (
     within_reach,
 )
 from steel_megatron.data.tokenizing.gigatoken_engine import CHECK_TEXTS, FlatIds
+from steel_megatron.data.tokenizing.remembered import content_of, key_of, recall, remember
 from steel_megatron.errors import DataError
 from steel_megatron.files import write_atomically
 
 GPT2_EOD = "<|endoftext|>"
 """What ends a document in GPT-2's vocabulary."""
+
+
+_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+_LARGEST = 1 << 28
+"""Bytes of a file of a tokenizer; larger ones are something else."""
 
 
 class HuggingFaceTokenizer(TokenizerBase):
@@ -60,6 +67,24 @@ class HuggingFaceTokenizer(TokenizerBase):
                 f"{folder}/tokenizer_config.json names no eos_token, which ends a document here; write it there, or "
                 "name the token as eod_token"
             )
+        key = key_of("Hugging Face tokenizer", eod, content_of(_files_of(path)))
+        if (known := recall(key)) is not None:
+            facts, content = known
+            plain = orjson.dumps(out_of_reach(orjson.loads(content))).decode() if facts["reached"] else None
+            made_of = {"model": content, "plain": plain, "config": config, "eod_token": eod}
+            super().__init__(f"the tokenizer in {path}", made_of, engine)
+            self.__dict__.update({name: facts[name] for name in ("fingerprint", "vocab_size")})
+            return
+        content, reached = self._examine(path, config, eod, engine)
+        facts = {"reached": reached, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size}
+        remember(key, facts, content)
+
+    def _examine(self, path: Path, config: dict[str, Any], eod: str, engine: TokenizerEngine) -> tuple[str, bool]:
+        """Set up from the files, and check that plain text gives no control token.
+
+        Returns:
+            the content of its ``tokenizer.json``, and whether the model itself can find control tokens in a text.
+        """
         model = _from_folder(path) if path.is_dir() else _from_file(path)
         eod_id = model.token_to_id(eod)
         if eod_id is None:
@@ -76,6 +101,7 @@ class HuggingFaceTokenizer(TokenizerBase):
         unknown = unknown_id(stored)
         control = {name: index for name, index in self._control_ids.items() if index != unknown or name == eod}
         self._check_plain_text(control, reached)
+        return content, bool(reached)
 
     def _content(self) -> dict[str, Any]:
         return self._made_of
@@ -145,6 +171,16 @@ class HuggingFaceTokenizer(TokenizerBase):
             DataError: they cannot be written.
         """
         save_as_trained(Path(folder), self._tokenizer, self._config, self._eod_token)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files that may decide what a tokenizer is: transformers looks at more than it names."""
+    if not path.is_dir():
+        return [path, *(path.parent / name for name in _CONFIGS)]
+    if (path / "tokenizer.json").exists():
+        return [path / name for name in ("tokenizer.json", *_CONFIGS)]
+    found = (file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+    return sorted(file for file in found if file.stat().st_size <= _LARGEST)
 
 
 def _as_it_is(model: str) -> tokenizers.Tokenizer:
