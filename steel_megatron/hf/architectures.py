@@ -20,26 +20,73 @@ QWEN2, QWEN2_MOE, LLAMA, STEEL = "qwen2", "qwen2_moe", "llama", "steel"
 CLASSES = {QWEN2: "Qwen2ForCausalLM", QWEN2_MOE: "Qwen2MoeForCausalLM", STEEL: "SteelForCausalLM"}
 
 _NEUTRAL = frozenset(
-    """
-    _name_or_path architectures model_type auto_map transformers_version dtype torch_dtype use_cache return_dict
-    bos_token_id eos_token_id pad_token_id initializer_range max_window_layers sliding_window output_hidden_states
-    output_attentions output_router_logits router_aux_loss_coef chunk_size_feed_forward is_encoder_decoder is_decoder
-    problem_type id2label label2id attn_implementation _attn_implementation_autoset torchscript unsloth_version
-    task_specific_params finetuning_task tokenizer_class
-    """.split()
+    [
+        "_name_or_path",
+        "architectures",
+        "model_type",
+        "auto_map",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "return_dict",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "initializer_range",
+        "max_window_layers",
+        "sliding_window",
+        "output_hidden_states",
+        "output_attentions",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "is_decoder",
+        "problem_type",
+        "id2label",
+        "label2id",
+        "attn_implementation",
+        "_attn_implementation_autoset",
+        "torchscript",
+        "unsloth_version",
+        "task_specific_params",
+        "finetuning_task",
+        "tokenizer_class",
+    ]
 )
 """Keys that do not change what a causal language model computes for given token ids."""
 _MAPPED = frozenset(
-    """
-    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act
-    max_position_embeddings rms_norm_eps rope_theta rope_parameters rope_scaling attention_dropout tie_word_embeddings
-    """.split()
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_act",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_parameters",
+        "rope_scaling",
+        "attention_dropout",
+        "tie_word_embeddings",
+    ]
 )
 _STEEL = frozenset(
-    """
-    FFN_type mlp_type mlp_div_ratio expert_intermediate_size n_experts slots_per_expert routing_mode routing_mix
-    routing_block_length shared_expert_intermediate_size
-    """.split()
+    [
+        "FFN_type",
+        "mlp_type",
+        "mlp_div_ratio",
+        "expert_intermediate_size",
+        "n_experts",
+        "slots_per_expert",
+        "routing_mode",
+        "routing_mix",
+        "routing_block_length",
+        "shared_expert_intermediate_size",
+    ]
 )
 _MOE = frozenset(("moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob"))
 _REQUIRED: dict[str, tuple[Any, str]] = {
@@ -139,11 +186,9 @@ def constant_shapes(model: ModelConfig, architecture: str) -> dict[str, Shape]:
     if architecture != QWEN2_MOE:
         return {}
     hidden = model.hidden_size
-    shapes = {"gate_proj": (0, hidden), "up_proj": (0, hidden), "down_proj": (hidden, 0)}
+    shapes: dict[str, Shape] = {"gate_proj": (0, hidden), "up_proj": (0, hidden), "down_proj": (hidden, 0)}
     layers = [f"model.layers.{layer}.mlp" for layer in range(model.num_layers)]
-    empty = {
-        f"{layer}.shared_expert.{name}.weight": shape for layer in layers for name, shape in shapes.items()
-    }
+    empty = {f"{layer}.shared_expert.{name}.weight": shape for layer in layers for name, shape in shapes.items()}
     return empty | {f"{layer}.shared_expert_gate.weight": (1, hidden) for layer in layers}
 
 
@@ -169,7 +214,9 @@ def read_source(config: Mapping[str, Any], origin: str) -> Source:
     # The rest is what a dense model with SwiGLU says in the words of Steel's configuration.
     defaults = {"rope_theta": 10000.0} if kind == LLAMA else {}
     moe = kind == QWEN2_MOE
-    steel = {"FFN_type": "raw", "mlp_type": "raw", "mlp_div_ratio": 1, "n_experts": 1, "slots_per_expert": 1}
+    plain = ModelConfig(ffn="dense")
+    steel = {"FFN_type": "raw", "mlp_type": "raw", "mlp_div_ratio": 1, "routing_mix": plain.slot_input}
+    steel |= {"n_experts": plain.num_experts, "slots_per_expert": plain.slots_per_expert}
     words = {**defaults, **config, **steel, "tie_word_embeddings": False}
     if moe:
         words["intermediate_size"] = config.get("moe_intermediate_size")
@@ -200,13 +247,17 @@ def _with_experts(model: ModelConfig, config: Mapping[str, Any], origin: str) ->
             f"{origin}: shared_expert_intermediate_size is {config.get('shared_expert_intermediate_size')!r}; "
             "top_k_moe has no shared expert"
         )
-    top_k = config.get("num_experts_per_tok")
+    top_k, experts = config.get("num_experts_per_tok"), config.get("num_experts")
+    for key, value in (("num_experts_per_tok", top_k), ("num_experts", experts)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise CheckpointError(f"{origin}: {key} is {value!r}; it must be a whole number")
+    assert top_k is not None and experts is not None
     if config.get("norm_topk_prob") is not (top_k != 1):
         raise CheckpointError(
             f"{origin}: norm_topk_prob is {config.get('norm_topk_prob')!r}; here the probabilities of several experts "
             "make up 1, and that of a single one is among all"
         )
-    return replace(model, ffn="top_k_moe", num_experts=config.get("num_experts"), moe_top_k=top_k)
+    return replace(model, ffn="top_k_moe", num_experts=experts, moe_top_k=top_k)
 
 
 def _refuse_unknown(config: Mapping[str, Any], kind: str, origin: str) -> None:
@@ -241,7 +292,9 @@ def _check_rotary(config: Mapping[str, Any], origin: str) -> None:
             continue
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise CheckpointError(f"{origin}: the rotary embedding is of type {kind!r} ({key}); this library has 'default'")
+            raise CheckpointError(
+                f"{origin}: the rotary embedding is of type {kind!r} ({key}); this library has 'default'"
+            )
         plain = {"rope_type", "type", "rope_theta"}
         if rope.get("partial_rotary_factor") in (1, None):
             plain |= {"partial_rotary_factor"}

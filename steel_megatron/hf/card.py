@@ -20,9 +20,7 @@ AUDIT = "audit.json"
 """The audit's report, in the run's folder (``steel-megatron audit ... --json``)."""
 
 
-def write_card(
-    folder: Path, info: CheckpointInfo, architecture: str, reason: str | None, agreement: Agreement
-) -> None:
+def write_card(folder: Path, info: CheckpointInfo, architecture: str, reason: str | None, agreement: Agreement) -> None:
     """Write ``README.md``.
 
     Args:
@@ -43,11 +41,18 @@ def write_card(
         _data(info.path, info.consumed_samples),
         _losses(info),
         _audit(info),
-        f"## Conversion\n\nThe logits of checkpoint and folder were compared on {agreement.tokens} tokens in float32: they "
-        f"differ by at most {agreement.largest_difference:.2g}, where the largest logit is {agreement.largest_logit:.3g}.",
+        _conversion(agreement),
     ]
     text = "\n\n".join(section for section in sections if section) + "\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _conversion(agreement: Agreement) -> str:
+    return (
+        f"## Conversion\n\nThe logits of checkpoint and folder were compared on {agreement.tokens} tokens in float32: "
+        f"they differ by at most {agreement.largest_difference:.2g}, where the largest logit is "
+        f"{agreement.largest_logit:.3g}."
+    )
 
 
 def _architecture(model: ModelConfig, architecture: str, reason: str | None) -> str:
@@ -57,10 +62,16 @@ def _architecture(model: ModelConfig, architecture: str, reason: str | None) -> 
         f"{model.query_groups} groups, feed-forward layers: {kind} ({model.ffn_activation}, width "
         f"{model.ffn_hidden_size}), {model.vocab_size:,} token ids, sequences of {model.sequence_length:,} tokens."
     )
-    stock = f"`{architecture}`" + (f", with the code in this folder, because {reason}." if reason else " of transformers.")
-    not_causal = "" if model.causal else (
-        "\n\n**Not causal**: each token's output depends on later tokens of the text, so that its training loss is not "
-        "that of a language model."
+    stock = f"`{architecture}`" + (
+        f", with the code in this folder, because {reason}." if reason else " of transformers."
+    )
+    not_causal = (
+        ""
+        if model.causal
+        else (
+            "\n\n**Not causal**: each token's output depends on later tokens of the text, so that its training loss is "
+            "not that of a language model."
+        )
     )
     return f"{stock}\n\n{layers}{not_causal}"
 
@@ -108,7 +119,9 @@ def _data(path: Path, consumed: int) -> str:
         f"| {corpus.name} | {corpus.domain} | {corpus.documents:,} | {corpus.tokens:,} | `{corpus.content[:16]}` |"
         for corpus in history.known()
     ]
-    table = "\n".join(["| corpus | domain | documents | tokens | content (SHA-256) |", "| --- | --- | --- | --- | --- |", *rows])
+    table = "\n".join(
+        ["| corpus | domain | documents | tokens | content (SHA-256) |", "| --- | --- | --- | --- | --- |", *rows]
+    )
     return f"## Data\n\n{table}\n\nThe first {consumed:,} samples of the ledger's order, seed {history.seed}."
 
 
@@ -117,7 +130,9 @@ def _losses(info: CheckpointInfo) -> str:
     folder = info.path.parent.parent / "tensorboard"
     if not folder.is_dir():
         return ""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+        EventAccumulator,
+    )
 
     events = EventAccumulator(str(folder), {"scalars": 0})
     events.Reload()

@@ -149,9 +149,7 @@ def _rows(name: str, tokens: torch.Tensor, read: Rows) -> torch.Tensor:
 def _outputs(hidden: torch.Tensor, vocabulary: int, read: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
     """[T, d] to logits [T, V], with some rows of the output matrix at a time."""
     step = max(1, CHUNK // hidden.size(1))
-    parts = [
-        hidden @ read(start, min(step, vocabulary - start)).T for start in range(0, vocabulary, step)
-    ]
+    parts = [hidden @ read(start, min(step, vocabulary - start)).T for start in range(0, vocabulary, step)]
     return torch.cat(parts, dim=1)
 
 
@@ -207,4 +205,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-

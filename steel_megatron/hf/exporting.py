@@ -144,7 +144,9 @@ def _check_tensors(files: TensorFiles, info: CheckpointInfo) -> None:
         rule.key: (model.num_layers, *rule.shape) if rule.per_layer else rule.shape for rule in mapping.rules(model)
     }
     found = {
-        name: facts.shape for name, facts in files.tensors.items() if name.startswith(("decoder.", "embedding.", "output"))
+        name: facts.shape
+        for name, facts in files.tensors.items()
+        if name.startswith(("decoder.", "embedding.", "output"))
     }
     mapping.check_shapes(found, expected, f"the checkpoint {info.path}")
 
@@ -170,7 +172,13 @@ class _Export:
     max_shard_bytes: int
 
     def write(self, folder: Path, topology: Topology, tokenizer: Tokenizer | None) -> None:
-        """Fill the folder, and make sure that both sides agree."""
+        """Fill the folder, and make sure that both sides agree.
+
+        Args:
+            folder: the new one, under its temporary name.
+            topology: of one process.
+            tokenizer: goes into the folder; None for none.
+        """
         from steel_megatron.hf import compare
 
         config = self._config(tokenizer)
@@ -270,4 +278,3 @@ def _pad_id(folder: Path) -> int | None:
     """The id of the token that pads, of an exported tokenizer."""
     pad = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["pad_token"]
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(pad)
-

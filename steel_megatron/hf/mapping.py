@@ -39,6 +39,7 @@ __all__ = [
 
 Tensors = dict[str, torch.Tensor]
 
+
 @dataclass(frozen=True)
 class Rule:
     """How one tensor of the library becomes tensors under published names.
@@ -75,7 +76,7 @@ def _padded(key: str, model: ModelConfig, name: str) -> Rule:
         (model.padded_vocab_size, model.hidden_size),
         (name,),
         lambda tensor: [tensor[:rows]],
-        lambda parts: torch.nn.functional.pad(parts[0], (0, 0, 0, padding)),
+        lambda parts: torch.nn.functional.pad(parts[0], (0, 0, 0, padding)) if padding else parts[0],
     )
 
 
@@ -121,7 +122,7 @@ def _feed_forward(key: str, prefixes: list[str], inner: int, model: ModelConfig)
 
 
 def _top_k_experts(layer: str, model: ModelConfig) -> list[Rule]:
-    """megatron-core's router and experts, whose up projections have the rows of the gate and then those of the value."""
+    """megatron-core's router and experts; an up projection has the rows of the gate and then those of the value."""
     inner, hidden, key = model.ffn_hidden_size, model.hidden_size, "decoder.layers.mlp"
     table = [_same(f"{key}.router.weight", (model.num_experts, hidden), f"{layer}.mlp.gate.weight")]
     for expert in range(model.num_experts):

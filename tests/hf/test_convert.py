@@ -102,9 +102,9 @@ def test_the_exported_code_computes_what_the_library_trains() -> None:
     tokens = torch.randint(0, BASE.vocab_size, (2, 23), generator=torch.Generator().manual_seed(0))
     results = run_distributed(launched.library_logits, 1, models, tokens)[0]
     different: list[torch.Tensor] = []
-    for model, (logits, weights) in zip(models, results, strict=True):
+    for model, (logits, own) in zip(models, results, strict=True):
         exported = SteelForCausalLM(SteelConfig(**mapping.config_to_hf(model))).eval()
-        exported.load_state_dict(assemble([weights], model))
+        exported.load_state_dict(assemble([own], model))
         with torch.no_grad():
             ours = exported(tokens).logits
         assert ours.std() > 0.5
