@@ -209,15 +209,16 @@ def read_source(config: Mapping[str, Any], origin: str) -> Source:
             f"{origin}: model_type is {kind!r}; this library reads {STEEL}, {QWEN2}, {QWEN2_MOE} and {LLAMA}"
         )
     _refuse_unknown(config, kind, origin)
+    tied = bool(config.get("tie_word_embeddings", False))
     if kind == STEEL:
-        return Source(kind, config_from_published(config, origin))
+        return Source(kind, config_from_published(config, origin), tied=tied)
     # The rest is what a dense model with SwiGLU says in the words of Steel's configuration.
     defaults = {"rope_theta": 10000.0} if kind == LLAMA else {}
     moe = kind == QWEN2_MOE
     plain = ModelConfig(ffn="dense")
     steel = {"FFN_type": "raw", "mlp_type": "raw", "mlp_div_ratio": 1, "routing_mix": plain.slot_input}
     steel |= {"n_experts": plain.num_experts, "slots_per_expert": plain.slots_per_expert}
-    words = {**defaults, **config, **steel, "tie_word_embeddings": False}
+    words = {**defaults, **config, **steel}
     if moe:
         words["intermediate_size"] = config.get("moe_intermediate_size")
     model = config_from_published(words, origin)
@@ -227,8 +228,7 @@ def read_source(config: Mapping[str, Any], origin: str) -> Source:
             model = _with_experts(model, config, origin)
     except ConfigError as error:
         raise CheckpointError(f"{origin}: {error}") from None
-    tied = config.get("tie_word_embeddings", False)
-    return Source(kind, model, tied=bool(tied), has_biases=kind != LLAMA)
+    return Source(kind, model, tied=tied, has_biases=kind != LLAMA)
 
 
 def config_from_hf(config: Mapping[str, Any], origin: str) -> ModelConfig:

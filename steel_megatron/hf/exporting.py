@@ -225,7 +225,9 @@ class _Export:
                 "model_type": STEEL,
                 "auto_map": {
                     "AutoConfig": "configuration_steel.SteelConfig",
+                    "AutoModel": "modeling_steel.SteelModel",
                     "AutoModelForCausalLM": "modeling_steel.SteelForCausalLM",
+                    "AutoModelForSequenceClassification": "modeling_steel.SteelForSequenceClassification",
                 },
                 **mapping.config_to_hf(self.info.model),
             }

@@ -78,12 +78,6 @@ def config_from_published(config: Mapping[str, Any], origin: str) -> ModelConfig
     ffn = FFN_TYPES[_known(config, "FFN_type", tuple(FFN_TYPES), origin)]
     activation = MLP_TYPES[_known(config, "mlp_type", tuple(MLP_TYPES), origin)]
     _known(config, "hidden_act", ("silu",), origin, default="silu")
-    for key, why in (
-        ("tie_word_embeddings", "Steel models have two embedding matrices"),
-        ("use_sliding_window", "here every token sees all tokens before it"),
-    ):
-        if config.get(key, False):
-            raise CheckpointError(f"{origin}: {key} is true; {why}")
     modes = tuple(ROUTING_MODES)
     try:
         return ModelConfig(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from steel_megatron.config import ModelConfig, RunConfig, TrainingConfig, dump_yaml
 from steel_megatron.data.ledger.changes import add
@@ -65,6 +66,28 @@ def test_the_model_card_says_what_is_known(run_folder: Path, tmp_path: Path) -> 
     assert "| train/loss | 0 | 3.2500 |" in card and "1.5000" not in card
     assert "## Audit\n\ncausal" in card and "Not causal" not in card
     assert re.search(r"compared on 64 tokens in float32: they differ by at most [\d.e-]+", card)
+
+
+def test_the_other_auto_classes_load_the_folder(run_folder: Path, tmp_path: Path) -> None:
+    saved = run_folder / "checkpoints" / "step_00000007"
+    exported = convert.export_hf(saved, tmp_path / "hf", ("huggingface", str(run_folder.with_name("tokenizer"))))
+    ids = torch.randint(1, 100, (2, 9), generator=torch.Generator().manual_seed(2))  # 0 pads
+    full, base = (
+        kind.from_pretrained(exported, trust_remote_code=True).eval() for kind in (AutoModelForCausalLM, AutoModel)
+    )
+    with torch.no_grad():
+        expected = full.model(ids).last_hidden_state
+        assert torch.equal(base(ids).last_hidden_state, expected)
+    labelled = AutoModelForSequenceClassification.from_pretrained(exported, num_labels=3, trust_remote_code=True).eval()
+    out = labelled(ids, labels=torch.tensor([0, 2]))
+    torch.testing.assert_close(out.logits, labelled.score(expected[:, -1]))
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, torch.tensor([0, 2])))
+    out.loss.backward()
+    assert all(parameter.grad is not None for parameter in labelled.parameters())
+    padded = torch.nn.functional.pad(ids, (0, 4))
+    with torch.no_grad():
+        scores = labelled(padded, attention_mask=(padded != 0).long()).logits
+    torch.testing.assert_close(scores, out.logits.detach(), atol=1e-4, rtol=0)
 
 
 def test_a_model_card_without_a_run(tmp_path: Path) -> None:

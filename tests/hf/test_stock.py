@@ -20,6 +20,7 @@ from steel_megatron.hf.folder import ModelFolder
 from steel_megatron.hf.loading import load_model
 from steel_megatron.hf.upcycling import Upcycling
 from steel_megatron.train import checkpoint
+from tests.hf.test_modeling import small_model, tokens
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 90,
@@ -97,6 +98,19 @@ def test_a_stock_model_becomes_a_checkpoint_and_a_folder(name: str, stock: Any, 
         assert torch.equal(again.read(key), before.read(key)), key
     assert report_of(exported)["vocabulary"] == {"rows": 90, "padding_removed": 38}
     assert mapping.config_from_hf(again.config, "here").norm_epsilon == (1e-5 if name == "llama" else 1e-6)
+
+
+@torch.no_grad()
+def test_tied_embeddings_of_the_exported_code(tmp_path: Path) -> None:
+    model = small_model("block_causal", tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    ids = tokens()
+    for again in (type(model).from_pretrained(tmp_path / "tied"), load_model(tmp_path / "tied")):
+        assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+    saved = convert.import_hf(tmp_path / "tied", tmp_path / "checkpoint")
+    torch.testing.assert_close(load_model(saved)(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("to", ["merged", "token", "top_k_moe"])
