@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from steel_megatron.cli.models import export_hf as export_command
+from steel_megatron.cli.models import import_hf as import_command
 from steel_megatron.config import ModelConfig
 from steel_megatron.errors import CheckpointError, ConfigError, SteelError
 from steel_megatron.hf import compare, convert, mapping
@@ -328,3 +330,10 @@ def test_sizes(text: str, size: int) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(CheckpointError, match="max_shard_size is"):
         convert.parse_size(text)
+
+
+def test_options_that_do_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num_experts is given without upcycle"):
+        import_command(str(tmp_path / "in"), str(tmp_path / "out"), num_experts=4)
+    with pytest.raises(CheckpointError, match="max_shard_size is 'much'"):
+        export_command(str(tmp_path / "in"), str(tmp_path / "out"), max_shard_size="much")
