@@ -123,13 +123,14 @@ def read_index(folder: Path) -> dict[str, str]:
     """
     index = folder / INDEX
     try:
-        named = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = list(named.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{index} is not an index of safetensors files") from None
-    for name in named.values():
+    for name in files:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index} names {name!r}; it must name files of its own folder")
-    return named
+    return dict(named)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

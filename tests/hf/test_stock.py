@@ -127,11 +127,15 @@ def test_upcycling_begins_with_the_dense_model_s_logits(to: str, stock: Any, tmp
     torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=0)
     assert report_of(saved)["logits"]["largest_difference"] < 1e-4
     if to == "top_k_moe":
+        from steel_megatron.audit.sources import open_subject  # imports megatron-core
+
         assert type(loaded).__name__ == "Qwen2MoeForCausalLM"
         again = ModelFolder(exported)
         assert again.model.ffn == "top_k_moe" and again.model.moe_top_k == 2
         with pytest.raises(CheckpointError, match="load it with transformers'"):
             load_model(exported)
+        with pytest.raises(CheckpointError, match="audit the checkpoint that it was made of"):
+            open_subject(exported, 0)
     weights = load_file(exported / "model.safetensors")
     first = "model.layers.1.mlp.experts.{}.up_proj.weight"
     assert torch.equal(weights[first.format(0)], weights[first.format(2)])
