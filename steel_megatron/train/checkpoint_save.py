@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -298,7 +298,7 @@ def write_settings(partial: Path, common: dict[str, Any], texts: dict[str, str])
         common: what is no tensor.
         texts: further files by name.
     """
-    get_default_save_common_strategy().save_common(common, str(partial))
+    torch.save(common, partial / "common.pt")  # as megatron-core does, whose function for it moves between versions
     save_config(CheckpointingConfig("torch_dist", 1), str(partial))
     for name, text in texts.items():
         (partial / name).write_text(text, encoding="utf-8")
