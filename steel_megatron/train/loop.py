@@ -13,9 +13,11 @@ from pathlib import Path
 
 from steel_megatron.config import RunConfig, doubts, dump_yaml
 from steel_megatron.data.ledger.history import History
+from steel_megatron.data.ledger.ledger import Ledger
 from steel_megatron.data.ledger.session import LedgerSession
 from steel_megatron.data.ledger.sync import check_past
-from steel_megatron.errors import CheckpointError, ConfigError, LostRankError, TrainingError
+from steel_megatron.data.tokenizing.tokenizer import find_tokenizer
+from steel_megatron.errors import CheckpointError, ConfigError, DataError, LostRankError, TrainingError
 from steel_megatron.files import exclusive_lock, lease, lease_holder, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 from steel_megatron.parallel import agreement
@@ -96,6 +98,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         on_rank0(lambda: stack.enter_context(held))
         if run.ledger_path.parent != Path(run.checkpoint.directory):
             on_rank0(lambda: stack.enter_context(_ledger_lock(run.ledger_path)))
+        on_rank0(lambda: _check_tokenizer(run))
         logger.info(implementation.describe())
         return _train(run, topology, peers, [*callbacks_of(run), CopyFirst(callbacks), *callbacks])
 
@@ -124,6 +127,29 @@ def _check_fp8(run: RunConfig, implementation: Implementation) -> None:
         raise ConfigError(
             f"training.fp8 = {run.training.fp8} has no effect with model.implementation = {run.model.implementation}: "
             "only transformer-engine's layers compute in FP8; set it to auto or transformer_engine"
+        )
+
+
+def _check_tokenizer(run: RunConfig) -> None:
+    """Load the tokenizer that export and generation will need, if the run names one.
+
+    Raises:
+        ConfigError: it is missing or damaged, or has more ids than the model.
+    """
+    path = run.data.tokenizer_path
+    if path is None:
+        return
+    folder = Path(run.checkpoint.directory)
+    try:
+        recorded = Ledger.load(run.ledger_path).history.tokenizer if run.ledger_path.exists() else None
+        size = find_tokenizer(
+            run.data.tokenizer_kind, path, folder, recorded
+        ).vocab_size  # a moved run has it elsewhere
+    except DataError as error:
+        raise ConfigError(f"data.tokenizer_path is {path}: {error}") from None
+    if size > run.model.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer_path is {path}, which has {size:,} ids; model.vocab_size is {run.model.vocab_size:,}"
         )
 
 

@@ -60,6 +60,8 @@ class HuggingFaceTokenizer(TokenizerBase):
         if not path.exists():
             raise DataError(f"tokenizer {path} does not exist; it must be a folder or a tokenizer.json")
         folder = path if path.is_dir() else path.parent
+        if path.is_dir():
+            _refuse_folder_without_tokenizer(path)
         config = _read_config(folder)
         eod = eod_token or token_text(config.get("eos_token"))
         if eod is None:
@@ -86,6 +88,7 @@ class HuggingFaceTokenizer(TokenizerBase):
             the content of its ``tokenizer.json``, and whether the model itself can find control tokens in a text.
         """
         model = _from_folder(path) if path.is_dir() else _from_file(path)
+        _add_configured_tokens(model, config, folder)
         eod_id = model.token_to_id(eod)
         if eod_id is None:
             raise DataError(f"{path}: the end-of-document token {eod!r} is not in the vocabulary")
@@ -192,6 +195,46 @@ def _as_it_is(model: str) -> tokenizers.Tokenizer:
     if isinstance(tokenizer.model, tokenizers.models.BPE):
         tokenizer.model.dropout = None  # other ids at every call
     return tokenizer
+
+
+def _refuse_folder_without_tokenizer(folder: Path) -> None:
+    if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "merges.txt")):
+        return
+    models = sorted(path.name for path in folder.glob("*.model"))
+    if models:
+        raise DataError(f"{folder} has no tokenizer.json; its {models[0]} is of kind sentencepiece: name that file")
+    weights = " (it holds a model without one)" if (folder / "config.json").exists() else ""
+    raise DataError(
+        f"{folder} holds no tokenizer{weights}: it has neither tokenizer.json nor vocab.json and merges.txt"
+    )
+
+
+def _add_configured_tokens(model: tokenizers.Tokenizer, config: dict[str, Any], folder: Path) -> None:
+    """Add the tokens that only ``added_tokens_decoder`` of ``tokenizer_config.json`` has, as transformers does.
+
+    Raises:
+        DataError: such a token cannot get the id that it has there.
+    """
+    listed = config.get("added_tokens_decoder")
+    if not isinstance(listed, dict):
+        return
+    known = set(model.get_added_tokens_decoder())
+    tokens = {int(index): token for index, token in listed.items() if str(index).isdecimal() and token_text(token)}
+    for index, token in sorted(tokens.items()):
+        content = token_text(token)
+        assert content is not None
+        if index in known and model.id_to_token(index) == content:
+            continue
+        flags = {
+            name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special") if name in token
+        }
+        model.add_tokens([tokenizers.AddedToken(content, **flags)])
+        given = model.token_to_id(content)
+        if given != index:
+            raise DataError(
+                f"{folder}/tokenizer_config.json gives {content!r} the id {index}; with the tokenizer next to it, it "
+                f"gets {given}: they are of different models"
+            )
 
 
 def _from_file(path: Path) -> tokenizers.Tokenizer:
