@@ -5,6 +5,7 @@ One YAML file holds a run; every field can be overridden on the command line by 
 every checkpoint, which is enough to run it again.
 """
 
+from steel_megatron.config.chat import PrepareConfig
 from steel_megatron.config.checkpoint import CheckpointConfig
 from steel_megatron.config.checks import with_homes
 from steel_megatron.config.clean import CleanConfig
@@ -56,6 +57,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Precision",
+    "PrepareConfig",
     "PreprocessConfig",
     "RoutingModeFacts",
     "RunConfig",

@@ -2,5 +2,6 @@
 
 from steel_megatron.train.objective.base import OBJECTIVES, Objective, Term
 from steel_megatron.train.objective.next_token import Batch, NextToken
+from steel_megatron.train.objective.sft import Sft, SftPerSample
 
-__all__ = ["OBJECTIVES", "Batch", "NextToken", "Objective", "Term"]
+__all__ = ["OBJECTIVES", "Batch", "NextToken", "Objective", "Sft", "SftPerSample", "Term"]
