@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from steel_megatron.config import DataConfig, ParallelConfig, RunConfig
+from steel_megatron.config import CheckpointConfig, DataConfig, ParallelConfig, PrepareConfig, RunConfig
 from steel_megatron.data.indexed.labels import LABEL
 from steel_megatron.data.ledger.loader import SampleArrays
+from steel_megatron.data.preprocessing.chat import prepare
 from steel_megatron.data.sampling.whole import best_fit
+from steel_megatron.errors import SteelError
+from tests.fixtures.make_tokenizer import make_tokenizer
 from tests.layouts.features import BASE
 from tests.train.small_run import Trained, gradient_squares
 
@@ -41,7 +46,7 @@ def sft_run(parallel: ParallelConfig, mode: str, objective: str = "sft", micro: 
     return dataclasses.replace(BASE, model=model, parallel=parallel, data=data, training=training, optimizer=optimizer)
 
 
-def documents_of(seed: int, count: int = 14) -> list[Document]:
+def documents_of(seed: int, count: int = 12) -> list[Document]:
     """Documents of 2 to 16 tokens, whose later tokens are labels, some of them not; one has a single label."""
     random = np.random.default_rng(seed)
     made = []
@@ -110,3 +115,41 @@ def train(run: RunConfig, in_rows: str = "packed") -> list[Trained]:
 
 def train_all(runs: Sequence[RunConfig], in_rows: str = "packed") -> list[list[Trained]]:
     return [train(run, in_rows) for run in runs]
+
+
+def prepared(folder: Path) -> str:
+    """A corpus of conversations; its prefix."""
+    make_tokenizer(folder / "tokenizer")
+    rows = [
+        {"messages": [{"role": "user", "content": f"How much is {number}?"}, {"role": "assistant", "content": said}]}
+        for number, said in enumerate(("One.", "Two and a half.", "Nobody knows that.") * 12)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = {"output_prefix": str(folder / "chat"), "tokenizer_path": str(folder / "tokenizer"), "max_tokens": 96}
+    prepare(PrepareConfig(inputs=[str(folder / "rows.jsonl")], **names), "sft")
+    return f"{folder / 'chat'}_messages_document"
+
+
+def run_of(
+    prefix: str, directory: Path, parallel: ParallelConfig, objective: str = "sft", **training: Any
+) -> RunConfig:
+    """A run that finetunes on a corpus, and validates on it."""
+    run = sft_run(parallel, "block_causal", objective, micro=1, steps=6)
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, vocab_size=2100, sequence_length=96),
+        data=DataConfig(train=[prefix], validation=[prefix], reset_at_eod=objective != "next_token"),
+        training=dataclasses.replace(run.training, global_batch_size=4, eval_interval=3, eval_steps=50, **training),
+        checkpoint=CheckpointConfig(directory=str(directory), save_interval=3),
+    )
+
+
+def pretrained(run: RunConfig) -> tuple[list[float], float | None] | str:
+    """The losses of a run's steps and its last validation, or why it was refused."""
+    from steel_megatron.train.loop import pretrain
+
+    try:
+        summary = pretrain(run)
+    except SteelError as error:
+        return str(error)
+    return list(summary.losses), summary.validation_loss
