@@ -10,7 +10,7 @@ import functools
 import importlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from steel_megatron.data.reading.chunks import BadRow
 from steel_megatron.data.reading.conversations import CHAT_FORMS, Chat, Form, Turn, form_of_row, history_of
@@ -27,7 +27,7 @@ class Dialogue:
     """Turns of user and assistant, in the one template that all dialogues get (ChatML, as in the paper)."""
 
     text: str
-    chat: Chat | None = None
+    chat: Chat | None = field(default=None, compare=False)
     """The turns; None where only the text is known."""
 
     @classmethod
