@@ -51,6 +51,8 @@ COMMANDS = {
     "sft prepare": Command(chat.sft_prepare),
     "sft inspect": Command(chat.sft_inspect, ("prefix",)),
     "sft train": Command(chat.sft),
+    "dpo prepare": Command(chat.dpo_prepare),
+    "dpo train": Command(chat.dpo),
     "export-hf": Command(models.export_hf),
     "import-hf": Command(models.import_hf),
     "generate": Command(models.generate),
@@ -58,6 +60,7 @@ COMMANDS = {
 }
 GROUPS = {
     "sft": "Finetune on conversations: prepare and inspect a corpus with labels, train (sft --options: sft train).",
+    "dpo": "Optimize preferences: prepare a corpus of pairs, train (dpo --options: dpo train).",
     "data": "Create, change and show a run's ledger: its corpora, their mixture, the samples of a step.",
     "checkpoint": "List, verify and compare checkpoints, and plan the layout of the run that loads one.",
 }

@@ -1,4 +1,4 @@
-"""The commands of post-training: sft prepare, sft inspect, sft train."""
+"""The commands of post-training: sft and dpo."""
 
 from __future__ import annotations
 
@@ -52,6 +52,22 @@ def sft(run: RunConfig) -> int:
     pretrain's.
     """
     return _train(run, ("sft", "sft_per_sample"))
+
+
+def dpo_prepare(config: PrepareConfig) -> None:
+    """Encode preference pairs into an indexed corpus with labels. Repeat the command to resume after a kill."""
+    from steel_megatron.data.preprocessing.chat import prepare
+
+    say(prepare(config, "pairs"))
+
+
+def dpo(run: RunConfig) -> int:
+    """Optimize preferences on corpora of dpo prepare (DPO, IPO), or resume; alone, under torchrun or under srun.
+
+    The model to start from and to refer to is checkpoint.init_from. It is pretrain with training.objective = dpo and
+    whole, packed pairs; the exit code is pretrain's.
+    """
+    return _train(run, ("dpo",))
 
 
 def _train(run: RunConfig, objectives: tuple[str, ...]) -> int:

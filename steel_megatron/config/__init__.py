@@ -30,6 +30,7 @@ from steel_megatron.config.model import (
 )
 from steel_megatron.config.optimizer import OptimizerConfig
 from steel_megatron.config.parallel import ParallelConfig, check_layout
+from steel_megatron.config.preference import DpoConfig
 from steel_megatron.config.preprocess import PreprocessConfig
 from steel_megatron.config.routing import (
     RoutingModeFacts,
@@ -49,6 +50,7 @@ __all__ = [
     "CheckpointConfig",
     "CleanConfig",
     "DataConfig",
+    "DpoConfig",
     "ExecutionConfig",
     "ExecutorName",
     "FeedForward",

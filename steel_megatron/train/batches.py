@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,9 @@ from steel_megatron.train.objective.base import objective_of
 from steel_megatron.train.reading import read_ahead
 
 logger = get_logger(__name__)
+
+VALIDATION, CORPORA = 1 << 20, 1 << 10
+"""The number of the first corpus of the first validation set, and what follows for each further set."""
 
 
 class Batches:
@@ -52,8 +56,10 @@ class Batches:
         length, vocab_size = run.model.sequence_length, run.model.vocab_size
         self.validation_sets = raise_if_any_rank_failed(
             lambda: {
-                name: validation_samples(prefixes, length, vocab_size)
-                for name, prefixes in run.data.validation_sets.items()
+                name: validation_samples(prefixes, length, vocab_size, first)
+                for first, (name, prefixes) in zip(
+                    itertools.count(VALIDATION, CORPORA), run.data.validation_sets.items(), strict=False
+                )
             }
         )
         for name, samples in self.validation_sets.items():
@@ -112,9 +118,21 @@ class Batches:
             yield name, self._validation_batches(samples)
 
     def _validation_batches(self, samples: SequentialSamples | WholeSamples) -> list[Any]:
-        """The last ones are filled up with samples that do not count, so that none is left out."""
+        training = self._run.training
+        return self._part(samples, 0, min(len(samples), training.eval_steps * training.global_batch_size))
+
+    def all_of(self, samples: WholeSamples) -> Iterator[list[Any]]:
+        """This process's micro batches of all samples, a global batch at a time."""
+        size = self._run.training.global_batch_size
+        for begin in range(0, len(samples), size):
+            yield self._part(samples, begin, min(size, len(samples) - begin))
+
+    def _part(self, samples: SequentialSamples | WholeSamples, begin: int, count: int) -> list[Any]:
+        """This process's micro batches of ``count`` samples.
+
+        The last ones are filled up with samples that do not count, so that none is left out.
+        """
         training, parallel = self._run.training, self._run.parallel
-        count = min(len(samples), training.eval_steps * training.global_batch_size)
         samples_per_pass = training.micro_batch_size * self._topology.data_parallel_size
         first = self._topology.data_parallel_rank * training.micro_batch_size
         # The interleaved schedule takes as many micro batches as there are stages, or a multiple.
@@ -123,7 +141,7 @@ class Batches:
         batches = []
         for start in range(first, end + first, samples_per_pass):
             own = range(start, start + training.micro_batch_size)
-            numbers = [min(number, count - 1) for number in own]
+            numbers = [begin + min(number, count - 1) for number in own]
             counts = torch.tensor([[float(number < count)] for number in own])
             batches.append(self._batch(read_samples(samples, numbers, self._run.data.reset_at_eod), counts))
         return batches

@@ -209,6 +209,7 @@ class WholeSamples:
     Args:
         corpora: the corpora, in this order.
         sequence_length: tokens that a sample predicts.
+        first: number of the first corpus, for :func:`document_key`.
 
     Raises:
         DataError: labels cannot be used, or a document is longer than a sample.
@@ -216,8 +217,8 @@ class WholeSamples:
 
     labelled = True
 
-    def __init__(self, corpora: Sequence[IndexedCorpus], sequence_length: int) -> None:
-        self.corpora = corpora
+    def __init__(self, corpora: Sequence[IndexedCorpus], sequence_length: int, first: int = 0) -> None:
+        self.corpora, self.first = corpora, first
         self._epochs = [WholeEpoch(corpus, open_labels(corpus), sequence_length, (0, 0, 0)) for corpus in corpora]
         self._ends = np.cumsum([len(epoch) for epoch in self._epochs])
 
@@ -229,7 +230,7 @@ class WholeSamples:
         corpus = int(np.searchsorted(self._ends, number, side="right"))
         before = int(self._ends[corpus - 1]) if corpus else 0
         sample = self._epochs[corpus].whole(number - before)
-        return sample._replace(documents=document_key(corpus, sample.documents))
+        return sample._replace(documents=document_key(self.first + corpus, sample.documents))
 
     def sample(self, number: int) -> np.ndarray:
         """The ids of sample ``number``: int64 [sequence_length + 1]."""
@@ -241,12 +242,13 @@ class WholeSamples:
 
 
 def validation_samples(
-    prefixes: Sequence[str | Path], sequence_length: int, vocab_size: int
+    prefixes: Sequence[str | Path], sequence_length: int, vocab_size: int, first: int = 0
 ) -> SequentialSamples | WholeSamples:
     """The samples of a validation: of whole documents where the corpora have labels.
 
     Args:
         prefixes, sequence_length, vocab_size: as for :class:`SequentialSamples`.
+        first: as for :class:`WholeSamples`.
 
     Raises:
         DataError: a corpus cannot be used, or only some have labels.
@@ -260,7 +262,7 @@ def validation_samples(
             f"{corpora[labelled.index(False)].prefix} has no labels, {corpora[labelled.index(True)].prefix} has; "
             "validate them as two sets"
         )
-    return WholeSamples(corpora, sequence_length)
+    return WholeSamples(corpora, sequence_length, first)
 
 
 class SequentialSamples:
