@@ -83,8 +83,17 @@ FEATURES: dict[str, dict[str, Settings]] = {
         "ETP1": {"parallel.expert_tensor_parallel_size": 1},
         "ETP2": {"parallel.expert_tensor_parallel_size": 2},
     },
-    "data": {"": {}, "DP2": {COPIES: 2}},
-    "precision": {"": {}, "bf16": {"training.precision": "bfloat16"}},
+    "data": {
+        "": {},
+        "DP2": {COPIES: 2},
+        "FSDP": {COPIES: 2, "parallel.fsdp": True},
+        "overlap": {COPIES: 2, "parallel.overlap_grad_reduce": True, "parallel.overlap_param_gather": True},
+    },
+    "precision": {
+        "": {},
+        "bf16": {"training.precision": "bfloat16"},
+        "fp16": {"training.precision": "float16", "optimizer.megatron": {"initial_loss_scale": 1024.0}},
+    },
     "recompute": {
         "": {},
         "selective": {"parallel.recompute": "selective"},
@@ -102,7 +111,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
 }
 MOVED = ("tensor", "sequence", "pipeline", "context", "expert", "expert_tensor", "data")
 """Factors that say where a checkpoint's tensors are."""
-ROUNDED = {("precision", "bf16")}
+ROUNDED = {("precision", "bf16"), ("precision", "fp16")}
 """What is compared within wide bounds: pairs of other values meet elsewhere as well."""
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from steel_megatron.parallel.topology import free_port
 from tests.distributed import PRELOAD
 
+MOST_THREADS = 60
+"""With which a process takes another task."""
 GRACE = 5.0
 """Seconds that the others have to answer after one process has failed."""
 
@@ -39,9 +41,12 @@ def _serve(tasks: Connection) -> None:
             gc.collect()
         except BaseException as error:
             outcome = ("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
-        tasks.send_bytes(pickle.dumps(outcome))
-        if outcome[0] == "error":
-            return  # its process groups are in no known state
+        # After an error its process groups are in no known state. And megatron-core's hooks that reduce gradients early
+        # keep a run and its groups alive, each with threads that wake up again and again.
+        again = outcome[0] == "result" and len(os.listdir("/proc/self/task")) <= MOST_THREADS
+        tasks.send_bytes(pickle.dumps((*outcome, again)))
+        if not again:
+            return
 
 
 class Task:
@@ -75,10 +80,10 @@ class Task:
                         failures[rank] = value
                         deadline = min(deadline, time.monotonic() + GRACE)
         finally:
-            if len(results) < size:
-                for worker in self._workers:
+            for worker in self._workers:
+                if len(results) < size or not worker.again:
                     worker.kill()
-            self._release([worker for worker in self._workers if worker.process.is_alive()])
+            self._release([worker for worker in self._workers if worker.again])
         if failures:
             # The first one failed by itself; what the others say is often only that it is gone.
             said = "\n".join(f"rank {rank} of {size} {what}" for rank, what in failures.items())
@@ -93,14 +98,15 @@ class Worker:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         self.tasks, theirs = context.Pipe()
+        self.again = True
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
 
     def answer(self) -> tuple[str, Any]:
-        """Its answer, or that it died."""
+        """Its answer, or that it died; afterwards ``again`` says whether it takes another task."""
         try:
-            kind, value = pickle.loads(self.tasks.recv_bytes())
+            kind, value, self.again = pickle.loads(self.tasks.recv_bytes())
         except (EOFError, ConnectionError):
             self.process.join(GRACE)
             return "error", f"died with exit code {self.process.exitcode}"
@@ -108,13 +114,14 @@ class Worker:
 
     def kill(self) -> None:
         """End it at once."""
+        self.again = False
         self.process.kill()
         self.process.join()
         self.tasks.close()
 
 
 class Pool:
-    """As many processes as the largest task has needed so far; those of a task that failed are replaced."""
+    """As many processes as the largest task has needed so far; those that end are replaced."""
 
     def __init__(self) -> None:
         self._idle: list[Worker] = []

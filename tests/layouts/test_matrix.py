@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from steel_megatron.config import CheckpointConfig
+from steel_megatron.train.optimizer_state import MAIN_WEIGHTS
 from tests.layouts import plan
 from tests.layouts.features import ROUNDED, Case, parse
 from tests.layouts.following import EXACT, WIDE, Record, compared, follow, whole_tensors
@@ -62,9 +63,12 @@ def test_equals_one_process(case: Case, pool: Pool) -> None:
     )
 
 
-def everything(ranks: list[State]) -> dict[str, torch.Tensor]:
-    """Whole weights and whole optimizer state."""
-    return whole_tensors([state.weights for state in ranks]) | whole_tensors([state.optimizer for state in ranks])
+def everything(ranks: list[State], precision: str) -> dict[str, torch.Tensor]:
+    """Whole weights and whole optimizer state; of rounded weights the float32 copies, which they have to follow."""
+    weights, optimizer = (whole_tensors([getattr(state, part) for state in ranks]) for part in ("weights", "optimizer"))
+    copies = {name: optimizer.pop(MAIN_WEIGHTS + name) for name in weights if MAIN_WEIGHTS + name in optimizer}
+    assert all(torch.equal(weights[name], copy.to(getattr(torch, precision)).float()) for name, copy in copies.items())
+    return weights | copies | optimizer
 
 
 @pytest.mark.slow
@@ -77,7 +81,7 @@ def test_any_layout_loads_what_any_other_saved(saves: Case, loads: Case, pool: P
     to_disk = CheckpointConfig(directory=str(tmp_path))
     first, second = (dataclasses.replace(case.run, checkpoint=to_disk) for case in (saves, loads))
     saved, loaded = pool.run(save_and_train, saves.processes, first), pool.run(load_and_train, loads.processes, second)
-    before, after = everything(saved), everything(loaded)
+    before, after = everything(saved, saves.run.training.precision), everything(loaded, loads.run.training.precision)
     assert after.keys() == before.keys() and any(name.startswith("optimizer.state.exp_avg_sq.") for name in before)
     assert not [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
     assert {step for state in saved + loaded for step in state.steps} == {SAVED}
