@@ -179,7 +179,7 @@ class Text(Source):
     def text_of(self, value: object) -> str | Dialogue:
         strings = value if isinstance(value, list) else [value]
         if self._key == "text" and all(isinstance(one, str) for one in strings):
-            return "\n".join(strings)
+            return "\n".join(map(str, strings))
         return super().text_of(value)
 
     def plain_key(self) -> tuple[str, Sequence[str]] | None:

@@ -92,7 +92,10 @@ class Dpo(NextToken):
 
     @classmethod
     def build(cls, run: RunConfig, topology: Topology, stage: GPTModel) -> Dpo:
-        """The objective of a run; args as for :meth:`steel_megatron.train.objective.Objective.build`."""
+        """The objective of a run, for one pipeline stage.
+
+        Args: as for :meth:`steel_megatron.train.objective.Objective.build`.
+        """
         objective = super().build(run, topology, stage)
         assert isinstance(objective, Dpo)
         objective.settings, objective.reference = run.dpo, {}
@@ -110,7 +113,10 @@ class Dpo(NextToken):
         labels: np.ndarray,
         documents: np.ndarray,
     ) -> PairBatch:
-        """This process's part of a micro batch of packed pairs; args as for :meth:`Sft.batch`."""
+        """This process's part of a micro batch of packed pairs.
+
+        Args: as for :meth:`steel_megatron.train.objective.Sft.batch`.
+        """
         tokens, owners, firsts = (torch.from_numpy(values) for values in (samples, documents, starts))
         size = tokens.size(1)
         mask = torch.from_numpy(labels & LABEL).float()

@@ -87,7 +87,7 @@ class NextToken:
         documents: PackedDocuments,
         implementation: Implementation = LOCAL,
     ) -> None:
-        self.terms = (loss_name,)
+        self.terms: tuple[str, ...] = (loss_name,)
         self.vocab_size, self.documents = vocab_size, documents
         self.tp_group, self.cp_group = groups.tp, groups.cp
         self.cross_entropy = cross_entropy(implementation, groups.tp)
