@@ -20,6 +20,8 @@ BAD, FATAL = 2, 3
 class Stream:
     """Samples that are their own numbers; one cannot be read, one kills the process that reads it."""
 
+    labelled = False
+
     def sample(self, number: int) -> np.ndarray:
         if number == BAD:
             raise DataError(f"sample {number} is damaged")
