@@ -17,14 +17,14 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from steel_megatron.config import ModelConfig, ParallelConfig, Precision
-from steel_megatron.model.attention import Float32
+from steel_megatron.model.attention import Float32RotaryAttention
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.dropout import AFTER_ATTENTION, AFTER_FEED_FORWARD, Dropout, DropoutAdd, EmbeddingDropout
 from steel_megatron.model.implementation import implementation_fields, layer_parts
@@ -170,7 +170,7 @@ def layer_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.input_norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=Float32RotaryAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=parts.linear_qkv,
@@ -178,8 +178,6 @@ def layer_spec(
                         module=parts.attention, params={"documents": documents, "dropout": dropout}
                     ),
                     linear_proj=parts.linear_proj,
-                    q_layernorm=Float32,
-                    k_layernorm=Float32,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -298,10 +296,10 @@ def _name_random_state() -> None:
 def _mark_split_weights(stage: GPTModel) -> None:
     """Say which weights are parts of larger ones.
 
-    megatron-core marks them while it initialises them, which it does not do here; without the mark, the gradient
-    norm would count only the first process's part.
+    megatron-core marks them while it initialises them, which it does not do here, and from 0.19 on in any case; without
+    the mark, the gradient norm would count only the first process's part.
     """
     split_dims = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in stage.modules():
-        if type(module) in split_dims:
+        if type(module) in split_dims and not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(module.weight, True, split_dims[type(module)], 1)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -306,7 +306,7 @@ def _begin(partial: Path, final: Path) -> None:
 
 def _write_settings(partial: Path, common: dict[str, Any], texts: dict[str, str]) -> None:
     """All but the tensors."""
-    get_default_save_common_strategy().save_common(common, str(partial))
+    torch.save(common, partial / "common.pt")  # as megatron-core does, whose function for it moves between versions
     save_config(CheckpointingConfig("torch_dist", 1), str(partial))
     for name, text in texts.items():
         (partial / name).write_text(text, encoding="utf-8")

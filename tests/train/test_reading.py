@@ -38,7 +38,7 @@ def read(first: int, end: int, workers: int) -> list[int]:
     )
     topology: Any = SimpleNamespace(data_parallel_rank=0, data_parallel_size=1)
     stream: Any = Stream()
-    return [int(samples[0, 0]) for ((samples, _),) in read_ahead(stream, run, topology, first, end)]
+    return [int(samples[0, 0]) for ((samples, *_),) in read_ahead(stream, run, topology, first, end)]
 
 
 def test_a_sample_that_cannot_be_read() -> None:

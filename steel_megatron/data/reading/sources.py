@@ -177,9 +177,10 @@ class Text(Source):
         return Dialogue(found) if row.get("dialogue") is True else found
 
     def text_of(self, value: object) -> str | Dialogue:
-        strings = value if isinstance(value, list) else [value]
-        if self._key == "text" and all(isinstance(one, str) for one in strings):
-            return "\n".join(map(str, strings))
+        rows = value if isinstance(value, list) else [value]
+        strings = [one for one in rows if isinstance(one, str)]
+        if self._key == "text" and len(strings) == len(rows):
+            return "\n".join(strings)
         return super().text_of(value)
 
     def plain_key(self) -> tuple[str, Sequence[str]] | None:
