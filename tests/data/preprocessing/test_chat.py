@@ -185,7 +185,7 @@ def test_a_ledger_reads_whole_conversations(job: Callable[..., PrepareConfig], t
     prepare(dataclasses.replace(config, train_on="all"), "sft")
     with pytest.raises(DataError, match="has changed since it was added to the ledger: labels of"):
         LedgerSamples(ledger)
-    other = Ledger.create([prefix], 128, 1, tmp_path)
+    other = Ledger.create([prefix], 128, 1, tmp_path, epochs=2)
     assert other.history.fingerprint(1) != ledger.history.fingerprint(1)
     Path(f"{config.output_prefix}_labels_document.idx").unlink()
     with pytest.raises(DataError, match=r"the labels of .* cannot be read"):
