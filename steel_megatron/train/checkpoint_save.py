@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -32,6 +31,7 @@ from steel_megatron.train import bad_steps
 from steel_megatron.train.checkpoint import FORMAT, MANIFEST, manifest_checksum, path_of, reason, sharded_engine
 from steel_megatron.train.checkpoint_checksums import ALGORITHM, checksum_of
 from steel_megatron.train.checkpoint_copy import Copy, HostMemory
+from steel_megatron.train.checkpoint_manifest import BACKENDS
 from steel_megatron.train.checkpoint_writer import Planner, ShardWriter, Written, write_index
 from steel_megatron.train.engine import Engine
 
@@ -298,8 +298,8 @@ def write_settings(partial: Path, common: dict[str, Any], texts: dict[str, str])
         common: what is no tensor.
         texts: further files by name.
     """
-    torch.save(common, partial / "common.pt")  # as megatron-core does, whose function for it moves between versions
-    save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+    torch.save(common, partial / "common.pt")
+    (partial / "metadata.json").write_text(json.dumps(BACKENDS), encoding="utf-8")
     for name, text in texts.items():
         (partial / name).write_text(text, encoding="utf-8")
 

@@ -33,6 +33,7 @@ from steel_megatron.train.callbacks import Callback, CopyFirst, RunView, callbac
 from steel_megatron.train.checkpoint_checksums import verified_by_all
 from steel_megatron.train.checkpoint_save import Saver
 from steel_megatron.train.engine import Engine, minimised
+from steel_megatron.train.reference import check_reference, prepare_reference
 from steel_megatron.train.stop_signal import StopSignal
 
 logger = get_logger(__name__)
@@ -169,7 +170,7 @@ def _train(run: RunConfig, topology: Topology, peers: Peers, callbacks: Sequence
     session = LedgerSession(run, agreement)
     batches = Batches(run, topology, session)
     engine = Engine(run, topology)
-    consumed, saved = _start(run, topology, engine, session)
+    consumed, saved = _start(run, topology, engine, batches, session)
     view = RunView(run, topology, engine)
     saver = Saver(run)
     validation: dict[str, float] = {}
@@ -209,6 +210,7 @@ def _train(run: RunConfig, topology: Topology, peers: Peers, callbacks: Sequence
             if result.step % run.checkpoint.save_interval == 0 or is_last or stopping:
                 on_rank0(lambda: _check_folder(run, engine.step_number))
                 (session.release if stopping or is_last else session.sync)(result.step, consumed)
+                check_reference(engine, session)
                 note(saver.begin(engine, consumed, session.ledger))
                 if stopping or is_last or not run.checkpoint.async_save:
                     note(saver.finish())
@@ -287,7 +289,9 @@ def _started(callbacks: Sequence[Callback], view: RunView) -> Iterator[None]:
         yield
 
 
-def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSession) -> tuple[int, Path | None]:
+def _start(
+    run: RunConfig, topology: Topology, engine: Engine, batches: Batches, session: LedgerSession
+) -> tuple[int, Path | None]:
     """Resume, or take initial weights from elsewhere, or begin; returns the samples consumed and the checkpoint."""
     found = verified_by_all(lambda check: _find(run, check), checkpoint.verify)
     step = broadcast_from_rank0(found.step if found else -1)
@@ -302,6 +306,8 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSe
         on_rank0(lambda: check(own))  # before anything large is read
         checkpoint.load(engine, info)
         session.start(step, info.consumed_samples, check)
+        if prepare_reference(run, engine, batches, session):
+            checkpoint.load(engine, info)
         logger.info(f"resuming after step {info.step} ({info.layout} before, {topology.describe()} now)")
         return info.consumed_samples, path
     random_states.seed_all(run.training.seed, 0, topology)
@@ -317,6 +323,7 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSe
     path = Path(run.checkpoint.directory) / "run.yaml"
     text = dump_yaml(run).encode()
     on_rank0(lambda: write_atomically(path, text, CheckpointError))  # after the ledger: it says that a run has started
+    prepare_reference(run, engine, batches, session)
     return 0, None
 
 

@@ -62,6 +62,22 @@ class TokenizerBase(ABC):
         self._engine = state["engine"]
         self._load(state["content"])
 
+    @property
+    @abstractmethod
+    def control_tokens(self) -> Mapping[str, int]:
+        """The ids of all control tokens by name."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """How conversations become text, in Jinja; None if the tokenizer's files do not say."""
+        return None
+
+    @property
+    def named_tokens(self) -> Mapping[str, str]:
+        """``bos_token`` and ``eos_token`` as templates call them, as far as there are any."""
+        names = {index: name for name, index in self.control_tokens.items()}
+        return {"eos_token": names[self.eod_id]} if self.eod_id in names else {}
+
     @abstractmethod
     def _content(self) -> Any:
         """What the tokenizer is made of, to be pickled."""

@@ -26,7 +26,7 @@ from steel_megatron.data.tokenizing.control_tokens import (
 from steel_megatron.data.tokenizing.gigatoken_engine import CHECK_TEXTS, FlatIds
 from steel_megatron.data.tokenizing.remembered import content_of, key_of, recall, remember
 from steel_megatron.errors import DataError
-from steel_megatron.files import write_atomically
+from steel_megatron.files import disk_errors, write_atomically
 
 GPT2_EOD = "<|endoftext|>"
 """What ends a document in GPT-2's vocabulary."""
@@ -140,6 +140,26 @@ class HuggingFaceTokenizer(TokenizerBase):
     def _control_ids(self) -> dict[str, int]:
         added = self._tokenizer.get_added_tokens_decoder()
         return {token.content: index for index, token in added.items() if token.special}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of ``chat_template.jinja`` or ``tokenizer_config.json``; of several, the default."""
+        found = self._config.get("chat_template")
+        if isinstance(found, list):
+            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+            found = named.get("default")
+        return found if isinstance(found, str) else None
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """``bos_token`` and ``eos_token`` as templates call them, as far as there are any."""
+        named = {name: token_text(self._config.get(name)) for name in ("bos_token", "eos_token")}
+        return {name: text for name, text in named.items() if text}
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """The ids of all control tokens by name."""
+        return self._control_ids
 
     def control_id(self, text: str) -> int | None:
         """The id of an added token that is marked as special; None when there is none of that name."""
@@ -349,6 +369,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """``tokenizer_config.json``, and from ``special_tokens_map.json``, as GPT-2 has it, what is not named there."""
     found = [_read_json(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
     named = {name: token_text(value) or value for name, value in found[0].items()}
+    if (template := folder / "chat_template.jinja").exists():  # where transformers writes it today
+        with disk_errors("read", template, DataError):
+            found[1]["chat_template"] = template.read_text(encoding="utf-8")
     return {**named, **{name: value for name, value in found[1].items() if value is not None or name not in named}}
 
 

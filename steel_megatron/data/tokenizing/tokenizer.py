@@ -11,7 +11,7 @@ The objects can be sent to worker processes.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,6 +62,21 @@ class Tokenizer(Protocol):
     @property
     def engine(self) -> TokenizerEngine:
         """What encodes many texts: ``gigatoken``, or ``tokenizers`` for the tokenizer's own library."""
+        ...
+
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        """The ids of all control tokens by name."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """How conversations become text, in Jinja; None if the tokenizer's files do not say."""
+        ...
+
+    @property
+    def named_tokens(self) -> Mapping[str, str]:
+        """``bos_token`` and ``eos_token`` as templates call them, as far as there are any."""
         ...
 
     def control_id(self, text: str) -> int | None:
