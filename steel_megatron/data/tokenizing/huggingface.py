@@ -88,7 +88,7 @@ class HuggingFaceTokenizer(TokenizerBase):
             the content of its ``tokenizer.json``, and whether the model itself can find control tokens in a text.
         """
         model = _from_folder(path) if path.is_dir() else _from_file(path)
-        _add_configured_tokens(model, config, folder)
+        _add_configured_tokens(model, config, path if path.is_dir() else path.parent)
         eod_id = model.token_to_id(eod)
         if eod_id is None:
             raise DataError(f"{path}: the end-of-document token {eod!r} is not in the vocabulary")
