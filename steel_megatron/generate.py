@@ -1,8 +1,8 @@
 """Text generation from a checkpoint or an exported Hugging Face folder.
 
 Both compute each new token from the whole preceding text, or from an equivalent cache, so greedy decoding gives the
-same tokens. A checkpoint decodes without a cache: correct in every routing mode, and meant for looking at samples. An
-exported folder uses a cache if its routing mode is causal.
+same tokens. Both run the exported model code, which has a cache if the routing mode is causal. A checkpoint that this
+code cannot compute (as top-k experts) is run by the library's own model, which reads the whole text for each token.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from steel_megatron.data.tokenizing.tokenizer import Tokenizer, find_tokenizer, 
 from steel_megatron.errors import CheckpointError, ConfigError, DataError
 from steel_megatron.hf.convert import is_exported, read_config
 from steel_megatron.hf.loading import load_model
-from steel_megatron.hf.mapping import FFN_TYPES, config_from_hf, to_hf
+from steel_megatron.hf.mapping import FFN_TYPES, config_from_hf, to_hf, why_not_exportable
 from steel_megatron.hf.texts import Texts, texts_of_folder, texts_of_tokenizer
 from steel_megatron.ops.sampling import Sampling, choose
 from steel_megatron.parallel.topology import initialize, initialize_alone
-from steel_megatron.platform import prepare
+from steel_megatron.platform import prepare, probe
 
 if TYPE_CHECKING:
     from steel_megatron.train.checkpoint import CheckpointInfo
@@ -235,7 +235,10 @@ def _read_checkpoint(path: Path) -> CheckpointInfo:
 
 
 def _load_checkpoint(info: CheckpointInfo, parallel: ParallelConfig) -> NextLogits:
-    """The library's own model, in one process or cut over those of a launch."""
+    """Cut over the processes of a launch; or in this one, by the exported code where that computes it, else the
+    library's own."""
+    if parallel == ParallelConfig() and why_not_exportable(info.model) is None:
+        return _load_exported(info.path)
     from steel_megatron.model.megatron_fields import without_ineffective_fields
     from steel_megatron.model.spec import build_model
     from steel_megatron.train import checkpoint
@@ -295,7 +298,8 @@ def _check_shapes(info: CheckpointInfo) -> None:
 
 
 def _load_exported(path: Path) -> NextLogits:
-    return with_cache(load_model(path))
+    model: torch.nn.Module = load_model(path)
+    return with_cache(model.to(probe().device))
 
 
 def with_cache(exported: torch.nn.Module) -> NextLogits:
@@ -314,7 +318,8 @@ def with_cache(exported: torch.nn.Module) -> NextLogits:
         length = seen.size(1)
         if cache is None or tokens.size(1) <= length or not torch.equal(tokens[:, :length], seen):
             length, cache = 0, None
-        out = exported(input_ids=tokens[:, length:], logits_to_keep=1, use_cache=True, **{CACHE: cache})
+        added = tokens[:, length:].to(next(exported.parameters()).device)
+        out = exported(input_ids=added, logits_to_keep=1, use_cache=True, **{CACHE: cache})
         seen, cache = tokens, out.get(CACHE)
         return out.logits[0, -1]
 

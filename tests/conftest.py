@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import hypothesis
@@ -13,6 +16,12 @@ from tests.needs import pytest_sessionfinish, pytest_terminal_summary  # noqa: F
 
 hypothesis.settings.register_profile("no_deadline", deadline=None)  # machines are shared, and slow at times
 hypothesis.settings.load_profile("no_deadline")
+
+if (
+    "STEEL_TEST_CACHE" not in os.environ
+):  # no test reads or fills the user's cache folder; processes that it starts share
+    os.environ["STEEL_TEST_CACHE"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="steel-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 class _Capabilities(ctypes.Structure):

@@ -100,7 +100,22 @@ def test_a_model_loaded_from_a_checkpoint_is_the_exported_one(trained: Path) -> 
     torch.testing.assert_close(from_folder, expected)
 
 
-def test_exported_folders_decode_with_a_cache(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def by_its_own_model(path: Path, sampling: Sampling) -> list[Generation]:
+    from steel_megatron import generate as module
+
+    module.why_not_exportable = lambda model: "it is not to be"
+    return generate(path, PROMPTS, sampling)
+
+
+def test_the_library_s_own_model_gives_the_same_tokens(trained: Path) -> None:
+    sampling = Sampling(max_new_tokens=9)
+    own = run_distributed(by_its_own_model, 1, newest(trained), sampling)[0]
+    assert own == by_library(newest(trained), sampling)
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "folder"])
+def test_exported_code_decodes_with_a_cache(form: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = trained / "hf" if form == "folder" else newest(trained)
     computed = []
     forward = SteelForCausalLM.forward
 
@@ -111,7 +126,7 @@ def test_exported_folders_decode_with_a_cache(trained: Path, monkeypatch: pytest
     monkeypatch.setattr(SteelForCausalLM, "forward", counting)
     model = config_from_hf(read_config(trained / "hf"), "the export")
     # Two texts, of which the second goes on from the first's beginning only.
-    results = generate(trained / "hf", ["T", "The m"], Sampling(max_new_tokens=5))
+    results = generate(path, ["T", "The m"], Sampling(max_new_tokens=5))
     prompts = [len(SentencePieceTokenizer(trained / "tokenizer.model").encode(text)) for text in ("T", "The m")]
     expected = []
     for prompt, result in zip(prompts, results, strict=True):

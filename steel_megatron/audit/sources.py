@@ -15,10 +15,18 @@ from megatron.core.models.gpt import GPTModel
 
 from steel_megatron.audit.report import Kind
 from steel_megatron.config import ModelConfig, from_dict, load_yaml
-from steel_megatron.errors import ConfigError
+from steel_megatron.errors import CheckpointError, ConfigError
 from steel_megatron.files import disk_errors
 from steel_megatron.hf.convert import is_exported, read_config, read_weights
-from steel_megatron.hf.mapping import Tensors, check_tensors, config_from_hf, published_shapes, rules, to_hf
+from steel_megatron.hf.mapping import (
+    Tensors,
+    check_tensors,
+    config_from_hf,
+    published_shapes,
+    rules,
+    to_hf,
+    why_not_exportable,
+)
 from steel_megatron.model.megatron_fields import without_ineffective_fields
 from steel_megatron.model.weights import initialize_weights
 from steel_megatron.train import checkpoint
@@ -63,6 +71,9 @@ def open_subject(path: Path, seed: int) -> Subject:
         )
     if is_exported(path):
         model = config_from_hf(read_config(path), str(path / "config.json"))
+        lacks = why_not_exportable(model)
+        if lacks is not None:
+            raise CheckpointError(f"{path}: {lacks}; audit the checkpoint that it was made of, or import-hf makes")
 
         def load() -> Tensors:
             weights = read_weights(path)

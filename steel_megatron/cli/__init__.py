@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steel_megatron.cli import checkpoints, corpora, evaluation, ledgers, models
+from steel_megatron.cli import chat, checkpoints, corpora, evaluation, ledgers, models
 from steel_megatron.cli.help import Command, command_help, completion, group_overview, overview, version
 from steel_megatron.cli.options import settings_of
 from steel_megatron.cli.suggestions import did_you_mean
@@ -48,6 +48,11 @@ COMMANDS = {
     "checkpoint reshard": Command(checkpoints.reshard, ("path", "output"), base=checkpoints.base_options),
     "checkpoint compare": Command(checkpoints.compare, ("a", "b")),
     "pretrain": Command(models.pretrain),
+    "sft prepare": Command(chat.sft_prepare),
+    "sft inspect": Command(chat.sft_inspect, ("prefix",)),
+    "sft train": Command(chat.sft),
+    "dpo prepare": Command(chat.dpo_prepare),
+    "dpo train": Command(chat.dpo),
     "export-hf": Command(models.export_hf),
     "import-hf": Command(models.import_hf),
     "generate": Command(models.generate),
@@ -56,10 +61,14 @@ COMMANDS = {
     "contamination": Command(evaluation.contamination),
 }
 GROUPS = {
+    "sft": "Finetune on conversations: prepare and inspect a corpus with labels, train (sft --options: sft train).",
+    "dpo": "Optimize preferences: prepare a corpus of pairs, train (dpo --options: dpo train).",
     "data": "Create, change and show a run's ledger: its corpora, their mixture, the samples of a step.",
     "checkpoint": "List, verify and compare checkpoints, and plan the layout of the run that loads one.",
 }
 """The first words of two-word commands, with their help."""
+TRAIN = "train"
+"""The second word that may be left out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,6 +119,8 @@ def _text_asked_for(words: Sequence[str]) -> str | None:
 
 def _command_of(words: Sequence[str]) -> tuple[str, list[str]]:
     """The name of the command that words begin with, and the words after it."""
+    if len(words) > 1 and words[1].startswith("--") and f"{words[0]} {TRAIN}" in COMMANDS:
+        return f"{words[0]} {TRAIN}", list(words[1:])
     size = 2 if words[0] in GROUPS and len(words) > 1 else 1
     name = " ".join(words[:size])
     if name not in COMMANDS:

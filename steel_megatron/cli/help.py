@@ -23,6 +23,7 @@ TASKS = {
     "ledgers": "Data of a run",
     "checkpoints": "Checkpoints",
     "models": "Train and use a model",
+    "chat": "Finetune a model",
     "evaluation": "Evaluate",
 }
 """What the commands of a module are for."""

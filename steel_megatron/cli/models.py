@@ -53,10 +53,12 @@ def export_hf(
     output: str,
     tokenizer_path: str | None = None,
     tokenizer_kind: TokenizerKind = "huggingface",
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    max_shard_size: str = "5GB",
+    allow_other_tokenizer: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Export a checkpoint as a Hugging Face folder: weights, config, tokenizer and model code.
+    """Export a checkpoint as a Hugging Face folder: weights, config, tokenizer and model card.
 
     Args:
         checkpoint: checkpoint folder (step_...).
@@ -64,29 +66,69 @@ def export_hf(
         tokenizer_path: tokenizer folder or file, to export with the model.
         tokenizer_kind: kind of the tokenizer.
         dtype: dtype of the exported weights; default: as saved.
+        max_shard_size: largest file of weights, such as 5GB or 500MB.
+        allow_other_tokenizer: export a tokenizer other than the one that made the run's corpora.
         overwrite: replace an existing folder.
     """
     from pathlib import Path
 
     from steel_megatron.hf.convert import export_hf as run
+    from steel_megatron.hf.convert import parse_size
 
     tokenizer = (tokenizer_kind, tokenizer_path) if tokenizer_path else None
-    run(Path(checkpoint), Path(output), tokenizer, dtype, overwrite=overwrite)
+    run(
+        Path(checkpoint),
+        Path(output),
+        tokenizer,
+        dtype,
+        overwrite=overwrite,
+        max_shard_bytes=parse_size(max_shard_size),
+        allow_other_tokenizer=allow_other_tokenizer,
+    )
 
 
-def import_hf(folder: str, output: str, overwrite: bool = False) -> None:
-    """Convert a Hugging Face folder to a checkpoint to start from (checkpoint.init_from).
+def import_hf(
+    folder: str,
+    output: str,
+    upcycle: Literal["merged", "token", "block_causal", "sequence", "top_k_moe"] | None = None,
+    num_experts: int | None = None,
+    slots_per_expert: int | None = None,
+    block_length: int | None = None,
+    moe_top_k: int | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Convert a Hugging Face folder (Steel, Qwen2, Llama) to a checkpoint to start from (checkpoint.init_from).
 
     Args:
         folder: model folder with config.json and safetensors files.
         output: checkpoint to create.
+        upcycle: make the dense model a mixture of experts, each a copy of its feed-forward network: Soft-MoE with this
+            routing mode, or top_k_moe.
+        num_experts: experts of a layer, with upcycle; default: 8.
+        slots_per_expert: slots of each expert, with upcycle; default: 1.
+        block_length: tokens of a block or segment, with upcycle; default: 64.
+        moe_top_k: experts for each token, with upcycle top_k_moe; default: 2.
+        seed: random seed of the routing weights, with upcycle; default: 0.
         overwrite: replace an existing checkpoint.
     """
     from pathlib import Path
 
+    from steel_megatron.hf.convert import Upcycling
     from steel_megatron.hf.convert import import_hf as run
 
-    run(Path(folder), Path(output), overwrite=overwrite)
+    options = {
+        "num_experts": num_experts,
+        "slots_per_expert": slots_per_expert,
+        "block_length": block_length,
+        "moe_top_k": moe_top_k,
+        "seed": seed,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and upcycle is None:
+        raise ConfigError(f"{next(iter(given))} is given without upcycle, which says what the model becomes")
+    upcycling = None if upcycle is None else Upcycling(to=upcycle, **given)
+    run(Path(folder), Path(output), overwrite=overwrite, upcycling=upcycling)
 
 
 def generate(

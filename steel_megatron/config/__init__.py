@@ -5,6 +5,7 @@ One YAML file holds a run; every field can be overridden on the command line by 
 every checkpoint, which is enough to run it again.
 """
 
+from steel_megatron.config.chat import PrepareConfig
 from steel_megatron.config.checkpoint import CheckpointConfig
 from steel_megatron.config.checks import with_homes
 from steel_megatron.config.clean import CleanConfig
@@ -30,6 +31,7 @@ from steel_megatron.config.model import (
 )
 from steel_megatron.config.optimizer import OptimizerConfig
 from steel_megatron.config.parallel import ParallelConfig, check_layout
+from steel_megatron.config.preference import DpoConfig
 from steel_megatron.config.preprocess import PreprocessConfig
 from steel_megatron.config.routing import (
     RoutingModeFacts,
@@ -49,6 +51,7 @@ __all__ = [
     "CheckpointConfig",
     "CleanConfig",
     "DataConfig",
+    "DpoConfig",
     "EvaluationConfig",
     "ExecutionConfig",
     "ExecutorName",
@@ -58,6 +61,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Precision",
+    "PrepareConfig",
     "PreprocessConfig",
     "RoutingModeFacts",
     "RunConfig",

@@ -12,6 +12,7 @@ from steel_megatron.config.evaluation import EvaluationConfig
 from steel_megatron.config.model import ModelConfig
 from steel_megatron.config.optimizer import OptimizerConfig
 from steel_megatron.config.parallel import ParallelConfig, check_layout
+from steel_megatron.config.preference import DpoConfig
 from steel_megatron.config.routing import RoutingModeFacts
 from steel_megatron.config.training import TrainingConfig
 from steel_megatron.errors import ConfigError
@@ -27,6 +28,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:

@@ -86,7 +86,7 @@ class SteelConfig(PretrainedConfig):
             ("hidden_act", hidden_act, ("silu",)),
             ("routing_mode", routing_mode, tuple(ROUTING_MODES)),
             ("routing_mix", routing_mix, ("normalized", "raw")),
-            ("tie_word_embeddings", tie_word_embeddings, (False,)),
+            ("tie_word_embeddings", tie_word_embeddings, (False, True)),
         ):
             if value not in allowed:
                 raise ValueError(f"SteelConfig.{name} is {value!r}; it must be one of {allowed}")

@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from steel_megatron.errors import CheckpointError
 from steel_megatron.hf import mapping
-from steel_megatron.hf.convert import is_exported, read_checkpoint, read_config, read_weights
+from steel_megatron.hf.folder import is_exported, read_config, read_weights
+from steel_megatron.parallel.topology import alone
+from steel_megatron.platform import prepare
 
 if TYPE_CHECKING:
     from steel_megatron.hf.modeling_steel import SteelForCausalLM
+    from steel_megatron.train.checkpoint import CheckpointInfo
+
+
+def read_checkpoint(path: Path, refusal: Callable[[str], str]) -> tuple[CheckpointInfo, dict[str, torch.Tensor]]:
+    """A checkpoint and its weights under the published names.
+
+    Args:
+        path: the checkpoint's folder.
+        refusal: makes the message from what the exported model code lacks to compute the model.
+
+    Raises:
+        CheckpointError: it is not complete, or the exported model code cannot compute the model.
+        ConfigError: the launch has more than one process.
+    """
+    prepare()  # before megatron-core is imported
+    from steel_megatron.train import checkpoint
+
+    info = checkpoint.read_info(path)
+    lacks = mapping.why_not_exportable(info.model)
+    if lacks is not None:
+        raise CheckpointError(refusal(lacks))
+    checkpoint.verify(path)
+    with alone("a conversion"):
+        own = checkpoint.read_tensors(info, [rule.key for rule in mapping.rules(info.model)])
+    return info, mapping.to_hf(own, info.model)
 
 
 def _refusal(path: Path, lacks: str) -> str:
@@ -42,6 +73,9 @@ def load_model(path: str | Path) -> SteelForCausalLM:
     path = Path(path)
     if is_exported(path):
         settings = mapping.config_from_hf(read_config(path), str(path / "config.json"))
+        lacks = mapping.why_not_exportable(settings)
+        if lacks is not None:
+            raise CheckpointError(f"{path}: {lacks}; load it with transformers' AutoModelForCausalLM")
         weights = read_weights(path)
         mapping.check_tensors(weights, settings, str(path))
     else:

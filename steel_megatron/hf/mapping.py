@@ -9,19 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from steel_megatron.config import Activation, FeedForward, ModelConfig
-from steel_megatron.errors import CheckpointError, ConfigError
-from steel_megatron.hf.configuration_steel import ROUTING_MODES
+from steel_megatron.config import ModelConfig
+from steel_megatron.errors import CheckpointError
+from steel_megatron.hf.architectures import Shape, config_from_hf
+from steel_megatron.hf.published import FFN_TYPES, PUBLISHED_MODE, config_to_hf, why_not_exportable
+
+__all__ = [
+    "FFN_TYPES",
+    "PUBLISHED_MODE",
+    "Rule",
+    "Shape",
+    "Tensors",
+    "check_one_type",
+    "check_shapes",
+    "check_tensors",
+    "config_from_hf",
+    "config_to_hf",
+    "from_hf",
+    "names_of",
+    "published_shapes",
+    "rules",
+    "to_hf",
+    "type_name",
+    "why_not_exportable",
+]
 
 Tensors = dict[str, torch.Tensor]
-FFN_TYPES: dict[str, FeedForward] = {"softmoe_v3": "soft_moe", "raw": "dense"}
-MLP_TYPES: dict[str, Activation] = {"senet": "double_swiglu", "raw": "swiglu"}
-PUBLISHED_MODE = "sequence"
-"""What the published weights were trained with; their config.json does not say."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ def _padded(key: str, model: ModelConfig, name: str) -> Rule:
         (model.padded_vocab_size, model.hidden_size),
         (name,),
         lambda tensor: [tensor[:rows]],
-        lambda parts: torch.nn.functional.pad(parts[0], (0, 0, 0, padding)),
+        lambda parts: torch.nn.functional.pad(parts[0], (0, 0, 0, padding)) if padding else parts[0],
     )
 
 
@@ -95,20 +111,6 @@ def _networks(key: str, prefixes: list[str], matrices: tuple[str, ...], shape: t
     )
 
 
-def why_not_exportable(model: ModelConfig) -> str | None:
-    """What the exported model code lacks to compute a model; None if it lacks nothing."""
-    if model.ffn not in FFN_TYPES.values():
-        return f"the exported model code has no ffn = {model.ffn}; it has {' and '.join(FFN_TYPES.values())}"
-    if model.routing is not None and model.routing.name not in ROUTING_MODES:
-        return (
-            f"the exported model code has no routing_mode = {model.routing_mode}; it has {', '.join(ROUTING_MODES)} "
-            "(docs/new_routing_mode.md says how to add one)"
-        )
-    for name, value in model.megatron_computing.items():
-        return f"the exported model code does not know model.megatron.{name} = {value!r}"
-    return None
-
-
 def _feed_forward(key: str, prefixes: list[str], inner: int, model: ModelConfig) -> list[Rule]:
     double = model.ffn_activation == "double_swiglu"
     up = ("gate_up_proj", "up_proj") if double else ("gate_proj", "up_proj")
@@ -119,9 +121,25 @@ def _feed_forward(key: str, prefixes: list[str], inner: int, model: ModelConfig)
     ]
 
 
+def _top_k_experts(layer: str, model: ModelConfig) -> list[Rule]:
+    """megatron-core's router and experts; an up projection has the rows of the gate and then those of the value."""
+    inner, hidden, key = model.ffn_hidden_size, model.hidden_size, "decoder.layers.mlp"
+    table = [_same(f"{key}.router.weight", (model.num_experts, hidden), f"{layer}.mlp.gate.weight")]
+    for expert in range(model.num_experts):
+        ours, theirs = f"{key}.experts.local_experts.{expert}", f"{layer}.mlp.experts.{expert}"
+        names = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
+        table += [
+            Rule(
+                f"{ours}.linear_fc1.weight", (2 * inner, hidden), names, lambda tensor: list(tensor.chunk(2)), torch.cat
+            ),
+            _same(f"{ours}.linear_fc2.weight", (hidden, inner), f"{theirs}.down_proj.weight"),
+        ]
+    return table
+
+
 def rules(model: ModelConfig) -> list[Rule]:
-    """The table of a model with ``ffn: soft_moe`` or ``dense``."""
-    assert model.ffn in FFN_TYPES.values()
+    """The table of a model with ``ffn: soft_moe``, ``dense`` or ``top_k_moe``."""
+    assert model.ffn != "none"
     hidden, layers, layer = model.hidden_size, "decoder.layers", "model.layers.{layer}"
     table = [
         _padded("embedding.word_embeddings.weight", model, "model.embed_tokens.weight"),
@@ -133,6 +151,8 @@ def rules(model: ModelConfig) -> list[Rule]:
         _attention_inputs("bias", model),
         _same(f"{layers}.self_attention.linear_proj.weight", (hidden, hidden), f"{layer}.self_attn.o_proj.weight"),
     ]
+    if model.ffn == "top_k_moe":
+        return table + _top_k_experts(layer, model)
     if model.ffn == "dense":
         return table + _feed_forward(f"{layers}.mlp.network", [f"{layer}.mlp"], model.ffn_hidden_size, model)
     experts = [f"{layer}.mlp.experts.{expert}" for expert in range(model.num_experts)]
@@ -192,18 +212,31 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], model: ModelConfig, origi
             type than those it is merged with.
     """
     shapes = published_shapes(model)
+    check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes, origin)
+    for rule in rules(model):
+        names = [name for of_layer in names_of(rule, model) for name in of_layer]
+        check_one_type({name: tensors[name].dtype for name in names}, origin)
+
+
+def check_shapes(found: Mapping[str, Shape], shapes: Mapping[str, Shape], origin: str) -> None:
+    """Make sure that every tensor is accounted for.
+
+    Args:
+        found: shapes by name.
+        shapes: what there must be, by name.
+        origin: where they came from, for the message.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or belongs to no model of these settings.
+    """
     for name, shape in shapes.items():
-        if name not in tensors:
+        if name not in found:
             raise CheckpointError(f"{origin} has no tensor {name}; these settings need it with shape {list(shape)}")
-        if tuple(tensors[name].shape) != shape:
-            raise CheckpointError(
-                f"{origin}: {name} has shape {list(tensors[name].shape)}; its settings say {list(shape)}"
-            )
-    unexpected = sorted(set(tensors) - set(shapes))
+        if found[name] != shape:
+            raise CheckpointError(f"{origin}: {name} has shape {list(found[name])}; its settings say {list(shape)}")
+    unexpected = sorted(set(found) - set(shapes))
     if unexpected:
         raise CheckpointError(f"{origin} has a tensor {unexpected[0]}, which no model with its settings has")
-    for rule in rules(model):
-        _check_one_type(tensors, [name for of_layer in _names(rule, model) for name in of_layer], origin)
 
 
 def from_hf(tensors: Mapping[str, torch.Tensor], model: ModelConfig, origin: str) -> Tensors:
@@ -223,154 +256,36 @@ def from_hf(tensors: Mapping[str, torch.Tensor], model: ModelConfig, origin: str
     check_tensors(tensors, model, origin)
     own: Tensors = {}
     for rule in rules(model):
-        slices = [rule.join([tensors[name] for name in of_layer]) for of_layer in _names(rule, model)]
+        slices = [rule.join([tensors[name] for name in of_layer]) for of_layer in names_of(rule, model)]
         own[rule.key] = torch.stack(slices) if rule.per_layer else slices[0]
     return own
 
 
-def _names(rule: Rule, model: ModelConfig) -> list[list[str]]:
+def names_of(rule: Rule, model: ModelConfig) -> list[list[str]]:
     """The published names behind a rule's tensor, layer by layer."""
     layers = range(model.num_layers) if rule.per_layer else (0,)
     return [[name.format(layer=layer) for name in rule.names] for layer in layers]
 
 
-def _check_one_type(tensors: Mapping[str, torch.Tensor], names: list[str], origin: str) -> None:
-    """Tensors that become one must have one type: torch would widen some of them."""
-    first, *others = names
+def check_one_type(types: Mapping[str, torch.dtype], origin: str) -> None:
+    """Make sure that tensors that become one have one type: torch would widen some of them.
+
+    Args:
+        types: by name.
+        origin: where they came from, for the message.
+
+    Raises:
+        CheckpointError: they have several.
+    """
+    first, *others = types
     for name in others:
-        if tensors[name].dtype != tensors[first].dtype:
+        if types[name] != types[first]:
             raise CheckpointError(
-                f"{origin}: {name} is {_type_name(tensors[name])}, {first} is {_type_name(tensors[first])}; "
+                f"{origin}: {name} is {type_name(types[name])}, {first} is {type_name(types[first])}; "
                 "weights of one kind must have one type over all layers and experts"
             )
 
 
-def _type_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def config_to_hf(model: ModelConfig) -> dict[str, Any]:
-    """The settings under the published keys, and the routing's under ours.
-
-    Raises:
-        CheckpointError: the exported code computes no such model.
-    """
-    lacks = why_not_exportable(model)
-    if lacks is not None:
-        raise CheckpointError(f"the model cannot be exported: {lacks}")
-    ffn_type = {ours: theirs for theirs, ours in FFN_TYPES.items()}[model.ffn]
-    mlp_type = {ours: theirs for theirs, ours in MLP_TYPES.items()}[model.ffn_activation]
-    return {
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "mlp_div_ratio": 1,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.query_groups,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.sequence_length,
-        "rope_theta": float(model.rotary_base),
-        "rms_norm_eps": model.norm_epsilon,
-        "initializer_range": model.init_method_std,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-        "FFN_type": ffn_type,
-        "mlp_type": mlp_type,
-        "n_experts": model.num_experts,
-        "slots_per_expert": model.slots_per_expert,
-        "routing_mode": PUBLISHED_MODE if model.routing is None else model.routing.name,
-        "routing_mix": model.slot_input,
-        "routing_block_length": model.block_length,
-        "shared_expert_intermediate_size": model.shared_expert_intermediate_size,
-    }
-
-
-def config_from_hf(config: Mapping[str, Any], origin: str) -> ModelConfig:
-    """Settings of a published or exported model.
-
-    Args:
-        config: what its config.json holds.
-        origin: where that came from, for the message.
-
-    Raises:
-        CheckpointError: a key is missing or has a value that this library has no model for.
-    """
-    ffn = FFN_TYPES[_known(config, "FFN_type", tuple(FFN_TYPES), origin)]
-    activation = MLP_TYPES[_known(config, "mlp_type", tuple(MLP_TYPES), origin)]
-    _known(config, "hidden_act", ("silu",), origin, default="silu")
-    for key, why in (
-        ("tie_word_embeddings", "Steel models have two embedding matrices"),
-        ("use_sliding_window", "here every token sees all tokens before it"),
-    ):
-        if config.get(key, False):
-            raise CheckpointError(f"{origin}: {key} is true; {why}")
-    modes = tuple(ROUTING_MODES)
-    try:
-        return ModelConfig(
-            num_layers=_number(config, "num_hidden_layers", origin),
-            hidden_size=_number(config, "hidden_size", origin),
-            num_attention_heads=_number(config, "num_attention_heads", origin),
-            num_query_groups=None
-            if config.get("num_key_value_heads") is None
-            else _number(config, "num_key_value_heads", origin),
-            ffn=ffn,
-            ffn_activation=activation,
-            ffn_hidden_size=_inner_size(config, origin),
-            num_experts=_number(config, "n_experts", origin),
-            slots_per_expert=_number(config, "slots_per_expert", origin),
-            routing_mode=None if ffn == "dense" else _known(config, "routing_mode", modes, origin, PUBLISHED_MODE),
-            slot_input=config.get("routing_mix", "normalized"),
-            block_length=_number(config, "routing_block_length", origin, default=64),
-            # A dense network has no shared expert.
-            shared_expert_intermediate_size=0
-            if ffn == "dense"
-            else _number(config, "shared_expert_intermediate_size", origin, default=0),
-            vocab_size=_number(config, "vocab_size", origin),
-            sequence_length=_number(config, "max_position_embeddings", origin),
-            rotary_base=_rotary_base(config, origin),
-            norm_epsilon=_number(config, "rms_norm_eps", origin, whole=False),
-            init_method_std=_number(config, "initializer_range", origin, default=0.02, whole=False),
-        )
-    except (ConfigError, OverflowError, TypeError) as error:  # 1e400 is infinite; a list is no key of a table
-        raise CheckpointError(f"{origin}: {error}") from None
-
-
-def _known(config: Mapping[str, Any], key: str, known: tuple[str, ...], origin: str, default: str | None = None) -> str:
-    value = config.get(key, default)
-    if value not in known:
-        raise CheckpointError(f"{origin}: {key} is {value!r}; this library has {', '.join(known)}")
-    return value
-
-
-def _number(
-    config: Mapping[str, Any], key: str, origin: str, *, default: float | None = None, whole: bool = True
-) -> Any:
-    """The number under a key; JSON may write a whole one as 2.0."""
-    if key not in config and default is None:
-        raise CheckpointError(f"{origin} has no {key}")
-    value = config.get(key, default)
-    kind = "a whole number" if whole else "a number"
-    if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value != value // 1):
-        raise CheckpointError(f"{origin}: {key} is {value!r}; it must be {kind}")
-    return int(value) if whole else float(value)
-
-
-def _inner_size(config: Mapping[str, Any], origin: str) -> int:
-    """Inner width of an expert or of the dense network."""
-    if config.get("expert_intermediate_size"):
-        return _number(config, "expert_intermediate_size", origin)
-    ratio = _number(config, "mlp_div_ratio", origin)
-    if ratio < 1:
-        raise CheckpointError(f"{origin}: mlp_div_ratio is {ratio}; it must be at least 1")
-    return _number(config, "intermediate_size", origin) // ratio
-
-
-def _rotary_base(config: Mapping[str, Any], origin: str) -> int:
-    """Its key is rope_theta, which transformers 5 moves into rope_parameters."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise CheckpointError(f"{origin}: rope_parameters is {rope!r}; it must be an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(f"{origin}: the rotary embedding is of type {kind!r}; this library has 'default'")
-    return _number(rope if "rope_theta" in rope else config, "rope_theta", origin)
+def type_name(dtype: torch.dtype) -> str:
+    """A type as config.json names it."""
+    return str(dtype).removeprefix("torch.")

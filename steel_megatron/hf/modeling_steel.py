@@ -22,7 +22,7 @@ from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
@@ -787,6 +787,8 @@ class SteelModel(SteelPreTrainedModel):
 class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
     """The model with its output matrix, and transformers' generation."""
 
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (where the config ties them)
+
     def __init__(self, config: SteelConfig) -> None:
         super().__init__(config)
         self.model = SteelModel(config)
@@ -860,3 +862,15 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
             model_kwargs[CACHE] = SteelCache(self.config)
         prepare: Any = GenerationMixin._prepare_cache_for_generation
         return prepare(self, generation_config, model_kwargs, *args, **kwargs)
+
+
+class SteelForSequenceClassification(GenericForSequenceClassification, SteelPreTrainedModel):
+    """The model with a score for each label, read at the last token that is no padding."""
+
+    def __init__(self, config: SteelConfig) -> None:
+        # Not the generic one's, which looks for the base model among those that transformers knows.
+        SteelPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = SteelModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from torch.nn.attention.bias import causal_lower_right
 
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.dropout import Dropout
@@ -43,19 +43,16 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
 
 
-class Float32(torch.nn.Module):
-    """Casts to float32.
+class Float32RotaryAttention(SelfAttention):
+    """megatron-core's attention with queries and keys in float32 between projection and rotation.
 
-    Stands in the slots of the query and key norms, which megatron-core calls just before the rotary embedding:
-    so the rotation is computed in float32 inside bfloat16 training (Steel-LLM, section 4).
+    So the rotation is computed in float32 inside bfloat16 training (Steel-LLM, section 4).
     """
 
-    def __init__(self, hidden_size: int, config: TransformerConfig, eps: float) -> None:
-        super().__init__()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The same values in float32."""
-        return x.float()
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """What megatron-core returns, the first two in float32."""
+        query, key, *others = super().get_query_key_value_tensors(*args, **kwargs)
+        return query.float(), key.float(), *others
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -130,6 +127,8 @@ class ScaledDotProductAttention(MegatronModule):
         if seen is not None:
             rule = {"attn_mask": seen}
         elif q.size(2) != k.size(2):
+            from torch.nn.attention.bias import causal_lower_right  # takes seconds: it brings torch._dynamo along
+
             rule = {"attn_mask": causal_lower_right(q.size(2), k.size(2))}
         grouped = q.size(1) != k.size(1)
         out = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale, enable_gqa=grouped, **rule)

@@ -7,6 +7,7 @@ Notation: B sequences of T tokens, hidden size d, E experts with P slots each. H
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,13 @@ class DenseFeedForward(MegatronModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, *, inner_size: int, model: ModelConfig, groups: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        *,
+        inner_size: int,
+        model: ModelConfig,
+        groups: ProcessGroupCollection,
+        **unused: Any,
     ) -> None:
         super().__init__(config=config)
         self.network = Experts(
@@ -94,6 +101,7 @@ class ParallelSoftMoE(OldNames, MegatronModule):
         groups: ProcessGroupCollection,
         documents: PackedDocuments | None = None,
         recompute_routing: bool = False,
+        **unused: Any,
     ) -> None:
         super().__init__(config=config)
         assert model.routing_mode is not None, "checked by ModelConfig"

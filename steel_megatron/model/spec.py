@@ -17,14 +17,14 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from steel_megatron.config import ModelConfig, ParallelConfig, Precision
-from steel_megatron.model.attention import Float32
+from steel_megatron.model.attention import Float32RotaryAttention
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.dropout import AFTER_ATTENTION, AFTER_FEED_FORWARD, Dropout, DropoutAdd, EmbeddingDropout
 from steel_megatron.model.implementation import implementation_fields, layer_parts
@@ -33,6 +33,7 @@ from steel_megatron.model.megatron_fields import (
     model_fields,
     with_further_fields,
 )
+from steel_megatron.model.output_layer import Labels, compute_losses_in
 from steel_megatron.model.soft_moe import DenseFeedForward, ParallelSoftMoE, slot_exchange_group
 from steel_megatron.model.top_k_moe import TopKMoE, top_k_moe_settings
 from steel_megatron.model.weights import initialize_weights
@@ -170,7 +171,7 @@ def layer_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.input_norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=Float32RotaryAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=parts.linear_qkv,
@@ -178,8 +179,6 @@ def layer_spec(
                         module=parts.attention, params={"documents": documents, "dropout": dropout}
                     ),
                     linear_proj=parts.linear_proj,
-                    q_layernorm=Float32,
-                    k_layernorm=Float32,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -228,7 +227,7 @@ def build_chunks(
 ) -> list[GPTModel]:
     """This process's parts of the model: one, or several under the interleaved schedule.
 
-    All of them share what is set before a forward pass, ``documents`` and ``dropout``.
+    All of them share what is set before a forward pass, ``documents``, ``labels`` and ``dropout``.
 
     Args:
         model: the settings.
@@ -249,7 +248,7 @@ def build_chunks(
     # It warns of every feed-forward module that is not its own.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     layers = topology.parallel.layers_of_chunks(model.num_layers)[groups.pp.rank() :: groups.pp.size()]
-    chunks, norm = [], layer_parts(chosen).norm
+    chunks, norm, labels = [], layer_parts(chosen).norm, Labels()
     for number, count in enumerate(layers):
         stage = GPTModel(
             config=config,
@@ -268,6 +267,7 @@ def build_chunks(
         stage.register_forward_hook(lambda _stage, _inputs, output: documents.keep_for_backward(output))
         _add_dropout(stage, dropout)
         _mark_split_weights(stage)
+        compute_losses_in(stage, model.vocab_size, labels)
         if seed is not None:
             initialize_weights(stage, model, seed)
         chunks.append(stage)
@@ -298,10 +298,10 @@ def _name_random_state() -> None:
 def _mark_split_weights(stage: GPTModel) -> None:
     """Say which weights are parts of larger ones.
 
-    megatron-core marks them while it initialises them, which it does not do here; without the mark, the gradient
-    norm would count only the first process's part.
+    megatron-core marks them while it initialises them, which it does not do here, and from 0.19 on in any case; without
+    the mark, the gradient norm would count only the first process's part.
     """
     split_dims = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in stage.modules():
-        if type(module) in split_dims:
+        if type(module) in split_dims and not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(module.weight, True, split_dims[type(module)], 1)

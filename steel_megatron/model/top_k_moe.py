@@ -106,7 +106,7 @@ class TopKMoE(MoELayer):
         groups: the process groups; experts are shared over ``groups.ep``, their matrices cut over ``groups.expt_tp``.
     """
 
-    def __init__(self, config: TransformerConfig, *, groups: ProcessGroupCollection) -> None:
+    def __init__(self, config: TransformerConfig, *, groups: ProcessGroupCollection, **unused: Any) -> None:
         assert groups.tp.size() == 1 or config.sequence_parallel, "checked by check_layout"
         network = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         experts = ModuleSpec(module=SequentialMLP, submodules=network)

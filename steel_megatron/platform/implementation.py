@@ -15,7 +15,8 @@ class Implementation:
 
     Attributes:
         transformer_engine: version of transformer-engine whose fused norm with linear layer, attention, rotary
-            embedding and cross entropy are used; None for torch's and megatron-core's own.
+            embedding are used, and its cross entropy where an objective reads logits; None for torch's and
+            megatron-core's own.
         apex_norm: whether apex computes norms.
         fused_gradients: whether apex adds the gradients of matrices to the accumulated ones within their product.
     """
@@ -27,7 +28,7 @@ class Implementation:
     def describe(self) -> str:
         """One line for the log."""
         if self.transformer_engine is not None:
-            parts = f"transformer_engine {self.transformer_engine} (norm with linear, attention, rotary, cross entropy)"
+            parts = f"transformer_engine {self.transformer_engine} (norm with linear, attention, rotary)"
         else:
             parts = f"local (torch's attention, {'apex' if self.apex_norm else 'torch'}'s norms)"
         return f"implementation: {parts}{', gradients accumulated by apex' if self.fused_gradients else ''}"

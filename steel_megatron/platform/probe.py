@@ -13,6 +13,7 @@ from importlib.metadata import version
 import torch
 
 from steel_megatron.log import get_logger
+from steel_megatron.platform.compiling import compiled_at_first_call
 
 logger = get_logger(__name__)
 
@@ -86,7 +87,8 @@ def prepare() -> Platform:
         "ignore", message=r"`torch\.distributed\.\w+` is deprecated|Please use DTensor", category=FutureWarning
     )
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    import megatron.core.optimizer  # noqa: F401
+    with compiled_at_first_call():
+        import megatron.core.optimizer  # noqa: F401
 
     for noisy in ("megatron.core", "torch.distributed", "torch.distributed.checkpoint"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from steel_megatron.config import RunConfig
-from steel_megatron.data.ledger.loader import LedgerSamples, SequentialSamples, micro_batches, read_samples
+from steel_megatron.data.ledger.loader import (
+    LedgerSamples,
+    SampleArrays,
+    SequentialSamples,
+    WholeSamples,
+    micro_batches,
+    read_samples,
+    validation_samples,
+)
 from steel_megatron.data.ledger.session import LedgerSession
+from steel_megatron.errors import ConfigError
 from steel_megatron.log import get_logger
 from steel_megatron.parallel.agreement import raise_if_any_rank_failed
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.objective.base import objective_of
-from steel_megatron.train.reading import Arrays, read_ahead
+from steel_megatron.train.reading import read_ahead
 
 logger = get_logger(__name__)
+
+VALIDATION, CORPORA = 1 << 20, 1 << 10
+"""The number of the first corpus of the first validation set, and what follows for each further set."""
 
 
 class Batches:
@@ -36,17 +49,21 @@ class Batches:
 
     def __init__(self, run: RunConfig, topology: Topology, session: LedgerSession) -> None:
         self._run, self._topology, self._session = run, topology, session
-        self._batch = objective_of(run).batch
+        self._objective = objective_of(run)
         self._stream: LedgerSamples | None = None
-        self._ahead: Iterator[list[Arrays]] = iter(())
+        self._ahead: Iterator[list[SampleArrays]] = iter(())
         self._next = -1
         length, vocab_size = run.model.sequence_length, run.model.vocab_size
         self.validation_sets = raise_if_any_rank_failed(
             lambda: {
-                name: SequentialSamples(prefixes, length, vocab_size)
-                for name, prefixes in run.data.validation_sets.items()
+                name: validation_samples(prefixes, length, vocab_size, first)
+                for first, (name, prefixes) in zip(
+                    itertools.count(VALIDATION, CORPORA), run.data.validation_sets.items(), strict=False
+                )
             }
         )
+        for name, samples in self.validation_sets.items():
+            self._check_labels(samples.labelled, f"data.validation.{name}" if name else "data.validation")
         for name, samples in self.validation_sets.items() if topology.launch.rank == 0 else ():
             if len(samples) < (batch := run.training.global_batch_size):
                 what = f"data.validation.{name}" if name else "data.validation"
@@ -57,10 +74,30 @@ class Batches:
         if self._session.samples is not self._stream or consumed_samples != self._next:
             self._stream = self._session.samples
             assert self._stream is not None, "the session has not started"
+            self._check_labels(self._stream.labelled, str(self._run.ledger_path))
             self._ahead = read_ahead(self._stream, self._run, self._topology, consumed_samples, self._session.end)
         self._next = consumed_samples + self._run.training.global_batch_size
         read = zip(self._which_count(consumed_samples), next(self._ahead), strict=True)
-        return [self._batch(samples, starts, counts, self._topology) for counts, (samples, starts) in read]
+        return [self._batch(arrays, counts) for counts, arrays in read]
+
+    def _batch(self, arrays: SampleArrays, counts: torch.Tensor | None) -> Any:
+        tokens, starts, *labels = arrays
+        labels = labels if arrays.labels is not None else []
+        return self._objective.batch(tokens, starts, counts, self._topology, *labels)
+
+    def _check_labels(self, labelled: bool, where: str) -> None:
+        """Raise a ConfigError unless the objective is one for corpora of this kind."""
+        if labelled != getattr(self._objective, "labelled", False):
+            has, needs = ("labels", "none") if labelled else ("no labels", "them")
+            raise ConfigError(
+                f"the corpora of {where} have {has}, but training.objective = {self._run.training.objective} takes "
+                f"{needs}; steel-megatron sft prepare makes conversations with labels, and sft and dpo train on them"
+            )
+        if labelled and not self._run.data.reset_at_eod:
+            raise ConfigError(
+                f"training.objective = {self._run.training.objective} packs whole documents, which must not see each "
+                "other, but data.reset_at_eod is false; set it to true"
+            )
 
     def _which_count(self, consumed_samples: int) -> list[torch.Tensor | None]:
         """For each micro batch, which samples the ledger does not skip: float32 [B, 1], or None for all."""
@@ -80,10 +117,22 @@ class Batches:
         for name, samples in self.validation_sets.items():
             yield name, self._validation_batches(samples)
 
-    def _validation_batches(self, samples: SequentialSamples) -> list[Any]:
-        """The last ones are filled up with samples that do not count, so that none is left out."""
+    def _validation_batches(self, samples: SequentialSamples | WholeSamples) -> list[Any]:
+        training = self._run.training
+        return self._part(samples, 0, min(len(samples), training.eval_steps * training.global_batch_size))
+
+    def all_of(self, samples: WholeSamples) -> Iterator[list[Any]]:
+        """This process's micro batches of all samples, a global batch at a time."""
+        size = self._run.training.global_batch_size
+        for begin in range(0, len(samples), size):
+            yield self._part(samples, begin, min(size, len(samples) - begin))
+
+    def _part(self, samples: SequentialSamples | WholeSamples, begin: int, count: int) -> list[Any]:
+        """This process's micro batches of ``count`` samples.
+
+        The last ones are filled up with samples that do not count, so that none is left out.
+        """
         training, parallel = self._run.training, self._run.parallel
-        count = min(len(samples), training.eval_steps * training.global_batch_size)
         samples_per_pass = training.micro_batch_size * self._topology.data_parallel_size
         first = self._topology.data_parallel_rank * training.micro_batch_size
         # The interleaved schedule takes as many micro batches as there are stages, or a multiple.
@@ -92,9 +141,7 @@ class Batches:
         batches = []
         for start in range(first, end + first, samples_per_pass):
             own = range(start, start + training.micro_batch_size)
-            numbers = [min(number, count - 1) for number in own]
+            numbers = [begin + min(number, count - 1) for number in own]
             counts = torch.tensor([[float(number < count)] for number in own])
-            batches.append(
-                self._batch(*read_samples(samples, numbers, self._run.data.reset_at_eod), counts, self._topology)
-            )
+            batches.append(self._batch(read_samples(samples, numbers, self._run.data.reset_at_eod), counts))
         return batches

@@ -41,12 +41,13 @@ _FILES = Rule(_is_files, "size (bytes) and checksum, in hex, by the names of fil
 _OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
 _MAYBE = or_null(Rule(lambda value: isinstance(value, bool), "true or false"))
 _STEP = or_null(Rule(whole().holds, "a step's number"))
-_BACKENDS = {
+BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+"""What metadata.json says: megatron-core's format, in the words of 0.16. Newer versions read them, and write others."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def check_metadata(folder: Path, tensors: Collection[str]) -> None:
     path = folder / "metadata.json"
     with content_errors(path):
         backends = json.loads(path.read_text(encoding="utf-8"))
-    if backends != _BACKENDS:
-        raise CheckpointError(f"{path} names the backends {str(backends)[:80]}; they must be {_BACKENDS}")
+    if backends != BACKENDS:
+        raise CheckpointError(f"{path} names the backends {str(backends)[:80]}; they must be {BACKENDS}")
     path = folder / "common.pt"
     with content_errors(path):
         common = torch.load(path, map_location="cpu", weights_only=True)

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -32,6 +31,7 @@ from steel_megatron.train import bad_steps
 from steel_megatron.train.checkpoint import FORMAT, MANIFEST, manifest_checksum, path_of, reason, sharded_engine
 from steel_megatron.train.checkpoint_checksums import ALGORITHM, checksum_of
 from steel_megatron.train.checkpoint_copy import Copy, HostMemory
+from steel_megatron.train.checkpoint_manifest import BACKENDS
 from steel_megatron.train.checkpoint_writer import Planner, ShardWriter, Written, write_index
 from steel_megatron.train.engine import Engine
 
@@ -156,29 +156,6 @@ def save(engine: Engine, consumed_samples: int, ledger: Ledger | None = None) ->
     return path
 
 
-def write_checkpoint(
-    state: dict[str, Any], final: Path, *, model: ModelConfig, step: int, consumed_samples: int, layout: str
-) -> Path:
-    """Write a sharded state as the folder ``final``, which appears only when it is whole; every process calls it.
-
-    Args:
-        state: sharded tensors under ``model`` and, for a checkpoint to resume from, ``optimizer`` and ``random``.
-        final: the folder; replaced if it is there.
-        model: the model's settings.
-        step: optimizer steps done.
-        consumed_samples: training sequences read so far.
-        layout: the layout that saves it, such as ``TP2 PP1 EP1 DP1``.
-
-    Returns:
-        ``final``
-
-    Raises:
-        CheckpointError: it cannot be written. What was there before stays.
-    """
-    _finish_save(_begin_save(state, final, _facts(model, step, consumed_samples, layout), Planner()))
-    return final
-
-
 @dataclass(frozen=True)
 class _Save:
     """A save whose tensors are being written.
@@ -202,12 +179,21 @@ class _Save:
 
 def _facts(model: ModelConfig, step: int, consumed_samples: int, layout: str) -> dict[str, Any]:
     """What a manifest says of a run without a ledger."""
+    return {**model_facts(model, step, consumed_samples), "layout": layout, "world_size": dist.get_world_size()}
+
+
+def model_facts(model: ModelConfig, step: int, consumed_samples: int) -> dict[str, Any]:
+    """What a manifest says of a model without data, whoever saves it.
+
+    Args:
+        model: the model's settings.
+        step: optimizer steps done.
+        consumed_samples: training sequences read so far.
+    """
     return {
         "format": FORMAT,
         "step": step,
         "consumed_samples": consumed_samples,
-        "layout": layout,
-        "world_size": dist.get_world_size(),
         "data_fingerprint": "",
         # What computed it is no property of the weights.
         "model": {name: value for name, value in to_dict(model).items() if name != "implementation"},
@@ -250,7 +236,7 @@ def _begin_save(
     on_rank0(lambda: _begin(partial, final))
     copy = Copy(memory, tensors, steady) if memory is not None else None
     own = {item.index: tensor for item, tensor in tensors}
-    settings = (lambda: _write_settings(partial, common, texts())) if dist.get_rank() == 0 else None
+    settings = (lambda: write_settings(partial, common, texts())) if dist.get_rank() == 0 else None
     items, given = [item for item, _ in tensors], copy.result if copy is not None else lambda: own
     return _Save(final, partial, facts, index, ShardWriter(partial, items, given, settings, read_back=read_back), copy)
 
@@ -304,10 +290,16 @@ def _begin(partial: Path, final: Path) -> None:
         partial.mkdir()
 
 
-def _write_settings(partial: Path, common: dict[str, Any], texts: dict[str, str]) -> None:
-    """All but the tensors."""
-    get_default_save_common_strategy().save_common(common, str(partial))
-    save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+def write_settings(partial: Path, common: dict[str, Any], texts: dict[str, str]) -> None:
+    """Write what megatron-core expects next to the tensors.
+
+    Args:
+        partial: the checkpoint's folder, under its temporary name.
+        common: what is no tensor.
+        texts: further files by name.
+    """
+    torch.save(common, partial / "common.pt")
+    (partial / "metadata.json").write_text(json.dumps(BACKENDS), encoding="utf-8")
     for name, text in texts.items():
         (partial / name).write_text(text, encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,8 @@ class TensorFiles:
             common = _overlap(box, saved)
             if common is None:
                 continue
-            part = self._saved(name, saved, _within(common, saved))
-            found[_within(common, box)] = part.view(common[1])
+            for piece in _cut(common):
+                self._copy_saved(name, saved, piece, found[_within(piece, box)])
             missing -= math.prod(common[1])
         if missing:
             raise CheckpointError(
@@ -104,8 +105,8 @@ class TensorFiles:
         for box in self.tensors[name].boxes:
             yield from _cut(box)
 
-    def _saved(self, name: str, saved: Box, inside: tuple[slice, ...]) -> torch.Tensor:
-        """A part of a box as it was saved; the rest of the box is not read."""
+    def _copy_saved(self, name: str, saved: Box, piece: Box, target: torch.Tensor) -> None:
+        """Copy a part of a box as it was saved; the rest of the box is not read, and no page stays mapped."""
         place, dtype, sizes = self._places[name, saved[0]], self.tensors[name].dtype, saved[1]
         path = self._folder / place.relative_path
         with content_errors(path), path.open("rb") as file:
@@ -113,16 +114,19 @@ class TensorFiles:
             archive: Any = torch._C.PyTorchFileReader(view)
             strides = tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
             size = math.prod(sizes) * dtype.itemsize
+            inside = _within(piece, saved)
             if stored_layout(archive) != (0, sizes, strides) or archive.get_record_size(BYTES) != size:
                 view.seek(0)
-                whole = torch.load(view, map_location="cpu", weights_only=True)
-                return whole.view(sizes)[inside]
+                target.copy_(torch.load(view, map_location="cpu", weights_only=True).view(sizes)[inside])
+                return
             if place.relative_path not in self._maps:
                 self._maps[place.relative_path] = np.memmap(path, dtype=np.uint8, mode="r")
+            whole = self._maps[place.relative_path]
             start = place.offset + archive.get_record_offset(BYTES)
-            elements = self._maps[place.relative_path][start : start + size].reshape(*sizes, dtype.itemsize)
-            # Copied: the file is read only, and an element may begin at any byte of it.
-            return torch.from_numpy(np.array(elements[inside]).reshape(-1)).view(dtype)
+            # As bytes, because an element may begin at any byte of the file.
+            elements = whole[start : start + size].reshape(*sizes, dtype.itemsize)
+            np.copyto(target.unsqueeze(-1).view(torch.uint8).numpy(), elements[inside])
+            whole._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 def _overlap(a: Box, b: Box) -> Box | None:

@@ -42,6 +42,8 @@ INDEX = ".metadata"
 """torch's list of which tensor lies where."""
 CACHED_BYTES = 1 << 19
 """Hashed and then written while still in the processor's cache."""
+_CONVERTED = 1 << 22
+"""Elements that are converted together, to compute with them."""
 SYNC_BYTES = 1 << 25
 """Written before the disk is told to begin."""
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
@@ -231,7 +233,7 @@ def _square(index: MetadataIndex, tensor: torch.Tensor) -> float:
     """
     if not tensor.is_floating_point():
         return 0.0
-    norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float32))
+    norm = _norm(tensor, torch.float32)
     if not math.isfinite(norm):
         wrong = int((~torch.isfinite(tensor)).sum())
         if wrong:
@@ -239,8 +241,14 @@ def _square(index: MetadataIndex, tensor: torch.Tensor) -> float:
             raise CheckpointError(
                 f"{index.fqn} (the part at {at}) holds {wrong:,} of {tensor.numel():,} numbers that are not finite"
             )
-        norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))  # the squares were too large for float32
+        norm = _norm(tensor, torch.float64)  # the squares were too large for float32
     return norm * norm
+
+
+def _norm(tensor: torch.Tensor, dtype: torch.dtype) -> float:
+    """Of all elements; what is of another type is converted a chunk at a time."""
+    parts = [tensor] if tensor.dtype == dtype else tensor.flatten().split(_CONVERTED)
+    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=dtype)) for part in parts))
 
 
 def _without_crc32() -> AbstractContextManager[None]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.models.gpt import GPTModel
 
 from steel_megatron.parallel.topology import Topology
@@ -40,8 +39,15 @@ class Replicated(DistributedDataParallel):
             module=stage,
             pg_collection=topology.groups,
         )
+        for group in self._bucket_groups:
+            if group.intra_distributed_optimizer_instance_size == 1:
+                group.__class__ = _WithoutTraffic
         if self.use_forward_hook:
             self.start_param_sync(force_sync=True)
+
+    @property
+    def _bucket_groups(self) -> list[_ParamAndGradBucketGroup]:
+        return [*self.bucket_groups, *self.expert_parallel_bucket_groups]
 
     def begin_to_gather(self) -> None:
         """After the optimizer's step, or after one that was skipped; all processes call it."""
@@ -51,5 +57,29 @@ class Replicated(DistributedDataParallel):
     def wait_for_weights(self) -> None:
         """Until then, weights that other processes update may be old; this process alone may call it."""
         if self.use_forward_hook:
-            for group in itertools.chain(self.bucket_groups, self.expert_parallel_bucket_groups):
+            for group in self._bucket_groups:
                 group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+class _WithoutTraffic(_ParamAndGradBucketGroup):
+    """Buckets that no other process shares: gradients are reduced and weights gathered as they are.
+
+    Backends copy a whole buffer to itself where a group has one process. The gradients of this library are sums
+    (``calculate_per_token_loss``), so there is no factor to apply either.
+    """
+
+    def start_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        """There is nothing to add."""
+        assert all(bucket.gradient_scaling_factor == 1.0 for bucket in self.buckets)
+
+    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        """There is nothing to wait for."""
+        self.param_gather_dispatched = False
+        self.start_grad_sync()
+
+    def start_param_sync(self, force_sync: bool = False) -> None:
+        """All weights are here."""
+        self.param_gather_dispatched = True
+
+    def finish_param_sync(self, skip_next_bucket_dispatch: bool = False) -> None:
+        """All weights are here."""

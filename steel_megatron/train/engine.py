@@ -14,7 +14,6 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -31,7 +30,8 @@ from steel_megatron.train.fully_sharded import FullySharded, reduce_over_all_ran
 from steel_megatron.train.loss_scale import LossScale, first_loss_scale
 from steel_megatron.train.objective import Term
 from steel_megatron.train.objective.base import objective_of
-from steel_megatron.train.optimizer_state import OptimizerState, allocate_state, optimizers_of
+from steel_megatron.train.optimizer_state import OptimizerState, allocate_state
+from steel_megatron.train.update import fuse, update
 
 _DECAY_STYLES = {
     "cosine": "cosine",
@@ -168,6 +168,7 @@ class Engine:
         optimizer = get_megatron_optimizer(config, self.models)
         if sharded:
             reduce_over_all_ranks(optimizer)
+        fuse(optimizer)
         allocate_state(optimizer)
         return optimizer
 
@@ -225,7 +226,7 @@ class Engine:
         lr = max(group["lr"] for group in self.optimizer.param_groups if group["default_config"])  # not decoupled_lr
         if skipped is None:
             self.before_update()
-            self._update(norm)
+            update(self.optimizer, norm)
         for model in self.models:
             model.begin_to_gather()
         scale = None
@@ -234,14 +235,6 @@ class Engine:
             self.loss_scale.adapt(overflow)
         self.step_number = step
         return StepResult(step=step, terms=terms, grad_norm=norm, lr=lr, skipped=skipped, loss_scale=scale)
-
-    def _update(self, norm: float) -> None:
-        """Clip the gradients, which are ready and whose norm is known, and update the weights."""
-        for part in optimizers_of(self.optimizer):
-            if (limit := part.config.clip_grad) > 0.0 and (parameters := part.get_parameters()):
-                own = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-                clip_grad_by_total_norm_fp32(parameters, limit, norm, own)
-        self.optimizer.step_with_ready_grads()
 
     def _where_it_fails(self, batches: Sequence[Any], loss: float, norm: float) -> str:
         """What the model says of numbers that are wrong on all processes."""

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from steel_megatron.config import RunConfig, doubts, dump_yaml
 from steel_megatron.data.ledger.history import History
+from steel_megatron.data.ledger.ledger import Ledger
 from steel_megatron.data.ledger.session import LedgerSession
 from steel_megatron.data.ledger.sync import check_past
-from steel_megatron.errors import CheckpointError, ConfigError, LostRankError, TrainingError
+from steel_megatron.data.tokenizing.tokenizer import find_tokenizer
+from steel_megatron.errors import CheckpointError, ConfigError, DataError, LostRankError, TrainingError
 from steel_megatron.files import exclusive_lock, lease, lease_holder, with_suffix, write_atomically
 from steel_megatron.log import get_logger
 from steel_megatron.parallel import agreement
@@ -32,6 +34,7 @@ from steel_megatron.train.callbacks.base import EvaluatesTasks
 from steel_megatron.train.checkpoint_checksums import verified_by_all
 from steel_megatron.train.checkpoint_save import Saver
 from steel_megatron.train.engine import Engine, minimised
+from steel_megatron.train.reference import check_reference, prepare_reference
 from steel_megatron.train.stop_signal import StopSignal
 
 logger = get_logger(__name__)
@@ -102,6 +105,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         on_rank0(lambda: stack.enter_context(held))
         if run.ledger_path.parent != Path(run.checkpoint.directory):
             on_rank0(lambda: stack.enter_context(_ledger_lock(run.ledger_path)))
+        on_rank0(lambda: _check_tokenizer(run))
         logger.info(implementation.describe())
         return _train(run, topology, peers, [*callbacks_of(run), CopyFirst(callbacks), *callbacks])
 
@@ -133,6 +137,29 @@ def _check_fp8(run: RunConfig, implementation: Implementation) -> None:
         )
 
 
+def _check_tokenizer(run: RunConfig) -> None:
+    """Load the tokenizer that export and generation will need, if the run names one.
+
+    Raises:
+        ConfigError: it is missing or damaged, or has more ids than the model.
+    """
+    path = run.data.tokenizer_path
+    if path is None:
+        return
+    folder = Path(run.checkpoint.directory)
+    try:
+        recorded = Ledger.load(run.ledger_path).history.tokenizer if run.ledger_path.exists() else None
+        size = find_tokenizer(
+            run.data.tokenizer_kind, path, folder, recorded
+        ).vocab_size  # a moved run has it elsewhere
+    except DataError as error:
+        raise ConfigError(f"data.tokenizer_path is {path}: {error}") from None
+    if size > run.model.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer_path is {path}, which has {size:,} ids; model.vocab_size is {run.model.vocab_size:,}"
+        )
+
+
 @contextmanager
 def _ledger_lock(path: Path) -> Iterator[None]:
     """Tell commands that a ledger outside of the run's folder is read; a second run may read by it as well."""
@@ -149,7 +176,7 @@ def _train(run: RunConfig, topology: Topology, peers: Peers, callbacks: Sequence
     session = LedgerSession(run, agreement)
     batches = Batches(run, topology, session)
     engine = Engine(run, topology)
-    consumed, saved = _start(run, topology, engine, session)
+    consumed, saved = _start(run, topology, engine, batches, session)
     view = RunView(run, topology, engine)
     saver = Saver(run)
     validation: dict[str, float] = {}
@@ -189,6 +216,7 @@ def _train(run: RunConfig, topology: Topology, peers: Peers, callbacks: Sequence
             if result.step % run.checkpoint.save_interval == 0 or is_last or stopping:
                 on_rank0(lambda: _check_folder(run, engine.step_number))
                 (session.release if stopping or is_last else session.sync)(result.step, consumed)
+                check_reference(engine, session)
                 note(saver.begin(engine, consumed, session.ledger))
                 if stopping or is_last or not run.checkpoint.async_save:
                     note(saver.finish())
@@ -267,7 +295,9 @@ def _started(callbacks: Sequence[Callback], view: RunView) -> Iterator[None]:
         yield
 
 
-def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSession) -> tuple[int, Path | None]:
+def _start(
+    run: RunConfig, topology: Topology, engine: Engine, batches: Batches, session: LedgerSession
+) -> tuple[int, Path | None]:
     """Resume, or take initial weights from elsewhere, or begin; returns the samples consumed and the checkpoint."""
     found = verified_by_all(lambda check: _find(run, check), checkpoint.verify)
     step = broadcast_from_rank0(found.step if found else -1)
@@ -282,6 +312,8 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSe
         on_rank0(lambda: check(own))  # before anything large is read
         checkpoint.load(engine, info)
         session.start(step, info.consumed_samples, check)
+        if prepare_reference(run, engine, batches, session):
+            checkpoint.load(engine, info)
         logger.info(f"resuming after step {info.step} ({info.layout} before, {topology.describe()} now)")
         return info.consumed_samples, path
     random_states.seed_all(run.training.seed, 0, topology)
@@ -297,6 +329,7 @@ def _start(run: RunConfig, topology: Topology, engine: Engine, session: LedgerSe
     path = Path(run.checkpoint.directory) / "run.yaml"
     text = dump_yaml(run).encode()
     on_rank0(lambda: write_atomically(path, text, CheckpointError))  # after the ledger: it says that a run has started
+    prepare_reference(run, engine, batches, session)
     return 0, None
 
 

@@ -19,7 +19,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 COUNTS_PER_PARAMETER = (torch.optim.AdamW, torch.optim.Adam)
-"""Optimizers of torch, which count steps for each parameter; the fused ones have one count for a group."""
+"""Optimizers of torch, which count steps for each parameter; apex's and transformer-engine's have one count for a
+group."""
 
 MAIN_WEIGHTS = "optimizer.state.param."
 """Before the name of a weight: its float32 copy, which a run has that computes in bfloat16."""
@@ -39,7 +40,7 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
         part.init_state_fn(part.optimizer, part.config)  # zeros, for torch's AdamW and the fused ones
         if isinstance(part.optimizer, COUNTS_PER_PARAMETER):
             for values in part.optimizer.state.values():
-                values["step"] = torch.zeros((), dtype=torch.float32)
+                values["step"] = torch.zeros((), dtype=torch.float32, device=values["exp_avg"].device)
 
 
 def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
@@ -139,7 +140,7 @@ class OptimizerState:
         for part in optimizers_of(self._optimizer):
             if isinstance(part.optimizer, COUNTS_PER_PARAMETER):
                 for values in part.optimizer.state.values():
-                    values["step"] = torch.tensor(float(step), dtype=torch.float32)
+                    values["step"].fill_(float(step))
             else:
                 for group in part.optimizer.param_groups:
                     group["step"] = step

@@ -9,22 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from steel_megatron.config import RunConfig
-from steel_megatron.data.ledger.loader import LedgerSamples, micro_batches, read_samples
+from steel_megatron.data.ledger.loader import LedgerSamples, SampleArrays, micro_batches, read_samples
 from steel_megatron.errors import SteelError, TrainingError
 from steel_megatron.parallel.topology import Topology
-
-Arrays = tuple[np.ndarray, np.ndarray | None]
-"""Token ids and, where documents are kept apart, the beginnings of their documents: int64 [B, T + 1] both."""
 
 
 def read_ahead(
     stream: LedgerSamples, run: RunConfig, topology: Topology, consumed_samples: int, end: int
-) -> Iterator[list[Arrays]]:
+) -> Iterator[list[SampleArrays]]:
     """The arrays of all steps from a position on, read by workers if the run has some.
 
     Args:
@@ -52,7 +48,7 @@ def read_ahead(
         return _checked(iter(steps), workers)
 
 
-def _checked(steps: Iterator[list[Arrays] | SteelError], workers: int) -> Iterator[list[Arrays]]:
+def _checked(steps: Iterator[list[SampleArrays] | SteelError], workers: int) -> Iterator[list[SampleArrays]]:
     """The arrays of all steps; raises what a worker met, and says which worker died."""
     while True:
         try:
@@ -76,7 +72,7 @@ def _ending(exit_code: int) -> str:
     return f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
 
 
-class _Steps(Dataset[list[Arrays] | SteelError]):
+class _Steps(Dataset[list[SampleArrays] | SteelError]):
     """What this process reads for the steps of a run, by the number of samples consumed before.
 
     A worker's SteelError is returned: torch would raise it with the worker's traceback as its message.
@@ -87,7 +83,7 @@ class _Steps(Dataset[list[Arrays] | SteelError]):
         self._sizes = run.training.global_batch_size, run.training.micro_batch_size
         self._place = topology.data_parallel_rank, topology.data_parallel_size
 
-    def __getitem__(self, consumed_samples: int) -> list[Arrays] | SteelError:
+    def __getitem__(self, consumed_samples: int) -> list[SampleArrays] | SteelError:
         shares = micro_batches(consumed_samples, *self._sizes, *self._place)
         try:
             return [read_samples(self._stream, numbers, self._with_starts) for numbers in shares]
@@ -125,6 +121,6 @@ def _without_child_signals() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, handler)
 
 
-def _as_they_are(arrays: list[Arrays] | SteelError) -> list[Arrays] | SteelError:
+def _as_they_are(arrays: list[SampleArrays] | SteelError) -> list[SampleArrays] | SteelError:
     """In place of torch's own collation, which would make tensors in a worker."""
     return arrays

@@ -17,7 +17,7 @@ import torch
 
 from steel_megatron.config import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from steel_megatron.errors import CheckpointError, DataError, SteelError
-from steel_megatron.hf import convert
+from steel_megatron.hf import convert, exporting
 from steel_megatron.train import checkpoint
 from tests.hf import golden
 
@@ -162,14 +162,14 @@ def export_with_tokenizers(folder: Path, output: Path, fitting: Path, too_large:
     saved = convert.import_hf(folder, output / "checkpoint")
     convert.export_hf(saved, output / "hf", ("huggingface", str(fitting)))
     messages = [refused("export_hf", saved, output / "too_large", ("huggingface", str(too_large)))]
-    loaded = convert.load_tokenizer("huggingface", fitting)
+    loaded = exporting.load_tokenizer("huggingface", fitting)
 
     def fail(folder: Path) -> None:
         (folder / "tokenizer.json").write_text("half of it")
         raise DataError("cannot be exported")
 
     loaded.save_pretrained = fail  # type: ignore[method-assign]
-    convert.load_tokenizer = lambda *_: loaded
+    exporting.load_tokenizer = lambda *_: loaded
     messages.append(refused("export_hf", saved, output / "failed", ("huggingface", str(fitting))))
     return messages
 

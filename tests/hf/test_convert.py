@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steel_megatron.config import ParallelConfig
 from steel_megatron.errors import CheckpointError
-from steel_megatron.hf import convert, mapping
+from steel_megatron.hf import convert, mapping, weights
 from steel_megatron.hf.configuration_steel import SteelConfig
 from steel_megatron.hf.modeling_steel import SteelForCausalLM
 from steel_megatron.train import checkpoint
@@ -102,9 +102,9 @@ def test_the_exported_code_computes_what_the_library_trains() -> None:
     tokens = torch.randint(0, BASE.vocab_size, (2, 23), generator=torch.Generator().manual_seed(0))
     results = run_distributed(launched.library_logits, 1, models, tokens)[0]
     different: list[torch.Tensor] = []
-    for model, (logits, weights) in zip(models, results, strict=True):
+    for model, (logits, own) in zip(models, results, strict=True):
         exported = SteelForCausalLM(SteelConfig(**mapping.config_to_hf(model))).eval()
-        exported.load_state_dict(assemble([weights], model))
+        exported.load_state_dict(assemble([own], model))
         with torch.no_grad():
             ours = exported(tokens).logits
         assert ours.std() > 0.5
@@ -126,10 +126,11 @@ def small_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_in_several_files(small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_in_several_files(small_folder: Path, tmp_path: Path) -> None:
     tensors = load_file(small_folder / "model.safetensors")
-    monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 20_000)
-    convert._write_weights(tmp_path, tensors)
+    planned = {name: weights.Planned(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    shutil.copyfile(small_folder / "config.json", tmp_path / "config.json")
+    weights.write_weights(tmp_path, planned, tensors.items(), 20_000)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 2 and not (tmp_path / "model.safetensors").exists()
     again = convert.read_weights(tmp_path)
@@ -154,34 +155,34 @@ DAMAGES = [
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_folders_that_cannot_be_imported(small_folder: Path, tmp_path: Path, damage: str) -> None:
-    weights = small_folder / "model.safetensors"
-    tensors = load_file(weights)
+    file = small_folder / "model.safetensors"
+    tensors = load_file(file)
     expected = {"truncated": "is damaged", "pickle": "which can execute anything", "no config": "config.json"}
     if damage == "not finite":
         tensors["lm_head.weight"][3, 4] = float("nan")
-        save_file(tensors, weights)
+        save_file(tensors, file)
         expected[damage] = "lm_head.weight holds values that are not finite"
     elif damage == "missing tensor":
         del tensors["model.norm.weight"]
-        save_file(tensors, weights)
+        save_file(tensors, file)
         expected[damage] = "has no tensor model.norm.weight"
     elif damage == "integers":
-        save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"].int()}, weights)
-        expected[damage] = "lm_head.weight is int32"
+        save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"].int()}, file)
+        expected[damage] = "lm_head.weight is of type I32"
     elif damage == "index":
-        (small_folder / convert.INDEX).write_text(
+        (small_folder / weights.INDEX).write_text(
             json.dumps({"weight_map": {"lm_head.weight": "../model.safetensors"}})
         )
         expected[damage] = "must name files of its own folder"
     elif damage == "twice":
         save_file({"lm_head.weight": tensors["lm_head.weight"]}, small_folder / "other.safetensors")
-        index = {"weight_map": {"model.norm.weight": weights.name, "lm_head.weight": "other.safetensors"}}
-        (small_folder / convert.INDEX).write_text(json.dumps(index))
+        index = {"weight_map": {"model.norm.weight": file.name, "lm_head.weight": "other.safetensors"}}
+        (small_folder / weights.INDEX).write_text(json.dumps(index))
         expected[damage] = "lm_head.weight a second time"
     elif damage == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-10])
+        file.write_bytes(file.read_bytes()[:-10])
     elif damage == "pickle":
-        weights.rename(small_folder / "pytorch_model.bin")
+        file.rename(small_folder / "pytorch_model.bin")
     elif damage == "no config":
         (small_folder / "config.json").unlink()
     else:

@@ -145,7 +145,6 @@ def test_checkpoint_tensors_that_do_not_fit_are_named() -> None:
     [
         ({"FFN_type": "softmoe_v9"}, "FFN_type is 'softmoe_v9'"),
         ({"mlp_type": None}, "mlp_type is None"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is true"),
         ({"hidden_size": 33}, "hidden_size = 33 is not divisible"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window is true"),

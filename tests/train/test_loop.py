@@ -419,3 +419,10 @@ def test_doubtful_settings_are_told_on_one_rank(corpora: DataConfig, tmp_path: P
         size.startswith("data.validation.zh has ")
         and f"fewer than one batch of {run.training.global_batch_size}" in size
     )
+
+
+def test_a_run_s_tokenizer_is_checked_when_it_starts(corpora: DataConfig, tmp_path: Path) -> None:
+    data = dataclasses.replace(corpora, tokenizer_path=str(tmp_path / "nowhere"))
+    message = one(make_run(data, tmp_path / "run"))
+    assert message.startswith(f"data.tokenizer_path is {tmp_path}/nowhere: ") and message.endswith("does not exist")
+    assert not list((tmp_path / "run").glob("checkpoints/*"))

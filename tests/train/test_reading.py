@@ -20,6 +20,8 @@ BAD, FATAL = 2, 3
 class Stream:
     """Samples that are their own numbers; one cannot be read, one kills the process that reads it."""
 
+    labelled = False
+
     def sample(self, number: int) -> np.ndarray:
         if number == BAD:
             raise DataError(f"sample {number} is damaged")
@@ -36,7 +38,7 @@ def read(first: int, end: int, workers: int) -> list[int]:
     )
     topology: Any = SimpleNamespace(data_parallel_rank=0, data_parallel_size=1)
     stream: Any = Stream()
-    return [int(samples[0, 0]) for ((samples, _),) in read_ahead(stream, run, topology, first, end)]
+    return [int(samples[0, 0]) for ((samples, *_),) in read_ahead(stream, run, topology, first, end)]
 
 
 def test_a_sample_that_cannot_be_read() -> None:

@@ -15,8 +15,10 @@ import numpy as np
 
 from steel_megatron.data.indexed.dataset import IndexedCorpus, content_hash, open_indexed, refuse_ids
 from steel_megatron.data.indexed.exact_duplicates import duplicate_documents
+from steel_megatron.data.indexed.labels import has_labels, open_labels
 from steel_megatron.data.ledger.locations import place_of, recorded
 from steel_megatron.data.ledger.records import NAME, Corpus, DroppedDocuments
+from steel_megatron.data.sampling.whole import whole_samples
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, sha256_of
 from steel_megatron.log import get_logger
@@ -34,7 +36,11 @@ def names_of(prefixes: Sequence[str | Path]) -> list[str]:
 
 
 def describe(
-    prefix: str | Path, name: str | None = None, domain: str = "default", folder: Path | None = None
+    prefix: str | Path,
+    name: str | None = None,
+    domain: str = "default",
+    folder: Path | None = None,
+    sequence_length: int | None = None,
 ) -> Corpus:
     """The record of a corpus. A corpus without a manifest is read in full.
 
@@ -43,9 +49,11 @@ def describe(
         name: its name in commands; None for the last part of the prefix.
         domain: its domain in mixtures.
         folder: the ledger's, to which a relative prefix becomes relative; None makes it absolute.
+        sequence_length: the ledger's; None to leave open how many samples whole documents make.
 
     Raises:
-        DataError: the corpus cannot be used, or a name is empty.
+        DataError: the corpus or its labels cannot be used, a document with labels is longer than a sample, or a name is
+            empty.
     """
     kept = os.path.abspath(prefix) if folder is None else recorded(prefix, folder)
     prefix = os.path.abspath(prefix)
@@ -57,7 +65,11 @@ def describe(
     fingerprint = tokenizer if NAME.holds(tokenizer) else None
     max_id = None if corpus.manifest is not None else _largest_id(corpus)
     counts = corpus.documents, corpus.tokens
-    return Corpus(name, kept, content_hash(corpus), domain, *counts, fingerprint, max_id=max_id)
+    record = Corpus(name, kept, content_hash(corpus), domain, *counts, fingerprint, max_id=max_id)
+    if not has_labels(corpus):
+        return record
+    samples = None if sequence_length is None else whole_samples(corpus, sequence_length)
+    return dataclasses.replace(record, labels=content_hash(open_labels(corpus)), whole_samples=samples)
 
 
 def _largest_id(corpus: IndexedCorpus) -> int:
@@ -92,6 +104,7 @@ def open_corpus(record: Corpus, folder: Path, vocab_size: int | None = None) -> 
     found: dict[str, object] = {"documents": corpus.documents, "tokens": corpus.tokens}
     if corpus.manifest is not None:
         found["content"] = corpus.manifest["content"]
+        found["labels"] = content_hash(open_labels(corpus)) if has_labels(corpus) else None
     for field, value in found.items():
         if value != getattr(record, field):
             raise DataError(
@@ -117,7 +130,7 @@ class ReferenceCorpus(NamedTuple):
 
 
 def without_duplicates(
-    new: Sequence[Corpus], references: Sequence[ReferenceCorpus], folder: Path
+    new: Sequence[Corpus], references: Sequence[ReferenceCorpus], folder: Path, sequence_length: int
 ) -> tuple[list[Corpus], dict[str, bytes]]:
     """Drop the documents that exactly equal one of the reference corpora, or an earlier one of the new corpora.
 
@@ -125,6 +138,7 @@ def without_duplicates(
         new: the new corpora.
         references: what they are compared with.
         folder: the ledger's.
+        sequence_length: the ledger's.
 
     Returns:
         the new corpora, and by name the files that say which documents are dropped.
@@ -144,7 +158,8 @@ def without_duplicates(
             like = [content for number in found.like if (content := compared[number].content) is not None]
             dropped = DroppedDocuments(digest, found.documents, found.tokens, tuple(like))
             files[dropped.file_name] = buffer.getvalue()
-            record = dataclasses.replace(record, dropped=dropped)
+            samples = None if record.labels is None else whole_samples(corpus, sequence_length, found.bits)
+            record = dataclasses.replace(record, dropped=dropped, whole_samples=samples)
         compared.append(ReferenceCorpus(corpus, found.bits, record.content))
         reduced.append(record)
     return reduced, files

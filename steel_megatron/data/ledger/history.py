@@ -85,6 +85,12 @@ class History:
         if len(tokenizers) > 1:
             found = ", ".join(f"{tokenizer} of {name}" for tokenizer, name in tokenizers.items())
             raise DataError(f"corpora of different tokenizers cannot be mixed: {found}")
+        with_labels = {corpus.labels is not None: corpus.name for corpus in corpora}
+        if len(with_labels) > 1:
+            raise DataError(
+                f"{with_labels[True]} has labels and {with_labels[False]} has none: conversations and plain text "
+                "cannot be mixed in one run; prepare both as conversations"
+            )
         for corpus in corpora:
             if corpus.samples(self.sequence_length) == 0:
                 dropped = f" ({corpus.dropped.tokens:,} of them in dropped documents)" if corpus.dropped else ""
@@ -110,6 +116,11 @@ class History:
     def known(self) -> list[Corpus]:
         """The corpora that events add, including removed ones."""
         return [self.corpora[number] for number in sorted(self.used)]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its corpora have labels: their documents stay whole, and only some of their tokens are predicted."""
+        return any(corpus.labels is not None for corpus in self.known())
 
     @property
     def tokenizer(self) -> str | None:

@@ -23,6 +23,7 @@ from typing import Any, Concatenate, NamedTuple, Self
 
 from steel_megatron.data.indexed.dataset import IndexedCorpus
 from steel_megatron.data.indexed.format import IDX
+from steel_megatron.data.indexed.labels import open_labels
 from steel_megatron.data.ledger.changes import OnDuplicate, add, new_corpora
 from steel_megatron.data.ledger.corpora import (
     ReferenceCorpus,
@@ -36,6 +37,7 @@ from steel_megatron.data.ledger.history import FORMAT, Arguments, History
 from steel_megatron.data.ledger.locations import place_of
 from steel_megatron.data.ledger.records import Corpus
 from steel_megatron.data.sampling.packing import PackedEpoch
+from steel_megatron.data.sampling.whole import WholeEpoch
 from steel_megatron.data.strict_json import from_json, to_json
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import disk_errors, exclusive_lock, is_locked, with_suffix, write_atomically
@@ -155,12 +157,16 @@ class Ledger:
         if names is not None and len(names) != len(prefixes):
             raise DataError(f"{len(names)} names ({', '.join(names)}) were given for {len(prefixes)} corpora")
         called = names if names is not None else names_of(prefixes)
-        new = [describe(prefix, name, domain, self.folder) for prefix, name in zip(prefixes, called, strict=True)]
+        length = self.history.sequence_length
+        new = [
+            describe(prefix, name, domain, self.folder, length) for prefix, name in zip(prefixes, called, strict=True)
+        ]
         if not drop_duplicates:
             return PendingCorpora(tuple(new), {}, None, on_duplicate)
         compared = self._compared()
         references = [found for corpus in compared if (found := self._reference(corpus)) is not None]
-        reduced, files = without_duplicates(new_corpora(self.history, new, on_duplicate), references, self.folder)
+        fresh = new_corpora(self.history, new, on_duplicate)
+        reduced, files = without_duplicates(fresh, references, self.folder, length)
         return PendingCorpora(tuple(reduced), files, compared, on_duplicate)
 
     def _compared(self) -> tuple[ComparedCorpus, ...]:
@@ -246,7 +252,9 @@ class Ledger:
         logger.info(f"{prefix} is not there; the ledger has {alike[0].name} at {place_of(alike[0], self.folder)}")
         return alike[0]
 
-    def packed(self, number: int, epoch: int, corpus: IndexedCorpus, cache: Path | None = None) -> PackedEpoch:
+    def packed(
+        self, number: int, epoch: int, corpus: IndexedCorpus, cache: Path | None = None
+    ) -> PackedEpoch | WholeEpoch:
         """The samples of one epoch of a corpus.
 
         Args:
@@ -261,6 +269,8 @@ class Ledger:
         record = self.history.corpora[number]
         key = (self.history.seed, int(record.content[:16], 16), epoch)
         dropped = dropped_bits(record, self.folder)
+        if record.labels is not None:
+            return WholeEpoch(corpus, open_labels(corpus), self.history.sequence_length, key, dropped)
         return PackedEpoch(corpus, self.history.sequence_length, key, dropped, cache, record.content)
 
     def save(self, path: str | Path) -> None:

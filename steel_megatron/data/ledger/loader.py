@@ -11,18 +11,60 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from steel_megatron.data.indexed.dataset import Origin, open_indexed
+from steel_megatron.data.indexed.dataset import IndexedCorpus, Origin, open_indexed
+from steel_megatron.data.indexed.labels import has_labels, open_labels
 from steel_megatron.data.ledger.ledger import Ledger, OpenCorpora
 from steel_megatron.data.sampling.packing import PackedEpoch, samples_of
+from steel_megatron.data.sampling.whole import WholeEpoch, WholeSample, padding
 from steel_megatron.errors import ConfigError, DataError
+
+
+class SampleArrays(NamedTuple):
+    """Some samples: int64 [samples, sequence_length + 1] each."""
+
+    tokens: np.ndarray
+    """Token ids."""
+    starts: np.ndarray | None = None
+    """For each token the position in the sample of the first one of its document; None if not asked for."""
+    labels: np.ndarray | None = None
+    """Bits of :data:`~steel_megatron.data.indexed.labels.LABEL`; None where all tokens are predicted."""
+    documents: np.ndarray | None = None
+    """The number of each token's document, see :func:`document_key`, -1 for padding; None without labels."""
+
+
+_DOCUMENTS = 1 << 40
+"""More documents than a corpus has."""
+
+
+def document_key(corpus: int, document: int | np.ndarray) -> Any:
+    """One number for a document and its corpus.
+
+    Args:
+        corpus: number of the corpus: in the ledger, or among those of a validation.
+        document: number of the document in it, or several [documents]; -1 stays -1.
+
+    Returns:
+        the number, or numbers [documents].
+    """
+    return np.where(np.asarray(document) < 0, -1, corpus * _DOCUMENTS + document)
+
+
+def document_of(key: int) -> tuple[int, int]:
+    """Corpus and document of a :func:`document_key`."""
+    return divmod(key, _DOCUMENTS)
 
 
 class Samples(Protocol):
     """Numbered samples."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether only some of the tokens are predicted: then they are :class:`LabelledSamples`."""
+        ...
 
     def sample(self, number: int) -> np.ndarray:
         """The ids of one sample, int64 [sequence_length + 1]."""
@@ -31,6 +73,14 @@ class Samples(Protocol):
     def sample_with_starts(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The ids of one sample, and for each the position in the sample of its document's first token: int64
         [sequence_length + 1] both."""
+        ...
+
+
+class LabelledSamples(Samples, Protocol):
+    """Numbered samples of whole documents."""
+
+    def whole(self, number: int) -> WholeSample:
+        """One sample of whole documents with labels; documents by :func:`document_key`."""
         ...
 
 
@@ -70,7 +120,8 @@ class LedgerSamples:
         self.ledger = ledger
         self._corpora = OpenCorpora(ledger, vocab_size)
         self._cache = cache
-        self._epochs: dict[int, tuple[int, PackedEpoch]] = {}
+        self._epochs: dict[int, tuple[int, PackedEpoch | WholeEpoch]] = {}
+        self.labelled = ledger.history.labelled
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LedgerSamples, self._arguments  # another process maps the files itself
@@ -92,6 +143,16 @@ class LedgerSamples:
             return self._in_place_of_skipped(), self._in_place_of_skipped()
         corpus, epoch, position = self.ledger.history.schedule.locate(number)
         return self._packed(corpus, epoch).with_starts(position)
+
+    def whole(self, number: int) -> WholeSample:
+        """One sample of whole documents with labels; only padding if the ledger skips it."""
+        if self.ledger.history.skips(number):
+            return padding(self.ledger.history.sequence_length + 1)
+        corpus, epoch, position = self.ledger.history.schedule.locate(number)
+        packed = self._packed(corpus, epoch)
+        assert isinstance(packed, WholeEpoch)
+        sample = packed.whole(position)
+        return sample._replace(documents=document_key(corpus, sample.documents))
 
     def documents(self, number: int) -> list[DocumentSpan]:
         """The spans of documents that a sample consists of, in order.
@@ -134,12 +195,74 @@ class LedgerSamples:
         for corpus, epoch in sorted(set(zip(corpora.tolist(), epochs.tolist(), strict=True)), reverse=True):
             self._packed(corpus, epoch)
 
-    def _packed(self, corpus: int, epoch: int) -> PackedEpoch:
+    def _packed(self, corpus: int, epoch: int) -> PackedEpoch | WholeEpoch:
         latest = self._epochs.get(corpus)
         if latest is None or latest[0] != epoch:
             latest = epoch, self.ledger.packed(corpus, epoch, self._corpora[corpus], self._cache)
             self._epochs[corpus] = latest
         return latest[1]
+
+
+class WholeSamples:
+    """The samples of corpora with labels in a fixed order; for validation.
+
+    Args:
+        corpora: the corpora, in this order.
+        sequence_length: tokens that a sample predicts.
+        first: number of the first corpus, for :func:`document_key`.
+
+    Raises:
+        DataError: labels cannot be used, or a document is longer than a sample.
+    """
+
+    labelled = True
+
+    def __init__(self, corpora: Sequence[IndexedCorpus], sequence_length: int, first: int = 0) -> None:
+        self.corpora, self.first = corpora, first
+        self._epochs = [WholeEpoch(corpus, open_labels(corpus), sequence_length, (0, 0, 0)) for corpus in corpora]
+        self._ends = np.cumsum([len(epoch) for epoch in self._epochs])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def whole(self, number: int) -> WholeSample:
+        """One sample of whole documents with labels."""
+        corpus = int(np.searchsorted(self._ends, number, side="right"))
+        before = int(self._ends[corpus - 1]) if corpus else 0
+        sample = self._epochs[corpus].whole(number - before)
+        return sample._replace(documents=document_key(self.first + corpus, sample.documents))
+
+    def sample(self, number: int) -> np.ndarray:
+        """The ids of sample ``number``: int64 [sequence_length + 1]."""
+        return self.whole(number).tokens
+
+    def sample_with_starts(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a sample, and the position of the first token of each one's text: int64 [sequence_length + 1]."""
+        return self.whole(number)[:2]
+
+
+def validation_samples(
+    prefixes: Sequence[str | Path], sequence_length: int, vocab_size: int, first: int = 0
+) -> SequentialSamples | WholeSamples:
+    """The samples of a validation: of whole documents where the corpora have labels.
+
+    Args:
+        prefixes, sequence_length, vocab_size: as for :class:`SequentialSamples`.
+        first: as for :class:`WholeSamples`.
+
+    Raises:
+        DataError: a corpus cannot be used, or only some have labels.
+    """
+    corpora = [open_indexed(prefix, vocab_size) for prefix in prefixes]
+    labelled = [has_labels(corpus) for corpus in corpora]
+    if not any(labelled):
+        return SequentialSamples(prefixes, sequence_length, vocab_size)
+    if not all(labelled):
+        raise DataError(
+            f"{corpora[labelled.index(False)].prefix} has no labels, {corpora[labelled.index(True)].prefix} has; "
+            "validate them as two sets"
+        )
+    return WholeSamples(corpora, sequence_length, first)
 
 
 class SequentialSamples:
@@ -153,6 +276,8 @@ class SequentialSamples:
     Raises:
         DataError: a corpus cannot be used, or all together are shorter than one sample.
     """
+
+    labelled = False
 
     def __init__(self, prefixes: Sequence[str | Path], sequence_length: int, vocab_size: int) -> None:
         if sequence_length < 1:
@@ -230,7 +355,7 @@ def micro_batches(
     return [range(start, start + micro_batch_size) for start in range(mine, mine + global_batch_size, step)]
 
 
-def read_samples(stream: Samples, numbers: Sequence[int], with_starts: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def read_samples(stream: Samples, numbers: Sequence[int], with_starts: bool) -> SampleArrays:
     """Some samples as arrays.
 
     Args:
@@ -239,10 +364,12 @@ def read_samples(stream: Samples, numbers: Sequence[int], with_starts: bool) -> 
         with_starts: whether to return the document starts as well.
 
     Returns:
-        the ids, and for each the position in the sample of its document's first token, or None if not asked for: int64
-        [len(numbers), sequence_length + 1] both.
+        the arrays, [len(numbers), sequence_length + 1] each; those with labels have starts in any case.
     """
+    if stream.labelled:
+        labelled = cast(LabelledSamples, stream)
+        return SampleArrays(*map(np.stack, zip(*(labelled.whole(number) for number in numbers), strict=True)))
     if not with_starts:
-        return np.stack([stream.sample(number) for number in numbers]), None
+        return SampleArrays(np.stack([stream.sample(number) for number in numbers]))
     tokens, starts = zip(*(stream.sample_with_starts(number) for number in numbers), strict=True)
-    return np.stack(tokens), np.stack(starts)
+    return SampleArrays(np.stack(tokens), np.stack(starts))

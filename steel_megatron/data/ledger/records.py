@@ -99,6 +99,10 @@ class Corpus:
     dropped: DroppedDocuments | None = None
     max_id: Annotated[int | None, or_null(Rule(whole(0).holds, "a token id"))] = None
     """The largest token id of a corpus without a manifest; None where the manifest has it, or nobody looked."""
+    labels: Annotated[str | None, or_null(SHA256)] = None
+    """Content of the corpus of labels; None for a corpus without labels, all of whose tokens are predicted."""
+    whole_samples: Annotated[int | None, or_null(whole(1))] = None
+    """Samples of an epoch where documents stay whole, at the ledger's sequence length; None where they are cut."""
 
     def __post_init__(self) -> None:
         dropped = self.dropped
@@ -110,12 +114,15 @@ class Corpus:
 
     def samples(self, sequence_length: int) -> int:
         """Whole samples in one epoch."""
+        if self.whole_samples is not None:
+            return self.whole_samples
         return max(0, (self.tokens - (self.dropped.tokens if self.dropped else 0) - 1) // sequence_length)
 
     @property
     def identity(self) -> list[Any]:
         """What its samples depend on."""
-        return [self.content, self.dropped.sha256 if self.dropped else None]
+        identity = [self.content, self.dropped.sha256 if self.dropped else None]
+        return identity if self.labels is None else [*identity, self.labels]
 
 
 def samples_in(epochs: float, samples: int) -> int:
@@ -172,11 +179,17 @@ class SkippedSamples:
     """The one after the last."""
 
 
+SHOWN = 8
+"""Changes of corpora that are named."""
+
+
 def in_words(event: Event, corpora: Sequence[Corpus]) -> str:
-    """What an event changes."""
+    """What an event changes; of many corpora the first ones and how many more there are."""
     words = [f"add {corpora[added.corpus].name} ({_times(added.epochs)})" for added in event.add]
     words += [f"remove {name}" for name in event.remove]
     words += [f"read {name} {_times(epochs)}" for name, epochs in event.epochs.items()]
+    if len(words) > SHOWN:
+        words[SHOWN:] = [f"and so for {len(words) - SHOWN:,} more"]
     if event.mixture is not Unchanged.MIXTURE:
         weights = " ".join(f"{domain}={weight:g}" for domain, weight in (event.mixture or {}).items())
         words.append(f"mixture {weights or 'none'}")

@@ -16,6 +16,7 @@ import numpy as np
 
 from steel_megatron.data.indexed.dataset import open_indexed
 from steel_megatron.data.indexed.format import BIN, MANIFEST, SUFFIXES
+from steel_megatron.data.indexed.labels import CHAT, LABELS_KEY
 from steel_megatron.data.indexed.writer import IndexedWriter
 from steel_megatron.data.preprocessing.encoder import TRAIN, Documents
 from steel_megatron.data.preprocessing.segments import Corpus, Segment
@@ -202,6 +203,12 @@ class Corpora:
         self._opened.close()
 
     @property
+    def counted(self) -> dict[Corpus, ShardedWriter]:
+        """The outputs that hold texts: those of labels are left out."""
+        chat = CHAT in self.job["settings"]
+        return {corpus: out for corpus, out in self.outputs.items() if not (chat and corpus[1] == LABELS_KEY)}
+
+    @property
     def skipped(self) -> int:
         """Rows that gave no document."""
         return sum(self.skipped_rows.values())
@@ -214,7 +221,7 @@ class Corpora:
         """
         for (split, key), found in documents.items():
             self.outputs[split, key].add(found)
-            if split == TRAIN:
+            if split == TRAIN and (split, key) in self.counted:
                 count_ids(self.token_counts, found.ids)
 
     def finish(self, segments: Iterable[Segment], skipped: Path) -> None:

@@ -137,7 +137,7 @@ class Encoder:
         skipped: list[Skipped] = []
         for number, source, chunk in task.pieces:
             for key, texts in found.items():
-                rows = _SkippedTo(skipped, number, key)
+                rows = SkippedTo(skipped, number, key)
                 for part in text_batches(chunk, self.sources[key][source], self.on_bad_row, rows):
                     texts.add(*part, number)
         documents: dict[tuple[str, str], Documents] = {}
@@ -235,7 +235,7 @@ class _Texts:
 
 
 @dataclass(frozen=True)
-class _SkippedTo:
+class SkippedTo:
     """Appends skipped rows to a list."""
 
     rows: list[Skipped]

@@ -8,6 +8,7 @@ segments in ``<output_prefix>.partial``; the same job, started again, resumes be
 
 from __future__ import annotations
 
+import functools
 import glob
 import itertools
 import os
@@ -15,12 +16,14 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from steel_megatron.config import PreprocessConfig
 from steel_megatron.data.indexed.dataset import token_dtype
+from steel_megatron.data.indexed.labels import CHAT
+from steel_megatron.data.preprocessing.chat_encoder import ChatEncoder, ChatSettings, chat_source
 from steel_megatron.data.preprocessing.corpora import Corpora, EmptyCorpus, file_name_of, refuse_existing
 from steel_megatron.data.preprocessing.encoder import SPLIT_BY, TRAIN, VALID, Encoder
 from steel_megatron.data.preprocessing.inputs import InputFile, examine
@@ -40,11 +43,13 @@ from steel_megatron.data.preprocessing.report import (
 from steel_megatron.data.preprocessing.segments import Corpus, Segment, segments_of
 from steel_megatron.data.preprocessing.step import ChunkSizes, EncodeUnits, units_of
 from steel_megatron.data.reading.chunks import RawChunk
-from steel_megatron.data.reading.documents import documents_of, plain_texts
+from steel_megatron.data.reading.documents import documents_of, plain_texts, unused_columns
 from steel_megatron.data.reading.formats import read_chunks
 from steel_megatron.data.reading.forms import has_keys
 from steel_megatron.data.reading.inputs import find_inputs
 from steel_megatron.data.reading.sources import Source, get_source
+from steel_megatron.data.reading.storage import is_stream
+from steel_megatron.data.tokenizing.chat_template import ChatTemplate
 from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.files import disk_errors, exclusive_lock, with_suffix, write_atomically
@@ -77,7 +82,9 @@ _PACE = ChunkSizes()
 _log = get_logger(__name__)
 
 
-def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> PreprocessReport:
+def preprocess(
+    config: PreprocessConfig, pace: ChunkSizes = _PACE, chat: ChatSettings | None = None
+) -> PreprocessReport:
     """Tokenize documents into indexed corpora.
 
     Without a validation split the corpus of a key is ``<output_prefix>_<key>_document``; with one,
@@ -94,6 +101,8 @@ def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> Preprocess
         config: the job. Its inputs are read by :func:`~steel_megatron.data.reading.inputs.find_inputs`; what the
             job itself writes is none.
         pace: the size of the steps.
+        chat: what to make of conversations, if the documents are such; the keys are then those of
+            :mod:`~steel_megatron.data.indexed.labels`.
 
     Raises:
         ConfigError: the prefix makes names that are too long.
@@ -105,8 +114,10 @@ def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> Preprocess
     _check_names([prefix, *outputs.values()])
     tasks = config.executor != "local" or config.tasks is not None
     inputs = find_inputs(config.inputs, _own_files(prefix, keys, config.report), _OF_TASKS if tasks else None)
-    files = [examine(found) for found in inputs.files]
-    sources = _sources(files, keys)
+    found = inputs.files if chat is None else [replace(one, source=chat_source(one.source)) for one in inputs.files]
+    files = [examine(one) for one in found]
+    sources = _sources(files, keys, alike=chat is not None)
+    _tell_unused(files, sources[keys[0]])
     if config.report is not None:
         _check_report(config.report, _own_files(prefix, keys, None))
     with exclusive_lock(prefix, DataError), stop_signals() as signals:
@@ -119,6 +130,7 @@ def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> Preprocess
             "valid_fraction": config.valid_fraction,
             "seed": config.seed,
             **({"split_by": SPLIT_BY} if config.valid_fraction else {}),
+            **({CHAT: {**asdict(chat), "template": ChatTemplate(tokenizer).fingerprint}} if chat else {}),
         }
         job = {
             "settings": settings,
@@ -133,8 +145,9 @@ def preprocess(config: PreprocessConfig, pace: ChunkSizes = _PACE) -> Preprocess
         if finished is not None:
             return finished
         with signals.held():  # a library swallows an exception while it imports others, at its first call
-            plain = _verify_engine(tokenizer, files, sources)
-        encoder = Encoder(
+            plain = chat is None and _verify_engine(tokenizer, files, sources)
+        kind = functools.partial(ChatEncoder, chat=chat) if chat else Encoder
+        encoder = kind(
             tokenizer,
             token_dtype(tokenizer.vocab_size),
             sources,
@@ -323,9 +336,17 @@ def _own_files(prefix: str, json_keys: Sequence[str], report: str | None) -> Cal
     return own
 
 
-def _sources(files: Sequence[InputFile], json_keys: Sequence[str]) -> dict[str, dict[str, Source]]:
-    """By key: the sources of the inputs by name."""
-    for file in files if len(json_keys) > 1 else ():
+def _tell_unused(files: Sequence[InputFile], sources: Mapping[str, Source]) -> None:
+    """Say once for each source which columns of its first file are not read."""
+    firsts = {file.source: file for file in reversed(files)}
+    for name, file in firsts.items():
+        if not is_stream(file.path) and (unused := unused_columns(file.path, sources[name])):
+            _log.warning(f"{file.path} as {name}: not read are the columns {', '.join(unused)}")
+
+
+def _sources(files: Sequence[InputFile], json_keys: Sequence[str], alike: bool) -> dict[str, dict[str, Source]]:
+    """By key: the sources of the inputs by name; ``alike`` where the keys are not keys of rows."""
+    for file in files if len(json_keys) > 1 and not alike else ():
         if file.source != "text" or not has_keys(file.path):
             what = f"is read as {file.source}, which has" if file.source != "text" else "has"
             raise DataError(f"{file.path} {what} no keys to choose from; give it to a run with a single json key")

@@ -100,8 +100,8 @@ class PreprocessReport:
 
 def report_of(corpora: Corpora, seconds: float) -> PreprocessReport:
     """The report of a job whose outputs are complete."""
-    several = len({key for _, key in corpora.outputs}) > 1
-    named = {f"{split}.{key}" if several else split: writer for (split, key), writer in corpora.outputs.items()}
+    several = len({key for _, key in corpora.counted}) > 1
+    named = {f"{split}.{key}" if several else split: writer for (split, key), writer in corpora.counted.items()}
     names = dict.fromkeys(entry["source"] for entry in corpora.job["inputs"])
     sources = {
         source: SourceReport(
@@ -112,7 +112,7 @@ def report_of(corpora: Corpora, seconds: float) -> PreprocessReport:
     }
     for name, writer in named.items():
         assert writer.documents == sum(of.splits[name].documents for of in sources.values()), name
-    training = sum(writer.tokens for (split, _), writer in corpora.outputs.items() if split == TRAIN)
+    training = sum(writer.tokens for (split, _), writer in corpora.counted.items() if split == TRAIN)
     assert corpora.token_counts.sum() == training, (corpora.token_counts.sum(), training)
     return PreprocessReport(
         documents=sum(writer.documents for writer in named.values()),

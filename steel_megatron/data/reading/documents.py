@@ -11,9 +11,10 @@ import itertools
 import json
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,6 +26,10 @@ from steel_megatron.data.reading.sources import Dialogue, Source, get_source
 from steel_megatron.data.reading.text_batch import TextBatch
 from steel_megatron.errors import DataError
 
+Made = TypeVar("Made")
+
+_FIRST_ROWS = 100
+"""Rows whose columns are looked at."""
 _QUARANTINED = 2000
 """Characters of a row that are kept to show what was skipped."""
 
@@ -76,16 +81,42 @@ def documents_of(
     Raises:
         DataError: a bad row under ``stop``; the message names file, row and byte offset.
     """
+
+    def document(value: object) -> tuple[str, bool] | None:
+        text: object = value if chunk.kind in ("file", "html") else source.text_of(value)
+        dialogue = isinstance(text, Dialogue)
+        if isinstance(text, Dialogue):
+            text = text.text
+        assert isinstance(text, str), type(text)
+        check_unicode(text)
+        return (text, dialogue) if text and not text.isspace() else None
+
+    for row, (text, dialogue) in converted(chunk, document, on_bad_row, on_skip):
+        yield Document(text, chunk.path, row, dialogue)
+
+
+def converted(
+    chunk: RawChunk,
+    convert: Callable[[object], Made | None],
+    on_bad_row: BadRowPolicy = "stop",
+    on_skip: Callable[[SkippedRow], None] | None = None,
+) -> Iterator[tuple[int, Made]]:
+    """The rows of one chunk, from 1 in the file, and what is made of them.
+
+    Args:
+        chunk: the chunk.
+        convert: makes something of a row's value; None for an empty row, a BadRow for one that cannot be used.
+        on_bad_row: what to do with a bad row, as for :func:`read_documents`.
+        on_skip: called with each row that is left out.
+
+    Raises:
+        DataError: a bad row under ``stop``; the message names file, row and byte offset.
+    """
     for row, offset, raw, value in parse_chunk(chunk):
-        dialogue = False
         try:
             if isinstance(value, BadRow):
                 raise value
-            text: object = value if chunk.kind in ("file", "html") else source.text_of(value)
-            if isinstance(text, Dialogue):
-                text, dialogue = text.text, True
-            assert isinstance(text, str), type(text)
-            _check_unicode(text)
+            made = convert(value)
         except BadRow as problem:
             at = offset + problem.offset
             if on_bad_row == "stop" and not isinstance(problem, NoDocument):
@@ -95,8 +126,8 @@ def documents_of(
                 ) from None
             reason = str(problem)
         else:
-            if text and not text.isspace():
-                yield Document(text, chunk.path, row, dialogue)
+            if made is not None:
+                yield row, made
                 continue
             reason, at = "empty", offset
         if on_skip is not None:
@@ -179,7 +210,8 @@ def _beginning(raw: bytes, value: object) -> str:
     return raw[: 4 * _QUARANTINED].decode(errors="replace")[:_QUARANTINED]
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str) -> None:
+    """Raise a BadRow if a text holds a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -215,3 +247,15 @@ def read_documents(
     reader = get_source(source, text_key)
     for chunk in read_chunks(path, columns=reader.columns, on_bytes=on_bytes):
         yield from documents_of(chunk, reader, on_bad_row, on_skip)
+
+
+def unused_columns(path: Path | str, source: Source) -> list[str]:
+    """The columns of the first rows of a file that its source does not read; none where nothing can be told."""
+    found: dict[str, None] = {}
+    with suppress(DataError):
+        for chunk in itertools.islice(read_chunks(path, peek=True), 1):
+            for _, _, _, value in itertools.islice(parse_chunk(chunk), _FIRST_ROWS):
+                if isinstance(value, dict):
+                    with suppress(BadRow):
+                        found |= dict.fromkeys(source.unused(value))
+    return list(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from steel_megatron.data.reading.compression import COMPRESSIONS
+from steel_megatron.data.reading.conversations import CHAT_FORMS
 from steel_megatron.data.reading.forms import CODE_SUFFIXES, FORMS
 from steel_megatron.data.reading.sources import SOURCES
 
@@ -30,7 +31,8 @@ def listing() -> str:
         lines += _entry(name, what, example)
     lines += ["", "Sources, which say what the rows are (text, if none is named):"]
     for name, kind in SOURCES.items():
-        what = " ".join((kind.__doc__ or "").partition("\n\n")[0].replace("``", "").split())
+        about = CHAT_FORMS[name].about if name in CHAT_FORMS else kind.__doc__ or ""
+        what = " ".join(about.partition("\n\n")[0].replace("``", "").split())
         lines += _entry(name, what, "corpus.jsonl" if name == "text" else f"{name}=raw/{name}/")
     lines += _entry("module:Class", "A class of your own, see docs/sources.md.", "my_sources:Poems=raw/poems/")
     return "\n".join(lines)

@@ -6,12 +6,14 @@ for everything else. A source of your own is named ``module:Class``; ``docs/sour
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from steel_megatron.data.reading.chunks import BadRow
+from steel_megatron.data.reading.conversations import CHAT_FORMS, Chat, Form, Turn, form_of_row, history_of
 from steel_megatron.data.reading.keys import Row, string, text_at
 from steel_megatron.errors import DataError
 
@@ -25,6 +27,8 @@ class Dialogue:
     """Turns of user and assistant, in the one template that all dialogues get (ChatML, as in the paper)."""
 
     text: str
+    chat: Chat | None = field(default=None, compare=False)
+    """The turns; None where only the text is known."""
 
     @classmethod
     def of(cls, turns: Sequence[tuple[str, str]]) -> Dialogue:
@@ -37,14 +41,23 @@ class Dialogue:
         """
         if not turns or any(not said.strip() for turn in turns for said in turn):
             return cls("")
-        rendered = [f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>"]
-        for user, assistant in turns:
-            for role, said in (("user", user), ("assistant", assistant)):
-                found = [mark for mark in MARKS if mark in said]
-                if found:
-                    raise BadRow(f"a turn of the {role} holds {found[0]}, which marks turns in the dialogue template")
-                rendered.append(f"<|im_start|>{role}\n{said}<|im_end|>")
-        return cls("\n".join(rendered))
+        said = [Turn(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+        return cls.of_chat(Chat(tuple(said)))
+
+    @classmethod
+    def of_chat(cls, chat: Chat) -> Dialogue:
+        """Render a conversation, or the better one of a pair; the usual system prompt comes first where it has none.
+
+        Raises:
+            BadRow: a turn holds a mark of the template, which could fake a turn.
+        """
+        turns = chat.turns if chat.turns[0].role == "system" else (Turn("system", SYSTEM_PROMPT), *chat.turns)
+        for turn in (*turns, *chat.rejected):
+            found = [mark for mark in MARKS if mark in turn.content]
+            if found:
+                raise BadRow(f"a turn of the {turn.role} holds {found[0]}, which marks turns in the dialogue template")
+        rendered = [f"<|im_start|>{turn.role}\n{turn.content}<|im_end|>" for turn in turns]
+        return cls("\n".join(rendered), chat)
 
 
 class Source:
@@ -70,6 +83,10 @@ class Source:
         if not isinstance(value, dict):
             raise BadRow(f"a JSON {type(value).__name__} where an object was expected")
         return self.text(value)
+
+    def unused(self, row: Row) -> list[str]:
+        """The columns of a row that are not read, where that could be a surprise; none for texts."""
+        return []
 
     def plain_key(self) -> tuple[str, Sequence[str]] | None:
         """The key whose string is :meth:`text` of a row, and the keys without which that holds; None for no such key.
@@ -160,8 +177,9 @@ class Text(Source):
         return Dialogue(found) if row.get("dialogue") is True else found
 
     def text_of(self, value: object) -> str | Dialogue:
-        strings = value if isinstance(value, list) else [value]
-        if self._key == "text" and all(isinstance(one, str) for one in strings):
+        rows = value if isinstance(value, list) else [value]
+        strings = [one for one in rows if isinstance(one, str)]
+        if self._key == "text" and len(strings) == len(rows):
             return "\n".join(strings)
         return super().text_of(value)
 
@@ -257,11 +275,24 @@ class Belle(Source):
     def text(self, row: Row) -> Dialogue:
         if "conversations" not in row:
             asked = paragraphs(string(row, "instruction"), optional(row, "input"))
-            return Dialogue.of([(asked, string(row, "output"))])
+            before = [turn.content for turn in history_of(row)]
+            earlier = list(zip(before[::2], before[1::2], strict=True))
+            return self._after_system(row, Dialogue.of([*earlier, (asked, string(row, "output"))]))
         said = row["conversations"]
         if not isinstance(said, list) or not all(isinstance(turn, dict) for turn in said):
             raise BadRow("key 'conversations' holds no list of turns")
-        return Dialogue.of(_pairs([(string(turn, "from"), string(turn, "value")) for turn in said]))
+        pairs = _pairs([(string(turn, "from"), string(turn, "value")) for turn in said])
+        return self._after_system(row, Dialogue.of(pairs))
+
+    def unused(self, row: Row) -> list[str]:
+        return _others(row, CHAT_FORMS["sharegpt" if "conversations" in row else "alpaca"])
+
+    def _after_system(self, row: Row, dialogue: Dialogue) -> Dialogue:
+        """The dialogue behind what the system says in a column of its own."""
+        system = optional(row, "system")
+        if not system or dialogue.chat is None:
+            return dialogue
+        return Dialogue.of_chat(Chat((Turn("system", system), *dialogue.chat.turns)))
 
 
 def _pairs(said: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -323,3 +354,31 @@ class StarCoder(Source):
 
     def text(self, row: Row) -> str:
         return self._head.sub("", string(row, "content"))
+
+
+class Conversation(Source):
+    """Conversations and pairs, of the form that the columns of each row tell.
+
+    Args:
+        form: its name in :data:`~steel_megatron.data.reading.conversations.CHAT_FORMS`; None to tell it of each row.
+    """
+
+    def __init__(self, form: str | None = None) -> None:
+        self._form = form
+
+    def text(self, row: Row) -> Dialogue:
+        form = CHAT_FORMS[self._form or form_of_row(row)]
+        if not any(all(column in row for column in columns) for columns in form.needed):
+            needed = " or ".join(" and ".join(map(repr, columns)) for columns in form.needed)
+            raise BadRow(f"{needed} is missing; the row has {', '.join(map(repr, list(row)[:8])) or 'no keys'}")
+        return Dialogue.of_chat(form.read(row))
+
+    def unused(self, row: Row) -> list[str]:
+        return _others(row, CHAT_FORMS[self._form or form_of_row(row)])
+
+
+def _others(row: Row, form: Form) -> list[str]:
+    return [column for column in row if column not in form.columns]
+
+
+SOURCES.update({name: functools.partial(Conversation, name) for name in CHAT_FORMS}, chat=Conversation)

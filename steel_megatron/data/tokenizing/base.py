@@ -17,8 +17,10 @@ from steel_megatron.data.tokenizing.gigatoken_engine import (
     EngineProblem,
     FlatIds,
     Gigatoken,
+    is_installed,
     unsure,
 )
+from steel_megatron.data.tokenizing.remembered import key_of, recall, remember
 from steel_megatron.errors import DataError
 from steel_megatron.log import get_logger
 
@@ -37,7 +39,8 @@ _log = get_logger(__name__)
 class TokenizerBase(ABC):
     """A tokenizer whose batches are encoded by its own library or by gigatoken.
 
-    The choice is made, and checked on sample texts, when it is first needed; worker processes inherit it.
+    The choice is made, and checked on sample texts, when it is first needed; it is remembered for the next start, and
+    worker processes inherit it.
     """
 
     kind: TokenizerKind
@@ -58,6 +61,22 @@ class TokenizerBase(ABC):
         self._name, self._wanted, self._gigatoken = state["name"], state["engine"], None
         self._engine = state["engine"]
         self._load(state["content"])
+
+    @property
+    @abstractmethod
+    def control_tokens(self) -> Mapping[str, int]:
+        """The ids of all control tokens by name."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """How conversations become text, in Jinja; None if the tokenizer's files do not say."""
+        return None
+
+    @property
+    def named_tokens(self) -> Mapping[str, str]:
+        """``bos_token`` and ``eos_token`` as templates call them, as far as there are any."""
+        names = {index: name for name, index in self.control_tokens.items()}
+        return {"eos_token": names[self.eod_id]} if self.eod_id in names else {}
 
     @abstractmethod
     def _content(self) -> Any:
@@ -140,11 +159,18 @@ class TokenizerBase(ABC):
         return self._engine
 
     def _try_gigatoken(self) -> TokenizerEngine:
+        key = key_of("gigatoken", self.kind, self.fingerprint)
+        if is_installed() and (known := recall(key)) is not None:
+            problem = known[0]["problem"]
+            return "gigatoken" if problem is None else self._without_gigatoken(EngineProblem(problem))
         try:
             fast = Gigatoken(self._fast_model())
             self._compare(fast, list(self._check_texts()))
-        except EngineProblem as problem:
-            return self._without_gigatoken(problem)
+        except EngineProblem as found:
+            if not isinstance(found, EngineMissing):
+                remember(key, {"problem": str(found)})
+            return self._without_gigatoken(found)
+        remember(key, {"problem": None})
         self._gigatoken = fast
         return "gigatoken"
 
@@ -190,11 +216,11 @@ class TokenizerBase(ABC):
             self._engine, self._gigatoken = self._without_gigatoken(problem), None
 
     def _engine_for_batches(self) -> Gigatoken | None:
-        if self.engine == "gigatoken" and self._gigatoken is None:  # chosen and checked by the process that sent us
+        if self.engine == "gigatoken" and self._gigatoken is None:  # chosen and checked by another process
             try:
                 self._gigatoken = Gigatoken(self._fast_model())
             except EngineProblem as problem:
-                raise DataError(f"gigatoken cannot encode for {self._name} in a worker process: {problem}") from problem
+                raise DataError(f"gigatoken cannot encode for {self._name} in this process: {problem}") from problem
         return self._gigatoken
 
     def for_thread(self) -> Self:

@@ -91,6 +91,15 @@ class EngineMissing(EngineProblem):
         super().__init__("it is not installed (pip install 'steel-megatron[data]')")
 
 
+def is_installed() -> bool:
+    """Whether gigatoken can be imported."""
+    try:
+        import gigatoken  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 class Gigatoken:
     """gigatoken, which encodes special tokens in a text as plain characters and whose memory is bounded.
 

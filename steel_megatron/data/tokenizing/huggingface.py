@@ -24,11 +24,18 @@ from steel_megatron.data.tokenizing.control_tokens import (
     within_reach,
 )
 from steel_megatron.data.tokenizing.gigatoken_engine import CHECK_TEXTS, FlatIds
+from steel_megatron.data.tokenizing.remembered import content_of, key_of, recall, remember
 from steel_megatron.errors import DataError
-from steel_megatron.files import write_atomically
+from steel_megatron.files import disk_errors, write_atomically
 
 GPT2_EOD = "<|endoftext|>"
 """What ends a document in GPT-2's vocabulary."""
+
+
+_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+_LARGEST = 1 << 28
+"""Bytes of a file of a tokenizer; larger ones are something else."""
 
 
 class HuggingFaceTokenizer(TokenizerBase):
@@ -53,6 +60,8 @@ class HuggingFaceTokenizer(TokenizerBase):
         if not path.exists():
             raise DataError(f"tokenizer {path} does not exist; it must be a folder or a tokenizer.json")
         folder = path if path.is_dir() else path.parent
+        if path.is_dir():
+            _refuse_folder_without_tokenizer(path)
         config = _read_config(folder)
         eod = eod_token or token_text(config.get("eos_token"))
         if eod is None:
@@ -60,7 +69,26 @@ class HuggingFaceTokenizer(TokenizerBase):
                 f"{folder}/tokenizer_config.json names no eos_token, which ends a document here; write it there, or "
                 "name the token as eod_token"
             )
+        key = key_of("Hugging Face tokenizer", eod, content_of(_files_of(path)))
+        if (known := recall(key)) is not None:
+            facts, content = known
+            plain = orjson.dumps(out_of_reach(orjson.loads(content))).decode() if facts["reached"] else None
+            made_of = {"model": content, "plain": plain, "config": config, "eod_token": eod}
+            super().__init__(f"the tokenizer in {path}", made_of, engine)
+            self.__dict__.update({name: facts[name] for name in ("fingerprint", "vocab_size")})
+            return
+        content, reached = self._examine(path, config, eod, engine)
+        facts = {"reached": reached, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size}
+        remember(key, facts, content)
+
+    def _examine(self, path: Path, config: dict[str, Any], eod: str, engine: TokenizerEngine) -> tuple[str, bool]:
+        """Set up from the files, and check that plain text gives no control token.
+
+        Returns:
+            the content of its ``tokenizer.json``, and whether the model itself can find control tokens in a text.
+        """
         model = _from_folder(path) if path.is_dir() else _from_file(path)
+        _add_configured_tokens(model, config, path if path.is_dir() else path.parent)
         eod_id = model.token_to_id(eod)
         if eod_id is None:
             raise DataError(f"{path}: the end-of-document token {eod!r} is not in the vocabulary")
@@ -76,6 +104,7 @@ class HuggingFaceTokenizer(TokenizerBase):
         unknown = unknown_id(stored)
         control = {name: index for name, index in self._control_ids.items() if index != unknown or name == eod}
         self._check_plain_text(control, reached)
+        return content, bool(reached)
 
     def _content(self) -> dict[str, Any]:
         return self._made_of
@@ -112,6 +141,26 @@ class HuggingFaceTokenizer(TokenizerBase):
         added = self._tokenizer.get_added_tokens_decoder()
         return {token.content: index for index, token in added.items() if token.special}
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template of ``chat_template.jinja`` or ``tokenizer_config.json``; of several, the default."""
+        found = self._config.get("chat_template")
+        if isinstance(found, list):
+            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+            found = named.get("default")
+        return found if isinstance(found, str) else None
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """``bos_token`` and ``eos_token`` as templates call them, as far as there are any."""
+        named = {name: token_text(self._config.get(name)) for name in ("bos_token", "eos_token")}
+        return {name: text for name, text in named.items() if text}
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """The ids of all control tokens by name."""
+        return self._control_ids
+
     def control_id(self, text: str) -> int | None:
         """The id of an added token that is marked as special; None when there is none of that name."""
         return self._control_ids.get(text)
@@ -147,6 +196,16 @@ class HuggingFaceTokenizer(TokenizerBase):
         save_as_trained(Path(folder), self._tokenizer, self._config, self._eod_token)
 
 
+def _files_of(path: Path) -> list[Path]:
+    """The files that may decide what a tokenizer is: transformers looks at more than it names."""
+    if not path.is_dir():
+        return [path, *(path.parent / name for name in _CONFIGS)]
+    if (path / "tokenizer.json").exists():
+        return [path / name for name in ("tokenizer.json", *_CONFIGS)]
+    found = (file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+    return sorted(file for file in found if file.stat().st_size <= _LARGEST)
+
+
 def _as_it_is(model: str) -> tokenizers.Tokenizer:
     """A tokenizer from the content of its file, without settings of another use that may be stored there."""
     tokenizer = tokenizers.Tokenizer.from_str(model)
@@ -156,6 +215,46 @@ def _as_it_is(model: str) -> tokenizers.Tokenizer:
     if isinstance(tokenizer.model, tokenizers.models.BPE):
         tokenizer.model.dropout = None  # other ids at every call
     return tokenizer
+
+
+def _refuse_folder_without_tokenizer(folder: Path) -> None:
+    if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "merges.txt")):
+        return
+    models = sorted(path.name for path in folder.glob("*.model"))
+    if models:
+        raise DataError(f"{folder} has no tokenizer.json; its {models[0]} is of kind sentencepiece: name that file")
+    weights = " (it holds a model without one)" if (folder / "config.json").exists() else ""
+    raise DataError(
+        f"{folder} holds no tokenizer{weights}: it has neither tokenizer.json nor vocab.json and merges.txt"
+    )
+
+
+def _add_configured_tokens(model: tokenizers.Tokenizer, config: dict[str, Any], folder: Path) -> None:
+    """Add the tokens that only ``added_tokens_decoder`` of ``tokenizer_config.json`` has, as transformers does.
+
+    Raises:
+        DataError: such a token cannot get the id that it has there.
+    """
+    listed = config.get("added_tokens_decoder")
+    if not isinstance(listed, dict):
+        return
+    known = set(model.get_added_tokens_decoder())
+    tokens = {int(index): token for index, token in listed.items() if str(index).isdecimal() and token_text(token)}
+    for index, token in sorted(tokens.items()):
+        content = token_text(token)
+        assert content is not None
+        if index in known and model.id_to_token(index) == content:
+            continue
+        flags = {
+            name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special") if name in token
+        }
+        model.add_tokens([tokenizers.AddedToken(content, **flags)])
+        given = model.token_to_id(content)
+        if given != index:
+            raise DataError(
+                f"{folder}/tokenizer_config.json gives {content!r} the id {index}; with the tokenizer next to it, it "
+                f"gets {given}: they are of different models"
+            )
 
 
 def _from_file(path: Path) -> tokenizers.Tokenizer:
@@ -270,6 +369,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """``tokenizer_config.json``, and from ``special_tokens_map.json``, as GPT-2 has it, what is not named there."""
     found = [_read_json(folder / name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
     named = {name: token_text(value) or value for name, value in found[0].items()}
+    if (template := folder / "chat_template.jinja").exists():  # where transformers writes it today
+        with disk_errors("read", template, DataError):
+            found[1]["chat_template"] = template.read_text(encoding="utf-8")
     return {**named, **{name: value for name, value in found[1].items() if value is not None or name not in named}}
 
 

@@ -113,6 +113,11 @@ class SentencePieceTokenizer(TokenizerBase):
     def _control_ids(self) -> dict[str, int]:
         return {piece.piece: index for index, piece in enumerate(self._parsed.pieces) if piece.type == _CONTROL}
 
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """The ids of all control tokens by name."""
+        return self._control_ids
+
     def control_id(self, text: str) -> int | None:
         """The id of a control piece; None when there is none of that name.
 

@@ -11,7 +11,7 @@ The objects can be sent to worker processes.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,6 +64,21 @@ class Tokenizer(Protocol):
         """What encodes many texts: ``gigatoken``, or ``tokenizers`` for the tokenizer's own library."""
         ...
 
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        """The ids of all control tokens by name."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """How conversations become text, in Jinja; None if the tokenizer's files do not say."""
+        ...
+
+    @property
+    def named_tokens(self) -> Mapping[str, str]:
+        """``bos_token`` and ``eos_token`` as templates call them, as far as there are any."""
+        ...
+
     def control_id(self, text: str) -> int | None:
         """The id of a control token such as ``<|im_start|>``; None when there is none of that name."""
         ...
@@ -107,7 +122,8 @@ def load_tokenizer(
     """Load a tokenizer.
 
     Args:
-        kind: ``huggingface`` for a folder or a ``tokenizer.json``, ``sentencepiece`` for a ``.model`` file.
+        kind: ``huggingface`` for a folder or a ``tokenizer.json``, ``sentencepiece`` for a ``.model`` file, which is
+            recognised under the other kind as well.
         path: the folder or file.
         engine: what encodes many texts: ``gigatoken``, ``tokenizers`` for the tokenizer's own library, or ``auto``
             for gigatoken where it is installed and gives the same ids.
@@ -118,6 +134,8 @@ def load_tokenizer(
             is done; or gigatoken is asked for and cannot be used.
     """
     tokenizer: Tokenizer
+    if kind == "huggingface" and _is_sentencepiece(Path(path)):
+        kind = "sentencepiece"
     try:
         if kind == "huggingface":
             tokenizer = HuggingFaceTokenizer(path, eod_token, engine)
@@ -135,6 +153,17 @@ def load_tokenizer(
     if engine == "gigatoken":
         assert tokenizer.engine == engine  # raises here, not hours later, when it cannot be used
     return tokenizer
+
+
+def _is_sentencepiece(path: Path) -> bool:
+    """Whether a file is a SentencePiece model, by its name and because it is no JSON."""
+    if path.suffix != ".model" or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return not file.read(64).lstrip().startswith(b"{")
+    except OSError:
+        return False
 
 
 def find_tokenizer(kind: TokenizerKind, named: str, folder: Path, fingerprint: str | None) -> Tokenizer:

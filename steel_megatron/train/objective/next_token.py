@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from steel_megatron.config import RunConfig
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.implementation import cross_entropy
+from steel_megatron.model.output_layer import Labels
 from steel_megatron.parallel.sequence import SequenceSplit
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.platform import LOCAL, Implementation, choose_implementation
@@ -30,20 +31,24 @@ class Batch:
     Attributes:
         tokens: int64 [B, T].
         labels: int64 [B, T]; labels[:, t] is the token to be predicted at position t (already shifted).
-        loss_mask: float32 [B, T]; 0 where a label does not count.
+        loss_mask: float32 [B, T]; the weight of each label in the sum of losses, 0 where it does not count.
         document_starts: int64 [B, T of whole sequences], for each token the position of the first token of its
             document; None where documents that share a sequence see each other.
+        items: float32 [], what the sum of losses is divided by, over all micro batches; under context parallelism, of
+            whole sequences on the first process and 0 on the others. None for the sum of ``loss_mask``.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     document_starts: torch.Tensor | None = None
+    items: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
         starts = None if self.document_starts is None else self.document_starts.to(device)
-        return Batch(self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device), starts)
+        items = None if self.items is None else self.items.to(device)
+        return Batch(self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device), starts, items)
 
     def part(self, topology: Topology) -> Batch:
         """What this process has of whole sequences, on its device: all of them, or its pieces of each."""
@@ -51,20 +56,31 @@ class Batch:
         if context_size == 1:
             return self.to(topology.device)
         positions = SequenceSplit(self.tokens.size(1), context_size).positions(topology.context_parallel_rank)
+        items = self.items
+        if items is not None and topology.context_parallel_rank:
+            items = torch.zeros_like(items)
         # Where documents begin is asked of whole sequences: a chunk may hold the end of one, and a mean over it.
         return Batch(
-            self.tokens[:, positions], self.labels[:, positions], self.loss_mask[:, positions], self.document_starts
+            self.tokens[:, positions],
+            self.labels[:, positions],
+            self.loss_mask[:, positions],
+            self.document_starts,
+            items,
         ).to(topology.device)
 
 
 class NextToken:
-    """Next-token cross entropy in float32, summed over the labels that count.
+    """Next-token cross entropy in float32, summed over the labels by their weights.
+
+    The stage's output layer computes it, and no logits of whole micro batches are made. A subclass that overrides
+    :meth:`loss` or :meth:`token_losses` is given logits.
 
     Args:
         loss_name: what its loss is called in a report.
         vocab_size: ids from here on are padding of the embedding matrix and get no probability.
         groups: the process groups.
         documents: read by the stage's modules to keep packed documents apart.
+        labels: read by the stage's output layer.
         implementation: what computes the cross entropy.
     """
 
@@ -74,10 +90,11 @@ class NextToken:
         vocab_size: int,
         groups: ProcessGroupCollection,
         documents: PackedDocuments,
+        labels: Labels,
         implementation: Implementation = LOCAL,
     ) -> None:
-        self.terms = (loss_name,)
-        self.vocab_size, self.documents = vocab_size, documents
+        self.terms: tuple[str, ...] = (loss_name,)
+        self.vocab_size, self.documents, self.labels = vocab_size, documents, labels
         self.tp_group, self.cp_group = groups.tp, groups.cp
         self.cross_entropy = cross_entropy(implementation, groups.tp)
 
@@ -88,7 +105,7 @@ class NextToken:
         Args: as for :meth:`steel_megatron.train.objective.Objective.build`.
         """
         chosen = choose_implementation(run.model.implementation)
-        return cls(run.model.loss_name, run.model.vocab_size, topology.groups, stage.documents, chosen)
+        return cls(run.model.loss_name, run.model.vocab_size, topology.groups, stage.documents, stage.labels, chosen)
 
     @classmethod
     def batch(
@@ -121,8 +138,20 @@ class NextToken:
         split = SequenceSplit(length * self.cp_group.size(), self.cp_group.size())
         positions = split.positions(self.cp_group.rank()).to(batch.tokens.device).expand(batch_size, length)
         self.documents.set(batch.document_starts)
+        in_output_layer = not self._reads_logits
+        if in_output_layer:
+            self.labels.set(batch.labels, batch.loss_mask)
         output = model(batch.tokens, positions, None)
-        return output, partial(self.loss, batch)
+        self.labels.take()  # no output layer has, on the other pipeline stages
+        return output, partial(self._with_counts if in_output_layer else self.loss, batch)
+
+    @property
+    def _reads_logits(self) -> bool:
+        """Whether this is an objective of one's own, which computes something else from them."""
+        return any(
+            getattr(getattr(self, name), "__func__", None) is not getattr(NextToken, name)
+            for name in ("loss", "token_losses")
+        )
 
     def token_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross entropy of every position in nats, float32 [B, T], from this process's logits [B, T, V / TP]."""
@@ -135,9 +164,13 @@ class NextToken:
         return self.cross_entropy(logits, labels)
 
     def loss(self, batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sum of losses, number of labels that count, and the report of both: float64 [1, 2]."""
-        total = (self.token_losses(logits, batch.labels) * batch.loss_mask).sum()
-        count = batch.loss_mask.sum()
+        """Sum of losses, what it is divided by, and the report of both: float64 [1, 2]."""
+        return self._with_counts(batch, (self.token_losses(logits, batch.labels) * batch.loss_mask).sum())
+
+    def _with_counts(self, batch: Batch, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The sum of losses, of one element, with the other two of :meth:`loss`."""
+        total = total.sum()  # no view of it: the schedules free what they are given
+        count = batch.loss_mask.sum() if batch.items is None else batch.items
         return total, count.int(), torch.stack((total.detach(), count)).double().unsqueeze(0)
 
 

@@ -193,6 +193,15 @@ def test_show(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
         assert "error: " in capsys.readouterr().err
 
 
+def test_of_many_corpora_the_first_ones_are_named(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"many{number}" for number in range(30)]
+    for number, name in enumerate(names):
+        write(folder / name, texts(1000 + number))
+    assert data("create", "many.json", *names, "--sequence_length", "10") == 0
+    (added,) = [line for line in capsys.readouterr().out.splitlines() if "add many0" in line]
+    assert added.endswith("add many7 (without limit); and so for 22 more")
+
+
 def test_texts_are_decoded(folder: Folder, sp_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
 

@@ -42,6 +42,27 @@ def test_start_up_needs_neither_torch_nor_megatron() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_commands_on_corpora_load_no_heavy_module(tmp_path: Path, sp_model: Path) -> None:
+    source, ledger = write_jsonl(tmp_path / "in.jsonl", make_texts(20)), str(tmp_path / "ledger.json")
+    prefix, tokenizer = str(tmp_path / "c"), ["--tokenizer_kind", "sentencepiece", "--tokenizer_path", str(sp_model)]
+    corpus = f"{prefix}_text_document"
+    commands = [
+        ["preprocess", "--inputs", str(source), "--output_prefix", prefix, *tokenizer],
+        ["inspect", corpus],
+        ["verify", corpus],
+        ["data", "create", ledger, corpus, "--sequence_length", "8"],
+        ["data", "show", ledger],
+    ]
+    code = (  # pyarrow is not listed, as gigatoken's awkward arrays bring it along
+        "import sys; from steel_megatron.cli import main\n"
+        f"codes = [main(words) for words in {commands!r}]\n"
+        "heavy = ('torch', 'transformers', 'megatron', 'pandas', 'datasets', 'scipy', 'matplotlib', 'ray')\n"
+        "print(codes, [name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[0, 0, 0, 0, 0] []", done.stderr
+
+
 def test_a_key_cannot_name_a_folder(tmp_path: Path, sp_model: Path) -> None:
     folder = tmp_path / "out"
     keys = {"../../esc": "..%2F..%2Fesc", "a/b": "a%2Fb", "a%2Fb": "a%252Fb", "[标题]*": "%5B标题%5D%2A"}

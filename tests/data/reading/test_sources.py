@@ -10,6 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from steel_megatron.data.reading.compression import COMPRESSIONS
+from steel_megatron.data.reading.conversations import CHAT_FORMS
 from steel_megatron.data.reading.documents import Document, SkippedRow, read_documents
 from steel_megatron.data.reading.forms import CODE_SUFFIXES, KNOWN_SUFFIXES
 from steel_megatron.data.reading.inputs import Input, parse_inputs
@@ -187,7 +188,7 @@ def test_made_samples(made_samples: dict[str, Sample], name: str) -> None:
 
 
 def test_made_samples_are_of_every_source(made_samples: dict[str, Sample], tmp_path: Path) -> None:
-    assert {sample.source for sample in made_samples.values()} == set(SOURCES) - {"text"}
+    assert {sample.source for sample in made_samples.values()} == set(SOURCES) - {"text", "chat", *CHAT_FORMS}
     for name, sample in make_samples(tmp_path).items():
         assert sample.path.read_bytes() == made_samples[name].path.read_bytes()  # the same for the same seed
     titles = [

@@ -262,7 +262,7 @@ def test_without_gigatoken_there_is_one_hint(
 def test_a_worker_without_gigatoken_says_so(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = pickle.dumps(load("byte_level", "gigatoken"))
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    with pytest.raises(DataError, match=r"cannot encode for the tokenizer in .* in a worker process"):
+    with pytest.raises(DataError, match=r"cannot encode for the tokenizer in .* in this process"):
         pickle.loads(sent).encode_flat(ZH)
 
 

@@ -220,6 +220,47 @@ def test_damaged_folder(hf_folder: Path, tmp_path: Path, damage: Callable[[Path]
         HuggingFaceTokenizer(folder)
 
 
+def test_tokens_that_only_the_configuration_has(hf_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(hf_folder, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    size = HuggingFaceTokenizer(folder).vocab_size
+    marks = ["<|im_start|>", "<|im_end|>", "<|the_end|>"]
+    decoder = {str(size + number): {"content": mark, "special": True} for number, mark in enumerate(marks)}
+    config |= {"eos_token": "<|the_end|>", "added_tokens_decoder": config.get("added_tokens_decoder", {}) | decoder}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = HuggingFaceTokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.eod_id == theirs.eos_token_id == size + 2 and ours.vocab_size == len(theirs) == size + 3
+    assert [ours.control_id(mark) for mark in marks] == theirs.convert_tokens_to_ids(marks)
+    assert not set(ours.encode("".join(marks))) & {size, size + 1, size + 2}  # plain text gives none of them
+    ours.save_pretrained(tmp_path / "exported")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert exported.convert_tokens_to_ids(marks) == [size, size + 1, size + 2]
+    config["added_tokens_decoder"][str(size + 7)] = {"content": "<late>", "special": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=rf"gives '<late>' the id {size + 7}; .* it gets {size + 3}"):
+        HuggingFaceTokenizer(folder)
+
+
+def test_a_sentencepiece_model_is_recognised(sp_model: Path, hf_folder: Path, tmp_path: Path) -> None:
+    assert load_tokenizer("huggingface", sp_model).fingerprint == SentencePieceTokenizer(sp_model).fingerprint
+    json_file = tmp_path / "named.model"
+    shutil.copyfile(hf_folder / "tokenizer.json", json_file)
+    shutil.copyfile(hf_folder / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
+    assert isinstance(load_tokenizer("huggingface", json_file), HuggingFaceTokenizer)
+
+
+def test_folders_without_a_tokenizer(sp_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no tokenizer: it has neither tokenizer\.json nor vocab.json"):
+        load_tokenizer("huggingface", tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"holds no tokenizer \(it holds a model without one\)"):
+        load_tokenizer("huggingface", tmp_path)
+    shutil.copyfile(sp_model, tmp_path / "tokenizer.model")
+    with pytest.raises(DataError, match=r"its tokenizer\.model is of kind sentencepiece: name that file"):
+        load_tokenizer("huggingface", tmp_path)
+
+
 def test_missing_and_damaged_models(sp_model: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         load_tokenizer("huggingface", tmp_path / "nowhere")

@@ -1,0 +1,202 @@
+"""Reading model folders, and making new ones under a temporary name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from steel_megatron.config import ModelConfig
+from steel_megatron.errors import CheckpointError
+from steel_megatron.files import replace_folder
+from steel_megatron.hf import mapping
+from steel_megatron.hf.architectures import constant_shapes, read_source
+from steel_megatron.hf.weights import check_finite, stored_tensors
+from steel_megatron.log import progress
+
+CHECKPOINT_MARK = "steel.json"
+REPORT = "conversion.json"
+"""What a conversion says of itself, next to the weights."""
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a folder is an exported or published one; if not, it may be a checkpoint.
+
+    Raises:
+        CheckpointError: the folder is neither.
+    """
+    if (path / "config.json").is_file():
+        return True
+    if path.is_dir() and not (path / CHECKPOINT_MARK).exists():
+        raise CheckpointError(
+            f"{path} is neither a checkpoint (it has no {CHECKPOINT_MARK}) nor a Hugging Face folder (it has no "
+            "config.json); name a checkpoint's folder, step_..., or one that export-hf made"
+        )
+    return False
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a model folder's config.json holds.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not JSON or holds no object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{folder} is not a model's folder: {path.name}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold an object; it holds a {type(config).__name__}")
+    return config
+
+
+class ModelFolder:
+    """A model's folder, of which every tensor is accounted for; tensors are read one at a time.
+
+    Args:
+        folder: with config.json and safetensors files.
+
+    Attributes:
+        config: its config.json.
+        source: what that says.
+
+    Raises:
+        CheckpointError: the folder's settings or tensors are not those of a model that this library has.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.config = read_config(folder)
+        self.source = read_source(self.config, str(folder / "config.json"))
+        self._shapes = mapping.published_shapes(self.source.model)
+        self._stored = stored_tensors(folder)
+        constant = constant_shapes(self.source.model, self.source.architecture)
+        expected = {name: shape for name, shape in self._shapes.items() if not self._is_made(name)} | constant
+        found = {name: one.shape for name, one in self._stored.items() if not self._is_other(name)}
+        mapping.check_shapes(found, expected, str(folder))
+        for name, shape in constant.items():
+            if 0 not in shape and self._stored[name].read().count_nonzero():
+                raise CheckpointError(f"{folder}: {name} is not zero, and here there is no such tensor")
+
+    @property
+    def model(self) -> ModelConfig:
+        """Its settings."""
+        return self.source.model
+
+    @property
+    def count(self) -> int:
+        """Stored tensors."""
+        return len(self._stored)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a published tensor."""
+        if self._is_bias(name):
+            name = name.removesuffix("bias") + "weight"
+        return self._stored[self._place(name)].dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """A published tensor, also where the folder's architecture has none: a zero bias, the tied output matrix.
+
+        Raises:
+            CheckpointError: it cannot be read, or holds values that are not finite.
+        """
+        if self._is_bias(name):
+            return torch.zeros(self._shapes[name], dtype=self.dtype(name))
+        tensor = self._stored[self._place(name)].read()
+        check_finite(name, tensor, self._folder)
+        return tensor
+
+    def _is_made(self, name: str) -> bool:
+        return self._is_bias(name) or self._place(name) != name
+
+    def _is_bias(self, name: str) -> bool:
+        return not self.source.has_biases and name.endswith("_proj.bias")
+
+    def _place(self, name: str) -> str:
+        tied = name == "lm_head.weight" and self.source.tied
+        return "model.embed_tokens.weight" if tied else name
+
+    @staticmethod
+    def _is_other(name: str) -> bool:
+        """Frequencies of the rotary embedding, which old versions of transformers stored and new ones compute."""
+        return name.endswith("rotary_emb.inv_freq")
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model's folder, by published name.
+
+    Raises:
+        CheckpointError: the folder's settings or tensors are not those of a model that this library has.
+    """
+    opened = ModelFolder(folder)
+    names = list(mapping.published_shapes(opened.model))
+    tensors: dict[str, torch.Tensor] = {}
+    with progress("reading weights", len(names), "tensors") as bar:
+        for name in names:
+            tensors[name] = opened.read(name)
+            bar.advance(1)
+    return tensors
+
+
+def check_output(output: Path, overwrite: bool, source: Path, marks: tuple[str, ...]) -> None:
+    """Refuse an output that would change or replace what it must not.
+
+    Args:
+        output: the folder to make; a path without links, as is ``source``.
+        overwrite: whether an earlier output may be replaced.
+        source: the folder that is converted.
+        marks: files of which every earlier output of this kind holds one.
+
+    Raises:
+        CheckpointError: the output lies in the source or around it, is there already, or is something else.
+    """
+    if source == output or source in output.parents:
+        raise CheckpointError(f"the output {output} lies inside {source}, which it would change; choose another")
+    if output in source.parents:
+        raise CheckpointError(f"the output {output} holds {source}, which it would replace; choose another")
+    if not output.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"{output} is already there; choose another name, or give --overwrite true")
+    known = output.is_dir() and (any((output / mark).is_file() for mark in marks) or not any(output.iterdir()))
+    if not known:
+        raise CheckpointError(
+            f"{output} is already there and is not an earlier output (it has no {' or '.join(marks)}), so it is not "
+            "replaced; choose another name, or remove it yourself"
+        )
+
+
+@contextmanager
+def partial_folder(output: Path) -> Iterator[Path]:
+    """A folder under a temporary name, which gets its own, synced, when the block ends well and vanishes otherwise.
+
+    Args:
+        output: its name at the end.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be made.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+        partial.mkdir(parents=True)
+        yield partial
+        replace_folder(partial, output)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"could not write {output}: {error}; no partial output was kept") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write an object, indented."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

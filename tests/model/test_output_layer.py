@@ -1,0 +1,90 @@
+"""The loss of the output layer, chunk by chunk, against cross entropy of whole logits in float64."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from steel_megatron.model import output_layer
+from steel_megatron.model.output_layer import _LinearCrossEntropy
+
+TOKENS, HIDDEN, ROWS, VOCABULARY = 23, 8, 48, 41
+ALONE: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, matrix = (torch.randn(n, HIDDEN, generator=generator).to(dtype) for n in (TOKENS, ROWS))
+    labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    weights = torch.rand(TOKENS, generator=generator) * (torch.arange(TOKENS) % 5 != 4)
+    return hidden.requires_grad_(), matrix.requires_grad_(), labels, weights
+
+
+def reference(hidden: torch.Tensor, matrix: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> list[Any]:
+    hidden, matrix = (tensor.detach().double().requires_grad_() for tensor in (hidden, matrix))
+    losses = F.cross_entropy((hidden @ matrix.t())[:, :VOCABULARY], labels, reduction="none")
+    total = losses @ weights.double()
+    return [total.detach(), *torch.autograd.grad(total, (hidden, matrix))]
+
+
+def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((ours.detach().double() - exact).norm() / exact.norm())
+
+
+@pytest.fixture(params=[1, 7, 64])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Tokens of a chunk: one, a number that leaves a rest, and more than there are."""
+    monkeypatch.setattr(output_layer, "CHUNK_BYTES", 4 * ROWS * request.param)
+    monkeypatch.setattr(output_layer, "LEAST_TOKENS", 1)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("incoming", [1.0, 0.25])
+def test_loss_and_gradients_are_those_of_whole_logits(chunks: int, incoming: float) -> None:
+    hidden, matrix, labels, weights = tensors()
+    total = _LinearCrossEntropy.apply(hidden, matrix, labels, weights, VOCABULARY, ALONE, None, True)
+    (total * incoming).backward()
+    exact, to_hidden, to_matrix = reference(hidden, matrix, labels, weights)
+    assert error(total, exact) < 1e-6
+    assert hidden.grad is not None and error(hidden.grad, incoming * to_hidden) < 1e-6
+    assert matrix.grad is not None and error(matrix.grad, incoming * to_matrix) < 1e-6
+    assert not matrix.grad[VOCABULARY:].any()  # padding
+
+
+def test_float16_keeps_gradients_that_only_the_loss_scale_makes_large_enough() -> None:
+    hidden, matrix, labels, weights = tensors(torch.float16)
+    weights, scale = weights * 1e-5, torch.tensor([2.0**14])
+    total = _LinearCrossEntropy.apply(hidden, matrix, labels, weights, VOCABULARY, ALONE, scale, True)
+    to_hidden, to_matrix = torch.autograd.grad(total * scale[0], (hidden, matrix))
+    _, exact_hidden, exact_matrix = reference(hidden, matrix, labels, weights)
+    assert error(to_hidden.double() / 2**14, exact_hidden) < 2e-3
+    assert error(to_matrix.double() / 2**14, exact_matrix) < 2e-3
+
+
+def test_bfloat16_adds_chunks_in_float32(chunks: int) -> None:
+    hidden, matrix, labels, weights = tensors(torch.bfloat16)
+    total = _LinearCrossEntropy.apply(hidden, matrix, labels, weights, VOCABULARY, ALONE, None, True)
+    exact, to_hidden, to_matrix = reference(hidden, matrix, labels, weights)
+    own_hidden, own_matrix = torch.autograd.grad(total, (hidden, matrix))
+    assert error(total, exact) < 3e-3
+    assert error(own_hidden, to_hidden) < 6e-3 and error(own_matrix, to_matrix) < 6e-3
+
+
+def test_large_logits_overflow_nothing() -> None:
+    hidden, matrix, labels, weights = tensors()
+    hidden = (hidden * 500).detach().requires_grad_()
+    total = _LinearCrossEntropy.apply(hidden, matrix, labels, weights, VOCABULARY, ALONE, None, True)
+    exact, to_hidden, _ = reference(hidden, matrix, labels, weights)
+    (own_hidden,) = torch.autograd.grad(total, hidden)
+    assert error(total, exact) < 1e-6 and error(own_hidden, to_hidden) < 1e-5
+
+
+def test_evaluation_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, matrix, labels, weights = tensors()
+    with torch.no_grad():
+        total = _LinearCrossEntropy.apply(hidden, matrix, labels, weights, VOCABULARY, ALONE, None, False)
+    assert not total.requires_grad and error(total, reference(hidden, matrix, labels, weights)[0]) < 1e-6
