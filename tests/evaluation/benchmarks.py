@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -108,17 +109,34 @@ def write_model(folder: Path, mode: str = "token") -> Path:
     import dataclasses
 
     import torch
+    from safetensors.torch import save_file
 
+    from steel_megatron.hf import modeling_steel
     from steel_megatron.hf.configuration_steel import SteelConfig
-    from steel_megatron.hf.convert import _exported_config, _write_folder
     from steel_megatron.hf.mapping import config_to_hf
-    from steel_megatron.hf.modeling_steel import SteelForCausalLM
 
     make_tokenizer(folder / "tokenizer")
     tokenizer = load_tokenizer("huggingface", folder / "tokenizer")
     torch.manual_seed(0)
     model = dataclasses.replace(MODEL, routing_mode=mode)
-    module = SteelForCausalLM(SteelConfig(**config_to_hf(model)))
-    tensors = {name: value.contiguous() for name, value in module.state_dict().items()}
-    _write_folder(folder / "hf", tensors, _exported_config(model, "float32", tokenizer), tokenizer)
+    tensors = modeling_steel.SteelForCausalLM(SteelConfig(**config_to_hf(model))).state_dict()
+    config = {
+        "architectures": ["SteelForCausalLM"],
+        "model_type": "steel",
+        "auto_map": {
+            "AutoConfig": "configuration_steel.SteelConfig",
+            "AutoModelForCausalLM": "modeling_steel.SteelForCausalLM",
+        },
+        "dtype": "float32",
+        **config_to_hf(model),
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eod_id,
+        "pad_token_id": VOCABULARY,
+    }
+    (folder / "hf").mkdir()
+    tokenizer.save_pretrained(folder / "hf")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "hf" / "model.safetensors")
+    (folder / "hf" / "config.json").write_text(json.dumps(config))
+    for name in ("configuration_steel.py", "modeling_steel.py"):
+        shutil.copyfile(Path(modeling_steel.__file__).with_name(name), folder / "hf" / name)
     return folder / "hf"
