@@ -10,6 +10,7 @@ step computes the whole text again.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -25,10 +26,11 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_steel import SteelConfig
 
+logger = logging.get_logger(__name__)
 CHUNK_BYTES = 2**28  # of a prompt's largest intermediate results at a time, so that memory does not grow with it
 
 
@@ -214,6 +216,7 @@ class SteelAttention(nn.Module):
         angles: tuple[torch.Tensor, torch.Tensor],
         mask: Any,
         cache: DynamicCache | None,
+        output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, T, d] to the same, and the weights if the attention function gives them.
@@ -223,6 +226,7 @@ class SteelAttention(nn.Module):
             angles: from :func:`rotary_angles`.
             mask: as transformers makes it for the attention function in use.
             cache: keys and values of the tokens before; those of ``x`` are added.
+            output_attentions: compute eagerly, whatever attention function is in use, since only that gives weights.
             kwargs: for the attention function.
         """
         q, k, v = (
@@ -232,11 +236,11 @@ class SteelAttention(nn.Module):
         q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+        if output_attentions or self.config._attn_implementation == "eager":
+            attend: Any = eager_attention
+        elif hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        elif self.config._attn_implementation == "eager":  # transformers 5.0
-            attend = eager_attention
-        else:
+        else:  # transformers 5.0
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         y, weights = attend(self, q, k, v, mask, dropout=0.0, scaling=self.size**-0.5, **kwargs)
         return self.o_proj(y.flatten(2)), weights
@@ -676,7 +680,8 @@ class SteelModel(SteelPreTrainedModel):
             inputs_embeds: [B, T, d], instead of ``input_ids``.
             use_cache: make a cache if none is given; no effect where the model is not causal.
             output_hidden_states: also return the embeddings and each layer's output, the last one after the norm.
-            output_attentions: also return each layer's attention weights; needs ``attn_implementation="eager"``.
+            output_attentions: also return each layer's attention weights, [B, heads, T, past + T]; attention is then
+                computed eagerly, whatever ``attn_implementation`` says.
             cache: of the tokens before; those of this call are added.
             seq_idx: int [B, T], a number for each packed document.
             cu_seq_lens_q: int [documents + 1], where packed documents begin, and the end of the last.
@@ -695,8 +700,11 @@ class SteelModel(SteelPreTrainedModel):
                 ("output_attentions", output_attentions),
             )
         )
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError('output_attentions needs a model that is loaded with attn_implementation="eager"')
+        config = self.config
+        if output_attentions and config._attn_implementation != "eager":
+            logger.warning_once("output_attentions: attention is computed eagerly, since only that shows its weights")
+            config = copy.copy(config)
+            config._attn_implementation = "eager"
         given = past_key_values if cache is None else cache
         past = given.get_seq_length() if given is not None else 0
         batch, length = x.shape[:2]
@@ -717,7 +725,7 @@ class SteelModel(SteelPreTrainedModel):
                 first = torch.diff(documents, dim=1, prepend=documents[:, :1] - 1) != 0
                 position_ids = position_ids - torch.where(first, position_ids, 0).cummax(1).values
         position_ids = position_ids.expand(batch, -1)
-        mask = self._mask(x, attention_mask, cache, documents)
+        mask = self._mask(config, x, attention_mask, cache, documents)
         size = self.config.hidden_size // self.config.num_attention_heads
         angles = rotary_angles(position_ids, size, self.config.rope_theta)
         if documents is not None:  # flash attention finds them by the positions alone
@@ -730,7 +738,8 @@ class SteelModel(SteelPreTrainedModel):
                     attention = cast(nn.Module, layer.self_attn)
                     hook = attention.register_forward_hook(lambda *call: attentions.append(call[-1][1]))
                     stack.callback(hook.remove)
-                x = layer(x, angles, mask, real[:, past:], documents, cache=cache, **kwargs)
+                shown = {"output_attentions": output_attentions}
+                x = layer(x, angles, mask, real[:, past:], documents, cache=cache, **shown, **kwargs)
             if output_hidden_states:
                 states.append(x)
         x = states[-1] = self.norm(x)
@@ -752,23 +761,24 @@ class SteelModel(SteelPreTrainedModel):
         found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask must be {list(shape)}, since the routing reads it too; it is {found}")
 
+    @staticmethod
     def _mask(
-        self,
+        config: PretrainedConfig,
         x: torch.Tensor,
         attention_mask: torch.Tensor | None,
         cache: DynamicCache | None,
         documents: torch.Tensor | None,
     ) -> Any:
-        """What the attention function in use takes for causality, padding and documents."""
+        """What the configuration's attention function takes for causality, padding and documents."""
         # Without positions, transformers does not look for documents itself.
         given: dict[str, Any] = {"attention_mask": attention_mask, CACHE: cache}
         if documents is not None:
-            if "flash" in self.config._attn_implementation and (len(x) > 1 or attention_mask is not None):
+            if "flash" in config._attn_implementation and (len(x) > 1 or attention_mask is not None):
                 raise ValueError("flash attention computes packed documents in one row without attention_mask only")
             given["and_mask_function"] = lambda row, head, q, k: documents[row, q] == documents[row, k]
         past = cache.get_seq_length() if cache is not None else 0
         given["cache_position"] = torch.arange(past, past + x.size(1), device=x.device)
-        return create_causal_mask(self.config, x, **{name: given[name] for name in given if name in MASK_ARGUMENTS})
+        return create_causal_mask(config, x, **{name: given[name] for name in given if name in MASK_ARGUMENTS})
 
     def _cache(self, given: DynamicCache | None, use_cache: bool) -> DynamicCache | None:
         if not self.config.routes_causally:

@@ -188,6 +188,28 @@ def test_eager_attention_is_sdpa_and_shows_its_weights(mode: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+def test_any_attention_shows_its_weights(implementation: str) -> None:
+    """Whatever computes it otherwise, as the eager one: with padding, packed documents, and a cache."""
+    model, ids = model_of("merged"), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    calls: list[dict[str, Any]] = [{"attention_mask": mask}, in_one_row("position_ids")]
+    results = []
+    for name in ("eager", implementation):
+        model.set_attn_implementation(name)
+        outs = [model(ids, **call, output_attentions=True) for call in calls]
+        cache = model(ids[:, :15], use_cache=True, output_attentions=True)[CACHE]
+        outs.append(model(ids[:, 15:], **{CACHE: cache}, output_attentions=True))
+        assert model.config._attn_implementation == name
+        results.append([(out.logits, *out.attentions) for out in outs])
+    for shown, expected in zip(*results, strict=True):
+        for found, value in zip(shown, expected, strict=True):
+            assert found.equal(value)
+    assert [weights.shape[2:] for weights in results[1][2][1:]] == [(8, 23)] * 2
+
+
+@torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_graph_is_whole(mode: str) -> None:

@@ -425,8 +425,6 @@ def test_misuse_is_named() -> None:
     embedded = small_model("sequence").model.embed_tokens(tokens())
     with pytest.raises(ValueError, match="give input_ids"):
         small_model("sequence").generate(inputs_embeds=embedded, max_new_tokens=2)
-    with pytest.raises(ValueError, match='with attn_implementation="eager"'):
-        small_model("merged")(tokens(), output_attentions=True)
     with pytest.raises(ValueError, match="must be a SteelCache"):
         small_model("merged")(tokens(), past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="attention_mask must be"):
