@@ -57,6 +57,8 @@ $(VENV)/.ready: $(SOURCES)
 	@# What building the extension and the packages without wheels needs, as they are built against this very torch.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" setuptools wheel ninja pybind11
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
+	@# transformers' own tests, out of its source distribution; one test runs them.
+	@$(BIN)/python -m tests.hf.suite || echo "transformers' own tests are not here: that test will be skipped"
 	@touch $@
 
 clean:

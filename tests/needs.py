@@ -19,6 +19,8 @@ from typing import NoReturn
 
 import pytest
 
+from tests.hf import suite
+
 SLURM_PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")
 NEEDS: dict[str, Need] = {}
 """By the reason of their skips."""
@@ -100,6 +102,9 @@ transformer_engine = Need(
     lambda: importlib.util.find_spec("transformer_engine") is not None,
 )
 slurm = Need("Slurm", "apt-get install slurmctld slurmd slurm-client", _slurm)
+common_suite = Need(
+    "transformers' own tests", ".venv/bin/python -m tests.hf.suite, with network (make setup runs it)", suite.is_here
+)
 mount = Need("to mount a file system", "run the tests as root, in a container with CAP_SYS_ADMIN", lambda: True)
 
 
