@@ -103,7 +103,9 @@ transformer_engine = Need(
 )
 slurm = Need("Slurm", "apt-get install slurmctld slurmd slurm-client", _slurm)
 common_suite = Need(
-    "transformers' own tests", ".venv/bin/python -m tests.hf.suite, with network (make setup runs it)", suite.is_here
+    f"the tests of transformers {suite.TESTED}",
+    f"with transformers {suite.TESTED}, .venv/bin/python -m tests.hf.suite, which needs a network (make setup runs it)",
+    suite.is_here,
 )
 mount = Need("to mount a file system", "run the tests as root, in a container with CAP_SYS_ADMIN", lambda: True)
 
