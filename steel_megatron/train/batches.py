@@ -107,9 +107,12 @@ class Batches:
                 f"training.objective = {self._run.training.objective} packs whole documents, which must not see each "
                 "other, but data.reset_at_eod is false; set it to true"
             )
-        wanted = getattr(self._objective, "kind", None)
-        for corpus in cast(LabelledSamples, samples).corpora if labelled and wanted else ():
-            if (found := kind_of(corpus)) not in (None, wanted):
+        wanted: str | None = getattr(self._objective, "kind", None)
+        if not labelled or wanted is None:
+            return
+        for corpus in cast(LabelledSamples, samples).corpora:
+            found = kind_of(corpus)
+            if found is not None and found != wanted:
                 raise ConfigError(
                     f"{corpus.prefix} holds {_IN_WORDS[found]}, but training.objective = "
                     f"{self._run.training.objective} takes {_IN_WORDS[wanted]}; {_WAY_OUT[wanted]}"
