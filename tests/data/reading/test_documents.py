@@ -19,7 +19,7 @@ GOOD = b'{"text": "fine"}\n'
 BAD_ROWS = {
     "broken": (b'{"text": "x"', "broken JSON"),
     "trailing": (b'{"text": "x"} {"text": "y"}', "broken JSON"),
-    "array": (b'["text", 5]', "key 'text' holds a int"),
+    "array": (b'["text", 5]', "a JSON list where an object"),
     "number": (b"3", "a JSON int where an object"),
     "missing": (b'{"content": "x"}', "key 'text' is missing; the row has 'content'"),
     "no keys": (b"{}", "the row has no keys"),
