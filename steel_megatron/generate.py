@@ -24,7 +24,7 @@ from steel_megatron.errors import CheckpointError, ConfigError, DataError
 from steel_megatron.hf.convert import is_exported, read_config
 from steel_megatron.hf.loading import load_model
 from steel_megatron.hf.mapping import FFN_TYPES, config_from_hf, to_hf, why_not_exportable
-from steel_megatron.hf.texts import Texts, texts_of_folder, texts_of_tokenizer
+from steel_megatron.hf.texts import Texts, finetuned, texts_of_folder, texts_of_tokenizer
 from steel_megatron.ops.sampling import Sampling, choose
 from steel_megatron.parallel.topology import initialize, initialize_alone
 from steel_megatron.platform import prepare, probe
@@ -136,7 +136,8 @@ def _opened(
         return settings, texts_of_tokenizer(loaded, chat), partial(_load_exported, model)
     info = _read_checkpoint(model)
     loaded = load_tokenizer(*tokenizer) if tokenizer else tokenizer_of_run(model)
-    return info.model, texts_of_tokenizer(loaded, chat), partial(_load_checkpoint, info, parallel or ParallelConfig())
+    texts = texts_of_tokenizer(loaded, chat, finetuned(model))
+    return info.model, texts, partial(_load_checkpoint, info, parallel or ParallelConfig())
 
 
 class _Reply:

@@ -127,6 +127,9 @@ def import_hf(
     given = {name: value for name, value in options.items() if value is not None}
     if given and upcycle is None:
         raise ConfigError(f"{next(iter(given))} is given without upcycle, which says what the model becomes")
+    without_effect = ("slots_per_expert", "block_length") if upcycle == "top_k_moe" else ("moe_top_k",)
+    if unused := [name for name in without_effect if name in given]:
+        raise ConfigError(f"{unused[0]} has no effect with upcycle {upcycle}; leave it out")
     upcycling = None if upcycle is None else Upcycling(to=upcycle, **given)
     run(Path(folder), Path(output), overwrite=overwrite, upcycling=upcycling)
 

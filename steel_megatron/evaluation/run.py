@@ -25,7 +25,7 @@ from steel_megatron.files import write_atomically
 from steel_megatron.generate import tokenizer_of_run, with_cache
 from steel_megatron.hf.convert import is_exported, read_config
 from steel_megatron.hf.mapping import config_from_hf
-from steel_megatron.hf.texts import texts_of_folder, texts_of_tokenizer
+from steel_megatron.hf.texts import finetuned, texts_of_folder, texts_of_tokenizer
 from steel_megatron.model.forward import Forward, indices_of, launched_forward, next_logits_of, padded, replicas
 from steel_megatron.parallel.agreement import raise_if_any_rank_failed
 from steel_megatron.parallel.topology import initialize, read_launch, shutdown
@@ -243,7 +243,7 @@ def _checkpoint(
 
     info = raise_if_any_rank_failed(lambda: checkpoint.read_info(path))
     own = raise_if_any_rank_failed(lambda: load_tokenizer(*tokenizer) if tokenizer else tokenizer_of_run(path))
-    texts = texts_of_tokenizer(own, protocol.chat)
+    texts = raise_if_any_rank_failed(lambda: texts_of_tokenizer(own, protocol.chat, finetuned(path)))
     verified_by_all(lambda check: check(path), checkpoint.verify)
     check_layout(info.model, topology.parallel)
     model = without_ineffective_fields(info.model)

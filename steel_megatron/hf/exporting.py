@@ -18,6 +18,7 @@ import torch
 
 from steel_megatron.config import TokenizerKind
 from steel_megatron.data.ledger.ledger import Ledger
+from steel_megatron.data.tokenizing.chat_template import ChatTemplate
 from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
 from steel_megatron.errors import CheckpointError, DataError
 from steel_megatron.files import exclusive_lock
@@ -25,6 +26,7 @@ from steel_megatron.hf import mapping
 from steel_megatron.hf.architectures import CLASSES, STEEL, architecture_for, constant_shapes, stock_config
 from steel_megatron.hf.card import write_card
 from steel_megatron.hf.folder import REPORT, check_output, partial_folder, write_json
+from steel_megatron.hf.texts import finetuned
 from steel_megatron.hf.weights import Planned, write_weights
 from steel_megatron.log import get_logger, progress
 from steel_megatron.parallel.topology import Topology, alone
@@ -185,6 +187,7 @@ class _Export:
         if tokenizer is not None:  # first, because it may not be exportable
             tokenizer.save_pretrained(folder)
             config["pad_token_id"] = _pad_id(folder)
+        ends = _write_chat_template(folder, tokenizer) if tokenizer and finetuned(self.info.path) else []
         planned = self._planned()
         write_weights(folder, planned, self._tensors(planned), self.max_shard_bytes)
         if self.architecture == STEEL:
@@ -193,6 +196,8 @@ class _Export:
         write_json(folder / "config.json", config)
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation: dict[str, Any] = {key: config[key] for key in ids if key in config}
+        if more := [end for end in ends if end != generation["eos_token_id"]]:
+            generation["eos_token_id"] = [generation["eos_token_id"], *more]
         write_json(folder / "generation_config.json", {"do_sample": False} | generation)
 
         tokens = compare.fixed_tokens(self.info.model)
@@ -274,6 +279,23 @@ class _Export:
         if not rule.per_layer:
             return self.files.read(rule.key, ((0,) * len(rule.shape), rule.shape))
         return self.files.read(rule.key, ((layer, *(0 for _ in rule.shape)), (1, *rule.shape)))[0]
+
+
+def _write_chat_template(folder: Path, tokenizer: Tokenizer) -> list[int]:
+    """Give an exported tokenizer the template of the conversations that the model was trained on.
+
+    Returns:
+        the tokens that end an answer.
+    """
+    try:
+        template = ChatTemplate(tokenizer)
+    except DataError as error:  # only of a tokenizer that did not make the run's corpora
+        logger.warning(f"the folder has no chat template: {error}")
+        return []
+    if template.portable != tokenizer.chat_template:
+        path = folder / "tokenizer_config.json"
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"chat_template": template.portable})
+    return sorted(template.ends)
 
 
 def _pad_id(folder: Path) -> int | None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from steel_megatron.data.ledger.ledger import Ledger
+from steel_megatron.data.reading.chunks import BadRow
+from steel_megatron.data.reading.conversations import Turn
 from steel_megatron.data.reading.sources import MARKS, SYSTEM_PROMPT
+from steel_megatron.data.tokenizing.chat_template import ChatTemplate
 from steel_megatron.data.tokenizing.tokenizer import Tokenizer, encode_dialogue
 from steel_megatron.errors import CheckpointError, ConfigError
 
@@ -38,15 +43,28 @@ class Texts:
     identity: str
 
 
-def texts_of_tokenizer(tokenizer: Tokenizer, chat: bool = False) -> Texts:
-    """The library's tokenizer; conversations are in ChatML, the template of the dialogues that it is trained on.
+def finetuned(checkpoint: Path) -> bool:
+    """Whether a checkpoint was trained on corpora of ``sft prepare`` or ``dpo prepare``.
+
+    Raises:
+        DataError: its ledger is damaged.
+    """
+    ledger = checkpoint / "ledger.json"
+    return ledger.exists() and Ledger.load(ledger).history.labelled
+
+
+def texts_of_tokenizer(tokenizer: Tokenizer, chat: bool = False, finetuned: bool = False) -> Texts:
+    """The library's tokenizer; conversations are as in training: in ChatML, the template of pretraining's dialogues,
+    or as ``sft prepare`` renders them.
 
     Args:
         tokenizer: the model's.
         chat: whether conversations are to be encoded.
+        finetuned: whether the model was trained on corpora of ``sft prepare`` or ``dpo prepare``.
 
     Raises:
         ConfigError: it has no marks of ChatML.
+        DataError: it has no chat template either.
     """
     plain = Texts(
         tokenizer.encode,
@@ -58,6 +76,8 @@ def texts_of_tokenizer(tokenizer: Tokenizer, chat: bool = False) -> Texts:
     )
     if not chat:
         return plain
+    if finetuned:
+        return _texts_of_template(ChatTemplate(tokenizer), plain)
     marks = [tokenizer.control_id(mark) for mark in MARKS]
     if None in marks:
         raise ConfigError(
@@ -74,6 +94,20 @@ def texts_of_tokenizer(tokenizer: Tokenizer, chat: bool = False) -> Texts:
     )
 
 
+def _texts_of_template(template: ChatTemplate, plain: Texts) -> Texts:
+    """Conversations as ``sft prepare`` renders them."""
+
+    def render(messages: Messages, add_generation_prompt: bool = True) -> str:
+        turns = [Turn(one["role"], one["content"]) for one in messages]
+        try:
+            return template.prompt(turns, add_generation_prompt)
+        except BadRow as error:
+            raise ConfigError(str(error)) from None
+
+    ends, identity = plain.ends | template.ends, f"{plain.identity} {template.source}"
+    return Texts(template.ids_of, plain.decode, render, ends, plain.first_id, identity)
+
+
 def chatml(messages: Messages, add_generation_prompt: bool = True) -> str:
     """A conversation in ChatML, with the system prompt of training where it has none.
 
@@ -86,6 +120,15 @@ def chatml(messages: Messages, add_generation_prompt: bool = True) -> str:
     start, end = MARKS
     text = "\n".join(f"{start}{one['role']}\n{one['content']}{end}" for one in messages)
     return f"{text}\n{start}assistant\n" if add_generation_prompt else text.removesuffix(end)
+
+
+def _ends_of_generation(path: Path) -> list[int]:
+    """The tokens that end a reply by an exported folder's ``generation_config.json``."""
+    try:
+        found = json.loads((path / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return []
+    return [index for index in (found if isinstance(found, list) else [found]) if isinstance(index, int)]
 
 
 def texts_of_folder(path: Path, chat: bool = False) -> Texts:
@@ -133,7 +176,7 @@ def texts_of_folder(path: Path, chat: bool = False) -> Texts:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=not text.startswith(mark))
         return ids
 
-    ends = {tokenizer.eos_token_id}
+    ends = {tokenizer.eos_token_id, *_ends_of_generation(path)}
     if chat and (end := tokenizer.get_vocab().get(MARKS[1])) is not None:
         ends.add(end)
     decode = partial(tokenizer.decode, skip_special_tokens=True)

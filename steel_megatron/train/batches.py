@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from steel_megatron.config import RunConfig
+from steel_megatron.data.indexed.labels import kind_of
 from steel_megatron.data.ledger.loader import (
+    LabelledSamples,
     LedgerSamples,
     SampleArrays,
+    Samples,
     SequentialSamples,
     WholeSamples,
     micro_batches,
@@ -28,6 +31,11 @@ from steel_megatron.train.reading import read_ahead
 
 logger = get_logger(__name__)
 
+_IN_WORDS = {"sft": "conversations", "pairs": "pairs"}
+_WAY_OUT = {
+    "sft": "it would learn the rejected answers too. Train on pairs with steel-megatron dpo",
+    "pairs": "make pairs with steel-megatron dpo prepare",
+}
 VALIDATION, CORPORA = 1 << 20, 1 << 10
 """The number of the first corpus of the first validation set, and what follows for each further set."""
 
@@ -63,7 +71,8 @@ class Batches:
             }
         )
         for name, samples in self.validation_sets.items():
-            self._check_labels(samples.labelled, f"data.validation.{name}" if name else "data.validation")
+            self._check_kind(samples, f"data.validation.{name}" if name else "data.validation")
+        session.accept_if(lambda samples: self._check_kind(samples, str(run.ledger_path)))
         for name, samples in self.validation_sets.items() if topology.launch.rank == 0 else ():
             if len(samples) < (batch := run.training.global_batch_size):
                 what = f"data.validation.{name}" if name else "data.validation"
@@ -74,7 +83,6 @@ class Batches:
         if self._session.samples is not self._stream or consumed_samples != self._next:
             self._stream = self._session.samples
             assert self._stream is not None, "the session has not started"
-            self._check_labels(self._stream.labelled, str(self._run.ledger_path))
             self._ahead = read_ahead(self._stream, self._run, self._topology, consumed_samples, self._session.end)
         self._next = consumed_samples + self._run.training.global_batch_size
         read = zip(self._which_count(consumed_samples), next(self._ahead), strict=True)
@@ -85,8 +93,9 @@ class Batches:
         labels = labels if arrays.labels is not None else []
         return self._objective.batch(tokens, starts, counts, self._topology, *labels)
 
-    def _check_labels(self, labelled: bool, where: str) -> None:
+    def _check_kind(self, samples: Samples, where: str) -> None:
         """Raise a ConfigError unless the objective is one for corpora of this kind."""
+        labelled = samples.labelled
         if labelled != getattr(self._objective, "labelled", False):
             has, needs = ("labels", "none") if labelled else ("no labels", "them")
             raise ConfigError(
@@ -98,6 +107,16 @@ class Batches:
                 f"training.objective = {self._run.training.objective} packs whole documents, which must not see each "
                 "other, but data.reset_at_eod is false; set it to true"
             )
+        wanted: str | None = getattr(self._objective, "kind", None)
+        if not labelled or wanted is None:
+            return
+        for corpus in cast(LabelledSamples, samples).corpora:
+            found = kind_of(corpus)
+            if found is not None and found != wanted:
+                raise ConfigError(
+                    f"{corpus.prefix} holds {_IN_WORDS[found]}, but training.objective = "
+                    f"{self._run.training.objective} takes {_IN_WORDS[wanted]}; {_WAY_OUT[wanted]}"
+                )
 
     def _which_count(self, consumed_samples: int) -> list[torch.Tensor | None]:
         """For each micro batch, which samples the ledger does not skip: float32 [B, 1], or None for all."""

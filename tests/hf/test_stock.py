@@ -339,5 +339,9 @@ def test_no_sizes(text: str) -> None:
 def test_options_that_do_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="num_experts is given without upcycle"):
         import_command(str(tmp_path / "in"), str(tmp_path / "out"), num_experts=4)
+    with pytest.raises(ConfigError, match="moe_top_k has no effect with upcycle merged"):
+        import_command(str(tmp_path / "in"), str(tmp_path / "out"), "merged", moe_top_k=2)
+    with pytest.raises(ConfigError, match="block_length has no effect with upcycle top_k_moe"):
+        import_command(str(tmp_path / "in"), str(tmp_path / "out"), "top_k_moe", block_length=2)
     with pytest.raises(CheckpointError, match="max_shard_size is 'much'"):
         export_command(str(tmp_path / "in"), str(tmp_path / "out"), max_shard_size="much")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from steel_megatron.cli import main
 from steel_megatron.config import ParallelConfig
+from steel_megatron.hf.convert import export_hf
+from steel_megatron.hf.texts import texts_of_folder
 from tests.data.corpora import write
 from tests.layouts.pool import Pool
 from tests.layouts.sft_runs import MODES, documents_of, prepared, pretrained, run_of, sft_run, train, train_all
@@ -63,8 +66,8 @@ def test_one_trajectory_for_all_cuts_of_a_global_batch(pool: Pool) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_from_conversations_to_a_resumed_checkpoint(pool: Pool, tmp_path: Path) -> None:
-    """Losses and validation are the same alone, with TP2 x PP2, and after a stop."""
+def test_a_run_from_conversations_to_a_chat(pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Losses and validation are the same alone, with TP2 x PP2, and after a stop; its export says the same."""
     prefix = prepared(tmp_path)
     whole = pool.run(pretrained, 1, run_of(prefix, tmp_path / "whole", ALONE))[0]
     assert not isinstance(whole, str) and len(whole[0]) == 6 and whole[0][-1] < whole[0][0]
@@ -74,6 +77,20 @@ def test_a_run_from_conversations_to_a_resumed_checkpoint(pool: Pool, tmp_path: 
     for ours in pool.run(pretrained, 4, run_of(prefix, tmp_path / "layout", LAYOUTS["tp2 pp2"])):
         assert ours[0] == pytest.approx(whole[0], rel=1e-5) and ours[1] == pytest.approx(whole[1], rel=1e-5)
     assert main(["data", "show", str(tmp_path / "whole" / "ledger.json"), "--step", "1"]) == 0
+    # A tokenizer without a template of its own.
+    settings = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+    settings |= {"chat_template": None}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step_00000006"
+    exported = export_hf(checkpoint, tmp_path / "hf", ("huggingface", str(tmp_path / "tokenizer")))
+    texts = texts_of_folder(exported, chat=True)
+    assert texts.render([{"role": "user", "content": "Hi?"}], True).startswith("<|im_start|>user\nHi?")
+    one = ["generate", "--chat", "--prompts", "Hi?", "--max_new_tokens", "4", "--model"]
+    capsys.readouterr()
+    assert main([*one, str(exported)]) == 0
+    said = capsys.readouterr().out
+    assert main([*one, str(checkpoint), "--tokenizer_path", str(tmp_path / "tokenizer")]) == 0
+    assert capsys.readouterr().out == said
 
 
 @pytest.mark.slow

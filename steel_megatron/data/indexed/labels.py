@@ -21,10 +21,23 @@ def has_labels(corpus: IndexedCorpus) -> bool:
     return corpus.manifest is not None and CHAT in corpus.manifest
 
 
+def kind_of(corpus: IndexedCorpus) -> str | None:
+    """What a corpus with labels holds, by its manifest: ``sft`` or ``pairs``; None if that is not recorded."""
+    chat = (corpus.manifest or {}).get(CHAT)
+    kind = chat.get("kind") if isinstance(chat, dict) else None
+    return kind if kind in ("sft", "pairs") else None
+
+
 def labels_prefix(prefix: str) -> str:
     """Where the labels of a corpus lie; of one that was merged or renamed, at its prefix with ``.labels`` appended."""
     before, found, behind = prefix.rpartition(f"_{TOKENS_KEY}_document")
     return f"{before}_{LABELS_KEY}_document{behind}" if found else f"{prefix}.labels"
+
+
+def tokens_prefix(prefix: str) -> str:
+    """Where the corpus lies whose labels are at ``prefix``."""
+    before, found, behind = prefix.rpartition(f"_{LABELS_KEY}_document")
+    return f"{before}_{TOKENS_KEY}_document{behind}" if found else prefix.removesuffix(f".{LABELS_KEY}")
 
 
 def open_labels(corpus: IndexedCorpus) -> IndexedCorpus:
@@ -34,6 +47,8 @@ def open_labels(corpus: IndexedCorpus) -> IndexedCorpus:
         DataError: they are missing, damaged, or of other documents.
     """
     prefix = labels_prefix(corpus.prefix)
+    if (corpus.manifest or {}).get("key") == LABELS_KEY:
+        raise DataError(f"{corpus.prefix} holds labels, not tokens; name {tokens_prefix(corpus.prefix)}")
     try:
         labels = open_indexed(prefix)
     except DataError as error:

@@ -79,6 +79,11 @@ class Samples(Protocol):
 class LabelledSamples(Samples, Protocol):
     """Numbered samples of whole documents."""
 
+    @property
+    def corpora(self) -> Sequence[IndexedCorpus]:
+        """The corpora that they are read from."""
+        ...
+
     def whole(self, number: int) -> WholeSample:
         """One sample of whole documents with labels; documents by :func:`document_key`."""
         ...
@@ -122,6 +127,11 @@ class LedgerSamples:
         self._cache = cache
         self._epochs: dict[int, tuple[int, PackedEpoch | WholeEpoch]] = {}
         self.labelled = ledger.history.labelled
+
+    @property
+    def corpora(self) -> list[IndexedCorpus]:
+        """Those that are read from the last sync on, or pending."""
+        return [self._corpora[number] for number in self.ledger.history.in_use()]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LedgerSamples, self._arguments  # another process maps the files itself

@@ -93,6 +93,7 @@ class LedgerSession:
         self._cache = self._path.with_suffix(".cache")
         self._named = [*run.data.train, *itertools.chain(*run.data.validation_sets.values())]
         self._restarted = (Path(run.checkpoint.directory) / "run.yaml").exists()  # written once a run has started
+        self._check: Callable[[LedgerSamples], None] = lambda samples: None
         self.samples: LedgerSamples | None = None
         self.end = 0
         train, length = run.data.train, run.model.sequence_length
@@ -100,6 +101,16 @@ class LedgerSession:
         if self.ledger is None:
             folder, seed = self._path.parent, run.training.seed
             self._new = processes.on_rank0(lambda: Ledger.create(train, length, seed, folder, epochs=None))
+
+    def accept_if(self, check: Callable[[LedgerSamples], None]) -> None:
+        """Set what samples the run takes, and check a new ledger's at once: nothing is written if they are refused.
+
+        Args:
+            check: raises a SteelError for those that it does not take.
+        """
+        self._check = check
+        vocab_size = self._run.model.vocab_size
+        self._processes.on_rank0(lambda: check(LedgerSamples(self._new, vocab_size)) if self._new else None)
 
     def _shared(self, ledger: Ledger | None) -> Ledger | None:
         """Rank 0's ledger on every process, byte for byte; None if it has none."""
@@ -181,9 +192,7 @@ class LedgerSession:
             ledger = self._shared(processes.on_rank0(changed))
             assert ledger is not None
             if samples is None or before is None or ledger.history.differs_from(before.history):
-                samples = processes.raise_if_any_rank_failed(
-                    lambda: LedgerSamples(ledger, self._run.model.vocab_size, self._cache)
-                )
+                samples = processes.raise_if_any_rank_failed(lambda: self._opened(ledger))
             # Before the file is written, as it must not say what cannot be read. The other processes find the index.
             step_end = min(position.consumed + position.global_batch_size, position.end)
             processes.on_rank0(lambda: samples.prepare(position.consumed, step_end))
@@ -192,6 +201,12 @@ class LedgerSession:
             logger.info(f"changes of {self._path} take effect at sample {position.consumed:,}")
         self.ledger, self.samples = ledger, samples
         processes.on_rank0(lambda: prune_cache(ledger.history, self._cache))
+
+    def _opened(self, ledger: Ledger) -> LedgerSamples:
+        """The samples of a ledger, if the run takes them."""
+        samples = LedgerSamples(ledger, self._run.model.vocab_size, self._cache)
+        self._check(samples)
+        return samples
 
 
 def _warn(message: str, error: SteelError) -> None:

@@ -24,6 +24,8 @@ from steel_megatron.data.preprocessing.stored_documents import count_ids
 from steel_megatron.errors import DataError
 from steel_megatron.files import disk_errors, remove, sync_folder, with_suffix
 
+_NOTHING = {"sft": "conversation", "pairs": "pair"}
+
 
 @dataclass
 class CorpusCounts:
@@ -251,7 +253,8 @@ class Corpora:
         for (split, key), writer in self.outputs.items():
             documents = sum(other.documents for (_, of_key), other in self.outputs.items() if of_key == key)
             if documents == 0:
-                raise EmptyCorpus(f"the inputs hold no document under key {key!r} ({self.skipped:,} rows were skipped)")
+                what = _NOTHING.get(self.job["settings"].get(CHAT, {}).get("kind"), f"document under key {key!r}")
+                raise EmptyCorpus(f"the inputs hold no {what} ({self.skipped:,} rows were skipped)")
             if writer.documents == 0:
                 fraction = self.job["settings"]["valid_fraction"]
                 raise EmptyCorpus(

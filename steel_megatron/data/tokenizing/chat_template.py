@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +68,44 @@ class ChatTemplate:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the template."""
         return hashlib.sha256(self.source.encode()).hexdigest()
+
+    @functools.cached_property
+    def ends(self) -> frozenset[int]:
+        """The control tokens that end an answer; empty if the template has none there."""
+        try:
+            ids, said = self.encode([Turn("user", "a"), Turn("assistant", "b")])
+        except BadRow:
+            return frozenset()
+        last = ids[said][-1:].tolist()
+        return frozenset(last) & frozenset(self._control.values())
+
+    @property
+    def portable(self) -> str:
+        """The template, with the BOS that it writes: exported tokenizers name none, as no other text begins with it."""
+        bos = self.tokenizer.named_tokens.get("bos_token")
+        if bos is None or "bos_token" not in self.source:
+            return self.source
+        return f"{{% set bos_token = {json.dumps(bos, ensure_ascii=False)} %}}{self.source}"
+
+    def prompt(self, turns: Sequence[Turn], reply: bool = True) -> str:
+        """The text of a conversation that goes on.
+
+        Args:
+            turns: the conversation.
+            reply: whether the assistant replies next; if not, the last turn goes on.
+
+        Raises:
+            BadRow: the template cannot render the turns.
+        """
+        text = self._render(turns, prompt=reply)[0]
+        last = turns[-1].content.rstrip()
+        return text if reply else text[: text.rindex(last) + len(last)]
+
+    def ids_of(self, text: str) -> list[int]:
+        """The ids of a rendered text: its marks are control tokens."""
+        parts = [part for part in self._marks.split(text) if part]
+        encoded = ([self._control[part]] if part in self._control else self.tokenizer.encode(part) for part in parts)
+        return [index for ids in encoded for index in ids]
 
     def encode(self, turns: Sequence[Turn], only_last: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a conversation, and which of them the assistant said, end marks included.

@@ -85,7 +85,7 @@ class Dpo(NextToken):
         recorded: in place of training, where those are written to; None while training.
     """
 
-    labelled = True
+    labelled, kind = True, "pairs"
     settings = DpoConfig()
     reference: dict[int, torch.Tensor]
     recorded: dict[int, torch.Tensor] | None = None

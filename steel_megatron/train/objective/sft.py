@@ -14,7 +14,7 @@ from steel_megatron.train.objective.next_token import Batch, NextToken
 class Sft(NextToken):
     """The mean over the label tokens of the global batch, however it is cut into micro batches and processes."""
 
-    labelled = True
+    labelled, kind = True, "sft"
 
     @classmethod
     def batch(  # type: ignore[override]

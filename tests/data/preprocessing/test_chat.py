@@ -222,3 +222,9 @@ def test_settings_that_are_refused(job: Callable[..., PrepareConfig]) -> None:
         job([], truncation="middle")
     with pytest.raises(ConfigError, match="max_tokens"):
         job([], max_tokens=1)
+
+
+@pytest.mark.parametrize(("kind", "what"), [("sft", "conversation"), ("pairs", "pair")])
+def test_inputs_that_hold_nothing(kind: Any, what: str, job: Callable[..., PrepareConfig]) -> None:
+    with pytest.raises(DataError, match=rf"the inputs hold no {what} \(1 rows were skipped\)"):
+        prepare(job([{"foo": 1}]), kind)
