@@ -406,9 +406,16 @@ def test_a_launch_that_does_not_fit_is_refused_before_anything_starts() -> None:
 
 
 @pytest.mark.slow
-def test_missing_data_is_named() -> None:
-    done = run_pretrain("--parallel.tensor_model_parallel_size", "1")
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        ([], "the tokenizer runs/quickstart/tokenizer.model does not exist"),
+        (["--data.tokenizer_path", "null"], "runs/quickstart/data/corpus_train_text_document"),
+    ],
+)
+def test_missing_data_is_named(options: list[str], missing: str) -> None:
+    done = run_pretrain("--parallel.tensor_model_parallel_size", "1", *options)
     assert done.returncode == 2
-    assert "runs/quickstart/data/corpus_train_text_document" in done.stderr
+    assert missing in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(Path.cwd().iterdir())

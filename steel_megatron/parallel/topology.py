@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 PORTS = range(20000, 32000)
 """Below those that the kernel hands out: none of them becomes the near end of somebody's connection meanwhile."""
 
+_BEFORE: dict[str, str | None] = {}
+"""What was in the environment in place of what this process has set for itself, until :func:`shutdown`: processes that
+are started later must not inherit that."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -82,13 +86,18 @@ def _rendezvous(launch: Launch) -> None:
     if launch.origin == "slurm":
         # The first node of the step's list; srun starts processes, but gives them no meeting point.
         nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "localhost"))
-        os.environ.setdefault("MASTER_ADDR", first_host(nodes))
+        found = {"MASTER_ADDR": first_host(nodes)}
         # Steps of jobs that share a node get different ports.
         number = _number(os.environ, "SLURM_JOB_ID") * 37 + _number(os.environ, "SLURM_STEP_ID")
-        os.environ.setdefault("MASTER_PORT", str(PORTS[number % len(PORTS)]))
+        found["MASTER_PORT"] = str(PORTS[number % len(PORTS)])
+        found = {name: value for name, value in found.items() if name not in os.environ}
     elif launch.origin == "alone":
-        os.environ["MASTER_ADDR"] = "localhost"
-        os.environ["MASTER_PORT"] = str(free_port())
+        found = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    else:
+        found = {}
+    for name, value in found.items():
+        _BEFORE.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
 
 
 def free_port() -> int:
@@ -133,8 +142,10 @@ def initialize(parallel: ParallelConfig, launch: Launch | None = None) -> Topolo
     with joining():
         _join(launch, platform.backend, timeout)
         from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
         parallel_state.destroy_model_parallel()
+        get_cuda_rng_tracker().reset()  # names of an earlier run in this process, which others may not know
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -219,6 +230,12 @@ def shutdown() -> None:
 
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+    while _BEFORE:
+        name, value = _BEFORE.popitem()
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from steel_megatron.errors import ConfigError, SteelError
-from steel_megatron.parallel.topology import Launch, first_host, read_launch
+from steel_megatron.parallel.topology import PORTS, Launch, alone, first_host, read_launch, shutdown
 from tests.distributed import run_distributed
 
 
@@ -75,3 +77,13 @@ def test_what_fails_on_one_process_is_raised_on_all() -> None:
     messages = run_distributed(one_fails, 2, 1)
     assert messages[1] == "this file is not here"
     assert messages[0].startswith("process 1 failed")
+
+
+def test_what_a_process_alone_sets_goes_with_its_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is started afterwards would look for its first process there."""
+    shutdown()  # what another test may have left
+    monkeypatch.setenv("MASTER_ADDR", "elsewhere")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with alone("a test"):
+        assert os.environ["MASTER_ADDR"] == "localhost" and int(os.environ["MASTER_PORT"]) in PORTS
+    assert os.environ["MASTER_ADDR"] == "elsewhere" and "MASTER_PORT" not in os.environ

@@ -342,9 +342,9 @@ def read_with_a_flipped_bit(run: RunConfig, folder: Path) -> dict[str, str]:
     engine, begun = Engine(run, topology), SimpleNamespace(begin=lambda *_: None)
     subject = open_subject(folder, 0)
     readers: dict[str, Callable[[], Any]] = {
-        "start": lambda: loop._start(run, topology, engine, begun),  # type: ignore[arg-type]
+        "start": lambda: loop._start(run, topology, engine, begun, begun),  # type: ignore[arg-type]
         "export": lambda: export_hf(folder, folder.parent / "exported"),
-        "generate": lambda: generate._load_checkpoint(checkpoint.read_info(folder)),
+        "generate": lambda: generate._load_checkpoint(checkpoint.read_info(folder), run.parallel),
         "audit": subject.load,
         "audit without an exported form": lambda: subject.fill(engine.stage),
     }

@@ -131,7 +131,7 @@ def test_the_characters_of_a_control_token_are_encoded(tmp_path: Path) -> None:
         ("<sep>", {"sep_token": {"content": "<sep>", "lstrip": False}}),
         ("<turn>", {"additional_special_tokens": ["<turn>"]}),
         ("<turn>", {"extra_special_tokens": {"turn": "<turn>"}}),
-        ("<turn>", {"added_tokens_decoder": {"9": {"content": "<turn>", "special": True}}}),
+        ("<turn>", {"added_tokens_decoder": {"61": {"content": "<turn>", "special": True}}}),
     ],
 )
 def test_tokens_with_a_part_to_play_are_control_tokens(name: str, config: dict[str, Any], tmp_path: Path) -> None:
