@@ -161,7 +161,7 @@ def test_a_stopped_process_is_found_and_ended(run: RunConfig, tmp_path: Path, st
 @pytest.mark.slow
 def test_threads_that_all_stand_still_are_found(run: RunConfig, tmp_path: Path) -> None:
     """Both end, and either may be the first."""
-    with pytest.raises(AssertionError, match="rank [01] died with exit code 76"):
+    with pytest.raises(AssertionError, match=r"rank [01] died with exit code 76"):
         run_distributed(trained, 2, watched(run, SECONDS), tmp_path, [nothing, stand_still], [], timeout=50)
     for rank in range(2):
         said = (tmp_path / f"said-{rank}").read_text()
