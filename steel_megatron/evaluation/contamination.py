@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from steel_megatron.data.indexed.dataset import IndexedCorpus, open_indexed
+from steel_megatron.data.indexed.dataset import IndexedCorpus, open_indexed, refuse_other_tokenizer
 from steel_megatron.data.indexed.inspection import expand_prefixes
 from steel_megatron.data.tokenizing.tokenizer import Tokenizer
-from steel_megatron.errors import ConfigError, DataError
+from steel_megatron.errors import ConfigError
 from steel_megatron.log import progress
 
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"
@@ -252,12 +252,7 @@ def find_overlaps(items: Sequence[Item], prefixes: Sequence[str], tokenizer: Tok
 
 def _opened(prefix: str, tokenizer: Tokenizer) -> IndexedCorpus:
     corpus = open_indexed(prefix, tokenizer.vocab_size)
-    recorded = (corpus.manifest or {}).get("tokenizer", {}).get("fingerprint")
-    if recorded not in (None, tokenizer.fingerprint):
-        raise DataError(
-            f"{corpus.prefix} was made with another tokenizer: fingerprint {recorded}, this one has "
-            f"{tokenizer.fingerprint}"
-        )
+    refuse_other_tokenizer(corpus, tokenizer.fingerprint)
     return corpus
 
 

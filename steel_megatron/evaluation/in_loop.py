@@ -8,13 +8,12 @@ from pathlib import Path
 from steel_megatron.config import RunConfig
 from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
 from steel_megatron.errors import ConfigError
-from steel_megatron.evaluation.language_model import EvaluatedModel, Share
+from steel_megatron.evaluation.language_model import EvaluatedModel
 from steel_megatron.evaluation.run import Protocol, run_harness
 from steel_megatron.evaluation.scores import BenchmarkScores, macro
 from steel_megatron.evaluation.tasks import load_benchmarks
 from steel_megatron.hf.texts import texts_of_tokenizer
 from steel_megatron.log import get_logger
-from steel_megatron.model.forward import launched_forward, next_logits_of, replicas
 from steel_megatron.train.callbacks import RunView
 from steel_megatron.train.callbacks.base import EvaluatesTasks
 from steel_megatron.train.callbacks.metrics import TensorBoard
@@ -74,25 +73,20 @@ class TaskScores(EvaluatesTasks):
 
     def evaluate(self, run: RunView) -> list[BenchmarkScores]:
         """The scores of the model as it is, the same on every process."""
-        model, topology = run.config.model, run.topology
         for chunk in run.chunks:  # waits for the weights of the step
             chunk.documents.set(None)
         for one in run.engine.models:
             one.eval()
-        forward = launched_forward(run.engine.models, model, topology)
-        asked = EvaluatedModel(
-            forward,
-            next_logits_of(forward),
+        protocol = self._protocol
+        asked = EvaluatedModel.launched(
+            run.engine.models,
+            run.config.model,
+            run.topology,
             self._texts,
-            max_length=model.sequence_length,
-            vocab_size=model.vocab_size,
-            batch_size=self._protocol.batch_size,
-            padded=model.causal,
+            batch_size=protocol.batch_size,
             fingerprint="",
-            share=Share(*replicas(topology)),
         )
         # Tasks keep the answers to their requests, so each evaluation has tasks of its own.
-        protocol = self._protocol
         benchmarks = load_benchmarks(protocol.tasks, protocol.data, protocol.num_fewshot)
         scores, _ = run_harness(asked, benchmarks, protocol)
         return scores

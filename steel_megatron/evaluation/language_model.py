@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from steel_megatron.config import ModelConfig
 from steel_megatron.errors import ConfigError
 from steel_megatron.evaluation.answers import Answers, key_of
 from steel_megatron.hf.texts import Texts
-from steel_megatron.model.forward import Forward
+from steel_megatron.model.forward import Forward, launched_forward, next_logits_of, replicas
 from steel_megatron.parallel.agreement import first_process_bytes
+from steel_megatron.parallel.topology import Topology
 
 _KEPT_AFTER = 4096
 """Requests after which their answers are written, so that a killed run does not begin anew."""
@@ -66,10 +68,8 @@ class EvaluatedModel(TemplateLM):
         forward: logits at places of texts.
         next_logits: logits of a text's next token, for replies.
         texts: the model's tokenizer.
-        max_length: tokens of a sequence.
-        vocab_size: ids below this are real.
+        settings: the model's; in a causal one, texts of different lengths may share a batch.
         batch_size: texts that are computed together.
-        padded: whether texts of different lengths may share a batch: in a causal model.
         fingerprint: of all that decides about answers.
         answers: those of earlier runs, on rank 0.
         share: which part of the work is this process's.
@@ -81,20 +81,47 @@ class EvaluatedModel(TemplateLM):
         next_logits: Callable[[torch.Tensor], torch.Tensor],
         texts: Texts,
         *,
-        max_length: int,
-        vocab_size: int,
+        settings: ModelConfig,
         batch_size: int,
-        padded: bool,
         fingerprint: str,
         answers: Answers | None = None,
         share: Share | None = None,
     ) -> None:
         super().__init__()
         self._forward, self._next_logits, self._texts = forward, next_logits, texts
-        self._max_length, self._vocab_size, self._batch_size = max_length, vocab_size, batch_size
-        self._padded, self.fingerprint = padded, fingerprint
+        self._max_length, self._vocab_size, self._batch_size = settings.sequence_length, settings.vocab_size, batch_size
+        self._padded, self.fingerprint = settings.causal, fingerprint
         self.answers, self._share = answers, share or Share()
         self.counts = Counts()
+
+    @classmethod
+    def launched(
+        cls,
+        chunks: Sequence[Any],
+        settings: ModelConfig,
+        topology: Topology,
+        texts: Texts,
+        *,
+        batch_size: int,
+        fingerprint: str,
+    ) -> EvaluatedModel:
+        """A model that the processes of a launch hold together.
+
+        Args:
+            chunks: this process's parts of it, in evaluation mode.
+            topology: the process groups.
+            settings, texts, batch_size, fingerprint: as for the class.
+        """
+        forward = launched_forward(chunks, settings, topology)
+        return cls(
+            forward,
+            next_logits_of(forward),
+            texts,
+            settings=settings,
+            batch_size=batch_size,
+            fingerprint=fingerprint,
+            share=Share(*replicas(topology)),
+        )
 
     @property
     def eot_token_id(self) -> int:

@@ -26,7 +26,7 @@ from steel_megatron.generate import tokenizer_of_run, with_cache
 from steel_megatron.hf.convert import is_exported, read_config
 from steel_megatron.hf.mapping import config_from_hf
 from steel_megatron.hf.texts import finetuned, texts_of_folder, texts_of_tokenizer
-from steel_megatron.model.forward import Forward, indices_of, launched_forward, next_logits_of, padded, replicas
+from steel_megatron.model.forward import Forward, indices_of, padded, replicas
 from steel_megatron.parallel.agreement import raise_if_any_rank_failed
 from steel_megatron.parallel.topology import initialize, read_launch, shutdown
 from steel_megatron.platform import prepare
@@ -223,10 +223,8 @@ def _exported(
         _exported_forward(module),
         with_cache(module),
         texts,
-        max_length=settings.sequence_length,
-        vocab_size=settings.vocab_size,
+        settings=settings,
         batch_size=protocol.batch_size,
-        padded=settings.causal,
         fingerprint=_fingerprint([*sorted(path.glob("*.safetensors")), path / "config.json"], texts.identity),
         share=Share(*replicas(topology)) if topology else None,
     )
@@ -235,7 +233,7 @@ def _exported(
 def _checkpoint(
     path: Path, protocol: Protocol, tokenizer: tuple[TokenizerKind, str] | None, topology: Any
 ) -> EvaluatedModel:
-    from steel_megatron.evaluation.language_model import EvaluatedModel, Share
+    from steel_megatron.evaluation.language_model import EvaluatedModel
     from steel_megatron.model.megatron_fields import without_ineffective_fields
     from steel_megatron.model.spec import build_chunks
     from steel_megatron.train import checkpoint
@@ -251,17 +249,9 @@ def _checkpoint(
     for chunk in chunks:
         checkpoint.load_weights(chunk, info, model)
         chunk.eval()
-    forward = launched_forward(chunks, model, topology)
-    return EvaluatedModel(
-        forward,
-        next_logits_of(forward),
-        texts,
-        max_length=model.sequence_length,
-        vocab_size=model.vocab_size,
-        batch_size=protocol.batch_size,
-        padded=model.causal,
-        fingerprint=_fingerprint([path / checkpoint.MANIFEST], texts.identity),
-        share=Share(*replicas(topology)),
+    fingerprint = _fingerprint([path / checkpoint.MANIFEST], texts.identity)
+    return EvaluatedModel.launched(
+        chunks, model, topology, texts, batch_size=protocol.batch_size, fingerprint=fingerprint
     )
 
 

@@ -101,28 +101,6 @@ def _live_bytes() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def assembled(ranks: list[Pieces]) -> dict[str, torch.Tensor]:
-    """Whole tensors from what processes hold of them; copies on several processes must be the same."""
-    found: dict[str, torch.Tensor] = {}
-    for name in {label.split("|")[0] for rank in ranks for label in rank}:
-        boxes = []
-        for rank in ranks:
-            for label, piece in rank.items():
-                key, offset, prepended = label.split("|")
-                if key == name:
-                    at = tuple(map(int, offset.split(",")))
-                    boxes.append((at, piece.reshape((1,) * int(prepended) + tuple(piece.shape))))
-        shape = [max(at[dim] + piece.size(dim) for at, piece in boxes) for dim in range(len(boxes[0][0]))]
-        whole = torch.full(shape, float("nan"))
-        for at, piece in boxes:
-            place = tuple(slice(start, start + size) for start, size in zip(at, piece.shape, strict=True))
-            assert bool((whole[place].isnan() | (whole[place] == piece)).all()), f"{name} at {at} differs"
-            whole[place] = piece
-        assert not whole.isnan().any(), name
-        found[name] = whole
-    return found
-
-
 def save_after_training(run: RunConfig) -> None:
     """Train as the run says, and save."""
     from steel_megatron.parallel.topology import initialize

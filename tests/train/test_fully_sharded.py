@@ -15,9 +15,9 @@ from steel_megatron.config import CheckpointConfig, DataConfig, ParallelConfig, 
 from steel_megatron.errors import ConfigError
 from steel_megatron.report import read_scalars
 from tests.distributed import run_distributed
+from tests.layouts.following import whole_tensors
 from tests.train.fully_sharded_runs import (
     Outcome,
-    assembled,
     interrupted,
     pass_on,
     read_all,
@@ -88,7 +88,7 @@ def test_sharded_weights_train_as_one_process(layout: str, variant: str) -> None
     if steps < len(one.steps) - 1:
         return
     compare([rank.steps[steps:] for rank in ranks], one.steps[steps:])
-    ours, theirs = assembled([rank.weights for rank in ranks]), assembled([one.weights])
+    ours, theirs = whole_tensors([rank.weights for rank in ranks]), whole_tensors([one.weights])
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
         assert float((ours[name] - weight).norm() / weight.norm()) < 1e-5, name
@@ -182,4 +182,6 @@ def test_it_has_its_own_overlap(option: str) -> None:
 
 def test_the_layout_names_it() -> None:
     assert ParallelConfig(fsdp=True).describe(4) == "TP1 PP1 EP1 DP4 FSDP"
-    assert torch.equal(assembled([{"w|0|0": torch.ones(2)}, {"w|2|0": torch.zeros(1)}])["w"], torch.tensor([1.0, 1, 0]))
+    assert torch.equal(
+        whole_tensors([{"w|0|0": torch.ones(2)}, {"w|2|0": torch.zeros(1)}])["w"], torch.tensor([1.0, 1, 0])
+    )

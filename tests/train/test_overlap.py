@@ -10,7 +10,8 @@ import pytest
 from steel_megatron.config import ParallelConfig, RunConfig
 from steel_megatron.errors import ConfigError
 from tests.distributed import run_distributed
-from tests.train.fully_sharded_runs import Outcome, assembled, interrupted, train_all
+from tests.layouts.following import whole_tensors
+from tests.train.fully_sharded_runs import Outcome, interrupted, train_all
 from tests.train.small_run import compare, small_run
 
 MODES = {"block_causal": {}, "merged": {"routing_mode": "merged"}}
@@ -62,7 +63,7 @@ def test_overlapping_steps_equal_one_process(layout: str, mode: str) -> None:
     one = alone()[mode]
     compare([rank.steps for rank in ranks], one.steps)
     assert all(rank.skipped == one.skipped for rank in ranks) and any(one.skipped)
-    ours, theirs = assembled([rank.weights for rank in ranks]), assembled([one.weights])
+    ours, theirs = whole_tensors([rank.weights for rank in ranks]), whole_tensors([one.weights])
     for name, weight in theirs.items():
         assert float((ours[name] - weight).norm() / weight.norm()) < 1e-5, name
 

@@ -203,6 +203,15 @@ def _check_ids(corpus: IndexedCorpus, vocab_size: int) -> None:
         refuse_ids(corpus, vocab_size)
 
 
+def refuse_other_tokenizer(corpus: IndexedCorpus, fingerprint: str) -> None:
+    """Raise a DataError if a corpus records the fingerprint of another tokenizer."""
+    recorded = (corpus.manifest or {}).get("tokenizer", {}).get("fingerprint")
+    if recorded not in (None, fingerprint):
+        raise DataError(
+            f"{corpus.prefix} was made with another tokenizer: fingerprint {recorded}, this one has {fingerprint}"
+        )
+
+
 def refuse_ids(corpus: IndexedCorpus, vocab_size: int | None) -> None:
     """Scan a corpus and raise a DataError at the first id that is negative or not below ``vocab_size``."""
     top = np.iinfo(corpus.dtype).max if vocab_size is None else vocab_size - 1

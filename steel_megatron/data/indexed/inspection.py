@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from steel_megatron.config import TokenizerKind
-from steel_megatron.data.indexed.dataset import IndexedCorpus, Origin, open_indexed, verify
+from steel_megatron.data.indexed.dataset import IndexedCorpus, Origin, open_indexed, refuse_other_tokenizer, verify
 from steel_megatron.data.indexed.format import BIN, IDX, ROWS, SUFFIXES
 from steel_megatron.data.indexed.merge import merge
 from steel_megatron.data.tokenizing.tokenizer import Tokenizer, load_tokenizer
@@ -186,12 +186,9 @@ def inspect(prefixes: Sequence[str], tokenizer: Tokenizer | None = None, samples
     corpora = [open_indexed(prefix, vocab_size) for prefix in expand_prefixes(prefixes)]
     manifests = [corpus.manifest or {} for corpus in corpora]
     recorded = [of.get("tokenizer", {}).get("fingerprint") for of in manifests]
-    for corpus, fingerprint in zip(corpora, recorded, strict=True):
-        if tokenizer is not None and fingerprint not in (None, tokenizer.fingerprint):
-            raise DataError(
-                f"{corpus.prefix} was made with another tokenizer: fingerprint {fingerprint}, this one has "
-                f"{tokenizer.fingerprint}"
-            )
+    if tokenizer is not None:
+        for corpus in corpora:
+            refuse_other_tokenizer(corpus, tokenizer.fingerprint)
     lengths, counts = _length_counts(corpora)
     return Inspection(
         prefixes=[corpus.prefix for corpus in corpora],

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from steel_megatron.config.chat import ChatKind, PrepareConfig
-from steel_megatron.data.indexed.dataset import IndexedCorpus, open_indexed
+from steel_megatron.data.indexed.dataset import IndexedCorpus, open_indexed, refuse_other_tokenizer
 from steel_megatron.data.indexed.labels import LABEL, LABELS_KEY, SECOND, SHORTENED, TOKENS_KEY, has_labels, open_labels
 from steel_megatron.data.preprocessing.chat_encoder import ChatSettings
 from steel_megatron.data.preprocessing.corpora import corpora_at
@@ -74,15 +74,12 @@ def inspect(
         html_file: written with the same; None for none.
 
     Raises:
-        DataError: the corpus has no labels or no such document, or was made by another tokenizer.
+        DataError: the corpus has no labels or no such document, or was made with another tokenizer.
     """
     corpus = open_indexed(prefix)
     if not has_labels(corpus):
         raise DataError(f"{prefix} has no labels; make one that has with steel-megatron sft prepare")
-    assert corpus.manifest is not None
-    recorded = corpus.manifest.get("tokenizer", {}).get("fingerprint")
-    if recorded not in (None, tokenizer.fingerprint):
-        raise DataError(f"{prefix} was made by another tokenizer ({recorded}, this one is {tokenizer.fingerprint})")
+    refuse_other_tokenizer(corpus, tokenizer.fingerprint)
     labels, pages = open_labels(corpus), []
     for number in documents:
         if not 0 <= number < corpus.documents:

@@ -13,7 +13,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -50,6 +50,20 @@ class PackedSpan(NamedTuple):
     offset: int
     """The document's token with which the span begins."""
     length: int
+
+
+def documents_of(corpus: IndexedCorpus, samples: Iterable[Iterable[PackedSpan]]) -> np.ndarray:
+    """The documents that have tokens in samples, as bits of
+    :func:`~steel_megatron.data.indexed.exact_duplicates.drop_bits`.
+
+    Args:
+        corpus: that the samples are of.
+        samples: the spans of each.
+    """
+    found = np.zeros(corpus.documents, dtype=bool)
+    for spans in samples:
+        found[[span.document for span in spans]] = True
+    return drop_bits(found)
 
 
 class PackedEpoch:
@@ -157,10 +171,7 @@ class PackedEpoch:
         Returns:
             their bits, as of :func:`~steel_megatron.data.indexed.exact_duplicates.drop_bits`.
         """
-        found = np.zeros(self.corpus.documents, dtype=bool)
-        for number in range(samples):
-            found[[span.document for span in self.spans(number)]] = True
-        return drop_bits(found)
+        return documents_of(self.corpus, map(self.spans, range(samples)))
 
     def _is_dropped(self, document: int) -> bool:
         return self._dropped is not None and bool(self._dropped[document >> 3] >> (document & 7) & 1)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from steel_megatron.data.indexed.dataset import IndexedCorpus
-from steel_megatron.data.indexed.exact_duplicates import bits_of, drop_bits
+from steel_megatron.data.indexed.exact_duplicates import bits_of
 from steel_megatron.data.indexed.labels import SECOND
-from steel_megatron.data.sampling.packing import PackedSpan
+from steel_megatron.data.sampling.packing import PackedSpan, documents_of
 from steel_megatron.data.sampling.permutation import Permutation
 from steel_megatron.errors import DataError
 
@@ -114,10 +114,7 @@ class WholeEpoch:
         Returns:
             their bits, as of :func:`~steel_megatron.data.indexed.exact_duplicates.drop_bits`.
         """
-        found = np.zeros(self.corpus.documents, dtype=bool)
-        for number in range(samples):
-            found[[span.document for span in self.spans(number)]] = True
-        return drop_bits(found)
+        return documents_of(self.corpus, map(self.spans, range(samples)))
 
 
 def whole_samples(corpus: IndexedCorpus, sequence_length: int, dropped: np.ndarray | None = None) -> int:
