@@ -30,7 +30,7 @@ SETTINGS = {
 
 
 def prepared(folder: Path) -> str:
-    """A corpus of pairs; its prefix."""
+    """A corpus of pairs, and one of their chosen answers next to it; the prefix of the first."""
     from steel_megatron.data.preprocessing.chat import prepare
 
     make_tokenizer(folder / "tokenizer")
@@ -44,8 +44,11 @@ def prepared(folder: Path) -> str:
         for number in range(24)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    names = {"output_prefix": str(folder / "pairs"), "tokenizer_path": str(folder / "tokenizer"), "max_tokens": 192}
-    prepare(PrepareConfig(inputs=[str(folder / "pairs.jsonl")], **names), "pairs")
+    chats = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    for name, kind in (("pairs", "pairs"), ("chats", "sft")):
+        names = {"output_prefix": str(folder / name), "tokenizer_path": str(folder / "tokenizer"), "max_tokens": 192}
+        prepare(PrepareConfig(inputs=[str(folder / f"{name}.jsonl")], **names), kind)
     return f"{folder / 'pairs'}_messages_document"
 
 
@@ -62,8 +65,8 @@ def run_on_pairs(
 
 
 def origin_of(prefix: str, folder: Path, pool: Pool) -> Path:
-    """A checkpoint to start from: of a model that was finetuned on the pairs as if they were conversations."""
-    run = run_on_pairs(prefix, folder / "origin", "", "sigmoid", None, stop_after_step=3)
+    """A checkpoint to start from: of a model that was finetuned on the chosen answers."""
+    run = run_on_pairs(str(folder / "chats_messages_document"), folder / "origin", "", "sigmoid", None, stop_after_step=3)
     found = pool.run(
         pretrained, 1, dataclasses.replace(run, training=dataclasses.replace(run.training, objective="sft"))
     )
