@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+
+from steel_megatron.errors import DataError
+from steel_megatron.files import write_atomically
 
 _LIBRARIES = ("tokenizers", "transformers", "sentencepiece", "gigatoken")
 _KEPT = 64
@@ -92,17 +94,9 @@ def remember(key: str, facts: Mapping[str, Any], text: str = "") -> None:
     """
     folder = cache_folder()
     rest = orjson.dumps(facts) + b"\n" + text.encode()
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Written next to its place and renamed: another process sees all of it or nothing, and the last one wins.
-        descriptor, partial = tempfile.mkstemp(dir=folder, prefix=".")
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(_checksum(key, rest) + b"\n" + rest)
-            os.replace(partial, folder / key)
-        except BaseException:
-            os.unlink(partial)
-            raise
+    with suppress(OSError, DataError):
+        # Another process sees all of it or nothing, and the last one wins.
+        write_atomically(folder / key, _checksum(key, rest) + b"\n" + rest, DataError)
         _forget_the_oldest(folder)
 
 
@@ -114,7 +108,7 @@ def _forget_the_oldest(folder: Path) -> None:
     def age(path: Path) -> int:
         return path.stat().st_mtime_ns
 
-    found = sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=age)
+    found = sorted((path for path in folder.iterdir() if not path.suffix), key=age)
     for path in found[:-_KEPT]:
         path.unlink(missing_ok=True)
 

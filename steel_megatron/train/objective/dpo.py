@@ -130,14 +130,8 @@ class Dpo(NextToken):
         weights = torch.ones(tokens.size(0), 1) if counts is None else counts
         split = SequenceSplit(size - 1, topo.parallel.context_parallel_size)
         own = split.positions(topo.context_parallel_rank) if split.context_size > 1 else torch.arange(size - 1)
-        sequences = Batch(
-            tokens=tokens[:, :-1].contiguous(),
-            labels=tokens[:, 1:].contiguous(),
-            loss_mask=mask[:, 1:].contiguous(),
-            document_starts=firsts[:, :-1].contiguous(),
-        ).part(topo)
         return PairBatch(
-            sequences,
+            Batch.shifted(tokens, mask[:, 1:], firsts, topo),
             texts[:, 1:][:, own].to(topo.device),
             owners[opened],
             weights.expand_as(owners)[opened].to(topo.device),

@@ -44,6 +44,32 @@ class Batch:
     document_starts: torch.Tensor | None = None
     items: torch.Tensor | None = None
 
+    @classmethod
+    def shifted(
+        cls,
+        tokens: torch.Tensor,
+        weights: torch.Tensor,
+        starts: torch.Tensor | None,
+        topology: Topology,
+        items: torch.Tensor | None = None,
+    ) -> Batch:
+        """This process's part of the batch in which every token predicts the next one.
+
+        Args:
+            tokens: int64 [B, T + 1].
+            weights: float32 [B, T], of the labels.
+            starts: int64 [B, T + 1], as ``document_starts``.
+            topology: the process groups.
+            items: as of the batch.
+        """
+        return cls(
+            tokens=tokens[:, :-1].contiguous(),
+            labels=tokens[:, 1:].contiguous(),
+            loss_mask=weights.contiguous(),
+            document_starts=None if starts is None else starts[:, :-1].contiguous(),
+            items=items,
+        ).part(topology)
+
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
         starts = None if self.document_starts is None else self.document_starts.to(device)
@@ -119,12 +145,8 @@ class NextToken:
         mask = torch.ones(tokens.size(0), tokens.size(1) - 1)
         if starts is not None:  # no document says how another one begins
             mask = torch.from_numpy(starts[:, 1:] != np.arange(1, starts.shape[1])).float()
-        return Batch(
-            tokens=tokens[:, :-1].contiguous(),
-            labels=tokens[:, 1:].contiguous(),
-            loss_mask=mask if counts is None else mask * counts,
-            document_starts=None if starts is None else torch.from_numpy(starts[:, :-1]).contiguous(),
-        ).part(topo)
+        first_tokens = None if starts is None else torch.from_numpy(starts)
+        return Batch.shifted(tokens, mask if counts is None else mask * counts, first_tokens, topo)
 
     def sizes(self, batch: Batch) -> dict[str, int]:
         """Tokens of whole sequences, and sequences."""

@@ -38,13 +38,7 @@ class Sft(NextToken):
         if counts is not None:
             counted = counted * counts
         weights, items = cls.weigh(counted, torch.from_numpy(documents))
-        return Batch(
-            tokens=tokens[:, :-1].contiguous(),
-            labels=tokens[:, 1:].contiguous(),
-            loss_mask=weights[:, 1:].contiguous(),
-            document_starts=torch.from_numpy(starts[:, :-1]).contiguous(),
-            items=items,
-        ).part(topo)
+        return Batch.shifted(tokens, weights[:, 1:], torch.from_numpy(starts), topo, items)
 
     @classmethod
     def weigh(cls, counted: torch.Tensor, documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
