@@ -66,7 +66,9 @@ def run_on_pairs(
 
 def origin_of(prefix: str, folder: Path, pool: Pool) -> Path:
     """A checkpoint to start from: of a model that was finetuned on the chosen answers."""
-    run = run_on_pairs(str(folder / "chats_messages_document"), folder / "origin", "", "sigmoid", None, stop_after_step=3)
+    run = run_on_pairs(
+        str(folder / "chats_messages_document"), folder / "origin", "", "sigmoid", None, stop_after_step=3
+    )
     found = pool.run(
         pretrained, 1, dataclasses.replace(run, training=dataclasses.replace(run.training, objective="sft"))
     )
