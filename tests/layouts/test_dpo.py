@@ -64,7 +64,7 @@ def run_on_pairs(
     )
 
 
-def origin_of(prefix: str, folder: Path, pool: Pool) -> Path:
+def origin_of(folder: Path, pool: Pool) -> Path:
     """A checkpoint to start from: of a model that was finetuned on the chosen answers."""
     run = run_on_pairs(
         str(folder / "chats_messages_document"), folder / "origin", "", "sigmoid", None, stop_after_step=3
@@ -147,7 +147,7 @@ def first_loss_and_gradients(run: RunConfig, prefix: str, alone: bool) -> tuple[
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_packed_pairs_equal_the_formula_on_single_texts(kind: str, pool: Pool, tmp_path: Path) -> None:
     prefix = prepared(tmp_path)
-    run = run_on_pairs(prefix, tmp_path / "run", "", kind, origin_of(prefix, tmp_path, pool))
+    run = run_on_pairs(prefix, tmp_path / "run", "", kind, origin_of(tmp_path, pool))
     loss, gradients, _ = pool.run(first_loss_and_gradients, 1, run, prefix, False)[0]
     expected, plain, _ = pool.run(first_loss_and_gradients, 1, run, prefix, True)[0]
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -160,7 +160,7 @@ def test_packed_pairs_equal_the_formula_on_single_texts(kind: str, pool: Pool, t
 @pytest.mark.parametrize("layout", ["tp2 pp2", "cp2 dp2"])
 def test_layouts_and_a_resumed_run_equal_one_process(layout: str, pool: Pool, tmp_path: Path) -> None:
     prefix = prepared(tmp_path)
-    origin = origin_of(prefix, tmp_path, pool)
+    origin = origin_of(tmp_path, pool)
     whole = pool.run(pretrained, 1, run_on_pairs(prefix, tmp_path / "one", "", "sigmoid", origin))[0]
     assert not isinstance(whole, str), whole
     smooth = SETTINGS["sigmoid"]
@@ -199,7 +199,7 @@ def test_loss_and_gradients_equal_trl(settings: DpoConfig, pool: Pool, tmp_path:
 
     prefix = prepared(tmp_path)
     run = dataclasses.replace(
-        run_on_pairs(prefix, tmp_path / "run", "", "sigmoid", origin_of(prefix, tmp_path, pool)), dpo=settings
+        run_on_pairs(prefix, tmp_path / "run", "", "sigmoid", origin_of(tmp_path, pool)), dpo=settings
     )
     loss, _, held = pool.run(first_loss_and_gradients, 1, run, prefix, False)[0]
     ours = mapping.to_hf(whole_tensors([held]), run.model)
