@@ -6,23 +6,18 @@
 namespace steel::cpu {
 namespace {
 
-// All of a [B, R, S, d] as float32.
+// A block's rows [S, d] as float32, widened into `buffer` where they are not.
 template <typename T>
-struct Widened {
-  Floats buffer;
-  const float* rows;
-
-  Widened(const T* from, const Sizes& sizes) {
-    const int64_t parts = sizes.batch * sizes.blocks, part = sizes.slots * sizes.width;
-    buffer = floats(buffer_size<T>(parts * part));
-    rows = buffer.get();
-    if constexpr (sizeof(T) == sizeof(float)) {
-      rows = from;
-    } else {
-      parallel(parts, [&](int64_t p) { as_floats(from + p * part, part, buffer.get() + p * part); });
-    }
+const float* as_floats(const T* rows, int64_t count, Floats& buffer) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return rows;
+  } else {
+    const float one = 1.0f;
+    buffer = floats(count);
+    row_kernels<T>().gather({count, 1, buffer.get(), nullptr, nullptr, 1, &rows, &one, 0, 0});
+    return buffer.get();
   }
-};
+}
 
 // The tokens that read block k: from where those of block k - 1 end.
 Pieces reading_pieces(const Sizes& sizes, const int64_t* reads) {
@@ -38,7 +33,7 @@ void softmax(const float* logits, int64_t tokens, int64_t slots, float* weights)
     const float max = *std::max_element(row, row + slots);
     for (int64_t j = 0; j < slots; ++j) weights[t * slots + j] = row[j] - max;
   }
-  row_kernels().exponentials(weights, tokens * slots);
+  row_kernels<float>().exponentials(weights, tokens * slots);
   for (int64_t t = 0; t < tokens; ++t) {
     float* row = weights + t * slots;
     float sum = 0.0f;
@@ -53,22 +48,19 @@ void softmax(const float* logits, int64_t tokens, int64_t slots, float* weights)
 template <typename T>
 void combine_forward(const Sizes& sizes, const T* outputs, const float* logits, const int64_t* reads, T* y) {
   const int64_t d = sizes.width, S = sizes.slots, tile = tile_length(sizes), at_once = tokens_at_once(sizes);
-  const Widened<T> wide(outputs, sizes);
   const Pieces pieces = reading_pieces(sizes, reads);
   parallel(pieces.count(), [&](int64_t task) {
     const auto& [b, piece] = pieces.all[task];
     if (piece.block < 0) return;
-    const auto terms = row_pointers(wide.rows + (b * sizes.blocks + piece.block) * S * d, S, d);
-    const Floats weights = floats(tile * S), result = floats(buffer_size<T>(at_once * d));
+    Floats buffer;
+    const auto terms = row_pointers(as_floats(outputs + (b * sizes.blocks + piece.block) * S * d, S * d, buffer), S, d);
+    const Floats weights = floats(tile * S);
     for (int64_t begin = piece.begin; begin < piece.end; begin += tile) {
       const int64_t tokens = b * sizes.length + begin, count = std::min(tile, piece.end - begin);
       softmax(logits + tokens * S, count, S, weights.get());
       for (int64_t t = 0; t < count; t += at_once) {
         const int64_t some = std::min(at_once, count - t);
-        T* rows = y + (tokens + t) * d;
-        float* out = target(rows, result.get());
-        row_kernels().mix({d, some, out, nullptr, nullptr, S, terms.data(), &weights[t * S], S, 1});
-        finish(out, rows, some * d);
+        row_kernels<T>().spread({d, some, y + (tokens + t) * d, nullptr, nullptr, S, terms.data(), &weights[t * S], S, 1});
       }
     }
   });
@@ -79,19 +71,19 @@ void combine_backward(
     const Sizes& sizes, const T* grad_y, const T* outputs, const float* logits, const int64_t* reads, T* grad_outputs,
     float* grad_logits) {
   const int64_t d = sizes.width, S = sizes.slots, R = sizes.blocks, tile = tile_length(sizes);
-  const Widened<T> wide(outputs, sizes);
   const Pieces pieces = reading_pieces(sizes, reads);
   const Floats sums = floats(pieces.count() * S * d);
   parallel(pieces.count(), [&](int64_t task) {
     const auto& [b, piece] = pieces.all[task];
     if (piece.block < 0) return;
-    const float* block_rows = wide.rows + (b * R + piece.block) * S * d;
-    const Floats weights = floats(tile * S), buffer = floats(buffer_size<T>(tile * d));
+    Floats buffer;
+    const float* block_rows = as_floats(outputs + (b * R + piece.block) * S * d, S * d, buffer);
+    const Floats weights = floats(tile * S);
     const std::vector<float> ones(S, 1.0f);
     for (int64_t begin = piece.begin; begin < piece.end; begin += tile) {
       const int64_t tokens = b * sizes.length + begin, count = std::min(tile, piece.end - begin), at = tokens * S;
-      const float* rows = as_floats(grad_y + tokens * d, count * d, buffer.get());
-      row_kernels().dots(rows, count, block_rows, S, d, grad_logits + at);
+      const T* rows = grad_y + tokens * d;
+      row_kernels<T>().dots(rows, count, block_rows, S, d, grad_logits + at);
       softmax(logits + at, count, S, weights.get());
       for (int64_t t = 0; t < count; ++t) {
         float *weight = &weights[t * S], *gradient = grad_logits + at + t * S, mean = 0.0f;
@@ -101,16 +93,16 @@ void combine_backward(
       const auto terms = row_pointers(rows, count, d);
       float* sum = &sums[task * S * d];
       const float* base = begin == piece.begin ? nullptr : sum;
-      row_kernels().mix({d, S, sum, base, ones.data(), count, terms.data(), weights.get(), 1, S});
+      row_kernels<T>().gather({d, S, sum, base, ones.data(), count, terms.data(), weights.get(), 1, S, count * d});
     }
   });
   parallel(sizes.batch * R * S, [&](int64_t task) {
     const int64_t b = task / (R * S), k = task / S % R, j = task % S;
-    const Floats result = floats(buffer_size<T>(d));
-    float* out = target(grad_outputs + task * d, result.get());
-    std::fill(out, out + d, 0.0f);
-    for (int64_t p = pieces.begin(b, k); p < pieces.begin(b, k + 1); ++p) add_row(out, 1.0f, &sums[(p * S + j) * d], 1.0f, d);
-    finish(out, grad_outputs + task * d, d);
+    std::vector<const float*> parts;
+    for (int64_t p = pieces.begin(b, k); p < pieces.begin(b, k + 1); ++p) parts.push_back(&sums[(p * S + j) * d]);
+    const std::vector<float> ones(parts.size(), 1.0f);
+    const auto count = static_cast<int64_t>(parts.size());
+    row_kernels<T>().spread({d, 1, grad_outputs + task * d, nullptr, nullptr, count, parts.data(), ones.data(), 0, 1});
   });
 }
 

@@ -8,31 +8,33 @@
 namespace steel::cpu {
 
 // out_i = base_scale_i * base_i + sum over k of coefficients[i * row_stride + k * term_stride] * terms_k
+template <typename Term, typename Out>
 struct Mix {
   int64_t width;
   int64_t rows;
-  float* out;                    // [rows, width]; may be `base`
-  const float* base;             // [rows, width]; nullptr for zeros
-  const float* base_scale;       // [rows]
-  int64_t count;                 // of terms
-  const float* const* terms;     // pointers to rows of `width` floats
+  Out* out;                   // [rows, width]; may be `base`
+  const Out* base;            // [rows, width]; nullptr for zeros
+  const float* base_scale;    // [rows]
+  int64_t count;              // of terms
+  const Term* const* terms;   // pointers to rows of `width` numbers
   const float* coefficients;
   int64_t row_stride, term_stride;
+  int64_t ahead = 0;  // numbers from a term to what a later call reads there, fetched from memory meanwhile; 0: nothing
 };
 
+// On tokens of type T, which are widened and rounded in registers: no pass of its own converts them.
+template <typename T>
 struct RowKernels {
   // out[i * rows_b + j] = a_i . b_j, with rows [rows_a, width] and [rows_b, width]
-  void (*dots)(const float* a, int64_t rows_a, const float* b, int64_t rows_b, int64_t width, float* out);
-  float (*sum_of_squares)(const float* row, int64_t width);
-  void (*mix)(const Mix& mix);
+  void (*dots)(const T* a, int64_t rows_a, const float* b, int64_t rows_b, int64_t width, float* out);
+  float (*sum_of_squares)(const T* row, int64_t width);
+  void (*gather)(const Mix<T, float>& mix);  // tokens into sums
+  void (*spread)(const Mix<float, T>& mix);  // rows of floats into tokens
   void (*exponentials)(float* values, int64_t count);  // in place; below exp(-87) is 0
-  void (*widen)(const BFloat16* from, float* to, int64_t count);
-  void (*narrow)(const float* from, BFloat16* to, int64_t count);
-  void (*widen_half)(const Float16* from, float* to, int64_t count);
-  void (*narrow_half)(const float* from, Float16* to, int64_t count);
 };
 
 // The kernels for what the machine has; ATEN_CPU_CAPABILITY (default, avx2, avx512) holds them to less, as it does torch.
-const RowKernels& row_kernels();
+template <typename T>
+const RowKernels<T>& row_kernels();
 
 }  // namespace steel::cpu

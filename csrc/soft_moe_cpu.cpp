@@ -17,16 +17,15 @@ void dispatch_piece(
     const Sizes& sizes, const T* x, const float* keys, const Piece& piece, bool mix_normalized, float* logits,
     Running* running, float* sums) {
   const int64_t d = sizes.width, S = sizes.slots, longest = tile_length(sizes);
-  const Floats buffer = floats(buffer_size<T>(longest * d)), weights = floats(longest * S), carry = floats(S);
-  const Floats inverse = floats(longest), max = floats(S);
+  const Floats weights = floats(longest * S), carry = floats(S), inverse = floats(longest), max = floats(S);
   if (piece.block >= 0) std::fill(running, running + S, nothing_yet());
   for (int64_t begin = piece.begin; begin < piece.end; begin += longest) {
     const int64_t count = std::min(longest, piece.end - begin);
-    const float* rows = as_floats(x + begin * d, count * d, buffer.get());
+    const T* rows = x + begin * d;
     float* tile = logits + begin * S;
-    row_kernels().dots(rows, count, keys, S, d, tile);
+    row_kernels<T>().dots(rows, count, keys, S, d, tile);
     for (int64_t t = 0; t < count; ++t) {
-      inverse[t] = inverse_norm(row_kernels().sum_of_squares(rows + t * d, d));
+      inverse[t] = inverse_norm(row_kernels<T>().sum_of_squares(rows + t * d, d));
       for (int64_t j = 0; j < S; ++j) tile[t * S + j] *= inverse[t];
     }
     if (piece.block < 0) continue;
@@ -37,7 +36,7 @@ void dispatch_piece(
     for (int64_t t = 0; t < count; ++t) {
       for (int64_t j = 0; j < S; ++j) weights[t * S + j] = tile[t * S + j] - max[j];
     }
-    row_kernels().exponentials(weights.get(), count * S);
+    row_kernels<float>().exponentials(weights.get(), count * S);
     for (int64_t j = 0; j < S; ++j) {
       carry[j] = exp_below(running[j].max, max[j]);
       running[j] = Running{max[j], running[j].sum * carry[j]};
@@ -51,7 +50,7 @@ void dispatch_piece(
     }
     const auto terms = row_pointers(rows, count, d);
     const float* base = begin == piece.begin ? nullptr : sums;
-    row_kernels().mix({d, S, sums, base, carry.get(), count, terms.data(), weights.get(), 1, S});
+    row_kernels<T>().gather({d, S, sums, base, carry.get(), count, terms.data(), weights.get(), 1, S, count * d});
   }
 }
 
@@ -98,7 +97,7 @@ void merge_pieces(
     }
     const bool empty = total.sum == 0.0f;
     const float scale = empty ? 0.0f : 1.0f / total.sum;
-    row_kernels().mix({d, 1, slots + (k * S + j) * d, row.get(), &scale, 0, nullptr, nullptr, 0, 0});
+    row_kernels<float>().gather({d, 1, slots + (k * S + j) * d, row.get(), &scale, 0, nullptr, nullptr, 0, 0});
     lse[k * S + j] = empty ? -INFINITY : log_sum_exp(total);
   }
 }
@@ -117,8 +116,8 @@ void scan_back(
     const bool goes = k + 1 < sizes.blocks && goes_on(starts, k + 1);
     const float one = 1.0f, factor = goes ? exp_below(lse[k * S], lse[(k + 1) * S]) : 0.0f;
     const float* later = factor == 0.0f ? nullptr : row + S * d;
-    row_kernels().dots(slots + k * S * d, 1, gradient, 1, d, scanned_dot + k * S);
-    row_kernels().mix({d, 1, row, later, &factor, 1, &gradient, &one, 0, 0});
+    row_kernels<float>().dots(slots + k * S * d, 1, gradient, 1, d, scanned_dot + k * S);
+    row_kernels<float>().gather({d, 1, row, later, &factor, 1, &gradient, &one, 0, 0});
     scanned_dot[k * S] -= grad_lse[k * S];
     if (later != nullptr) scanned_dot[k * S] += factor * scanned_dot[(k + 1) * S];
   }
@@ -139,19 +138,20 @@ struct TileGradient {
   // With A, a of the block (nullptr where the tokens feed no slot), w_tj = exp(l_tj - lse_j):
   //   dl_tj = grad_logit_tj + w_tj (v_t . A_j - a_j)      g_t = sum_j dl_tj key_j, and w_tj A_j if v is u
   //   dx_t = (g_t - u_t (u_t . g_t)) / |x_t|, and sum_j w_tj A_j if v is x
+  template <typename T>
   void compute(
-      const Sizes& sizes, const float* rows, int64_t count, bool mix_normalized, const float* grad_logits,
+      const Sizes& sizes, const T* rows, int64_t count, bool mix_normalized, const float* grad_logits,
       const float* logits, const float* lse, const float* scanned, const float* scanned_dot) {
     const int64_t d = sizes.width, S = sizes.slots;
     if (scanned != nullptr) {
-      row_kernels().dots(rows, count, scanned, S, d, dots.get());
+      row_kernels<T>().dots(rows, count, scanned, S, d, dots.get());
       for (int64_t t = 0; t < count; ++t) {
         for (int64_t j = 0; j < S; ++j) weights[t * S + j] = logits[t * S + j] - lse[j];
       }
-      row_kernels().exponentials(weights.get(), count * S);
+      row_kernels<float>().exponentials(weights.get(), count * S);
     }
     for (int64_t t = 0; t < count; ++t) {
-      const float squares = row_kernels().sum_of_squares(rows + t * d, d);
+      const float squares = row_kernels<T>().sum_of_squares(rows + t * d, d);
       const float mixed_scale = mix_normalized ? inverse_norm(squares) : 1.0f;
       inverse[t] = inverse_norm(squares);
       float along_u = 0.0f;  // u . g, from the dot products at hand
@@ -190,7 +190,6 @@ void dispatch_backward_run(
     const int64_t* ends, bool mix_normalized, const float* grad_logits, const float* logits, const float* lse,
     const float* scanned, const float* scanned_dot, T* grad_x, float* grad_keys) {
   const int64_t d = sizes.width, S = sizes.slots, longest = tile_length(sizes), at_once = tokens_at_once(sizes);
-  const Floats buffer = floats(buffer_size<T>(longest * d)), result = floats(buffer_size<T>(at_once * d));
   TileGradient tile(longest, S);
   const std::vector<float> ones(S, 1.0f);
   std::vector<const float*> terms = row_pointers(keys, 2 * S, d);  // the second half is replaced for every block
@@ -199,22 +198,20 @@ void dispatch_backward_run(
     end = std::min({end_of_part(sizes, starts, ends, begin, block), begin + longest, run_end});
     const bool feeds = block < sizes.blocks;
     const int64_t count = end - begin, at_block = feeds ? block * S : 0;
-    const float* rows = as_floats(x + begin * d, count * d, buffer.get());
+    const T* rows = x + begin * d;
     const float* block_rows = feeds ? scanned + at_block * d : nullptr;
     tile.compute(
         sizes, rows, count, mix_normalized, grad_logits + begin * S, logits + begin * S, lse + at_block, block_rows,
         scanned_dot + at_block);
     const auto token_terms = row_pointers(rows, count, d);
     const float* base = begin == run_begin ? nullptr : grad_keys;
-    row_kernels().mix({d, S, grad_keys, base, ones.data(), count, token_terms.data(), tile.keys_share.get(), 1, S});
+    row_kernels<T>().gather({d, S, grad_keys, base, ones.data(), count, token_terms.data(), tile.keys_share.get(), 1, S, count * d});
     for (int64_t j = 0; feeds && j < S; ++j) terms[S + j] = block_rows + j * d;
     for (int64_t t = 0; t < count; t += at_once) {
       const int64_t some = std::min(at_once, count - t);
-      float* out = target(grad_x + (begin + t) * d, result.get());
-      row_kernels().mix(
-          {d, some, out, rows + t * d, &tile.x_share[t], feeds ? 2 * S : S, terms.data(), &tile.coefficients[t * 2 * S],
+      row_kernels<T>().spread(
+          {d, some, grad_x + (begin + t) * d, rows + t * d, &tile.x_share[t], feeds ? 2 * S : S, terms.data(), &tile.coefficients[t * 2 * S],
            2 * S, 1});
-      finish(out, grad_x + (begin + t) * d, some * d);
     }
   }
 }

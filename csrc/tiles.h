@@ -19,11 +19,11 @@ inline Floats floats(int64_t count) { return Floats(new float[std::max<int64_t>(
 inline int64_t longest_piece(const Sizes& sizes) { return std::max<int64_t>(256, 4 * sizes.slots); }
 
 // Tokens of a tile: more where a tile's products have to pay for reading and writing many rows of sums.
-inline int64_t tile_length(const Sizes& sizes) { return sizes.slots < 24 ? 16 : 64; }
+inline int64_t tile_length(const Sizes& sizes) { return sizes.slots < 24 ? 24 : 64; }
 
 // Tokens whose results are written at once: few where they are a stream to memory, all of a tile where the sums' terms are
 // too many for the first-level cache.
-inline int64_t tokens_at_once(const Sizes& sizes) { return sizes.slots < 24 ? 4 : tile_length(sizes); }
+inline int64_t tokens_at_once(const Sizes& sizes) { return sizes.slots < 24 ? 8 : tile_length(sizes); }
 
 // Runs task(0), ..., task(count - 1) on torch's threads.
 template <typename Task>
@@ -64,44 +64,16 @@ class Pieces {
   std::vector<int64_t> first_, base_;
 };
 
-// Rows of float32 where they are, or widened into `buffer`.
-inline const float* as_floats(const float* rows, int64_t, float*) { return rows; }
-
-inline const float* as_floats(const BFloat16* rows, int64_t count, float* buffer) {
-  row_kernels().widen(rows, buffer, count);
-  return buffer;
-}
-
-inline const float* as_floats(const Float16* rows, int64_t count, float* buffer) {
-  row_kernels().widen_half(rows, buffer, count);
-  return buffer;
-}
-
 template <typename T>
-int64_t buffer_size(int64_t count) {
-  return sizeof(T) == sizeof(float) ? 0 : count;
-}
-
-// Where to write rows of float32 that become rows of T by finish().
-inline float* target(float* rows, float*) { return rows; }
-template <typename T>
-float* target(T*, float* buffer) {
-  return buffer;
-}
-inline void finish(const float*, float*, int64_t) {}
-inline void finish(const float* buffer, BFloat16* rows, int64_t count) { row_kernels().narrow(buffer, rows, count); }
-
-inline void finish(const float* buffer, Float16* rows, int64_t count) { row_kernels().narrow_half(buffer, rows, count); }
-
-inline std::vector<const float*> row_pointers(const float* rows, int64_t count, int64_t width) {
-  std::vector<const float*> pointers(count);
+std::vector<const T*> row_pointers(const T* rows, int64_t count, int64_t width) {
+  std::vector<const T*> pointers(count);
   for (int64_t row = 0; row < count; ++row) pointers[row] = rows + row * width;
   return pointers;
 }
 
 // to = before * to + added * part, on one row.
 inline void add_row(float* to, float before, const float* part, float added, int64_t width) {
-  row_kernels().mix({width, 1, to, to, &before, 1, &part, &added, 0, 0});
+  row_kernels<float>().gather({width, 1, to, to, &before, 1, &part, &added, 0, 0});
 }
 
 }  // namespace steel::cpu
