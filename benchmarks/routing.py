@@ -8,13 +8,17 @@ The shape is Steel-LLM's, 4 sequences of 2,048 tokens of width 1,792; mode ``seq
     compiled          torch.compile of that
     soft-moe-pytorch  the package of that name (pip install soft-moe-pytorch), where it is installed
     ours              steel_megatron.ops
-    copy              a copy of the tokens: reads and writes as much as the forward pass must
+    copy              a copy of the tokens into memory that is there: reads and writes as much as the forward pass must
+
+Large tensors are fetched from the system and given back with every call, page by page, which can take longer than the
+arithmetic. So all ways run twice: in memory ``as is``, which is what a user gets, and then ``warm``, where freed memory
+stays with the process (mallopt). ``faults`` are page faults of one call.
 
 All ways are first held to the float32 result of ours, and ours in float32 to eager's. Then they run in turn, round by
 round, so that whatever else the machine does hits all. ``x eager`` is the median over the rounds of eager's time by
-this way's. ``extra MiB`` is measured in a process per way: how far a step's resident memory rises (VmHWM of
-/proc/self/status, reset before the step, after one step to warm up) above what was there before and the results of the
-step (y, and the gradients of tokens and keys).
+this way's; with one thread it is processor time, which other programs disturb less. ``extra MiB`` is measured in a
+process per way: how far a step's resident memory rises (VmHWM of /proc/self/status, reset before the step, after one
+step to warm up) above what was there before and the results of the step (y, and the gradients of tokens and keys).
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
+import resource
 import statistics
 import subprocess
 import sys
@@ -95,7 +100,9 @@ def route_of(way: str, problem: Problem) -> Route | None:
     if way == "soft-moe-pytorch":
         return soft_moe_pytorch(problem)
     if way == "copy":
-        return lambda: problem.x.clone()
+        tokens = problem.x.detach()
+        there = tokens.clone()
+        return lambda: there.copy_(tokens)
     function = {"eager": eager, "compiled": torch.compile(eager, dynamic=False), "ours": ours}[way]
     return lambda: function(problem.x, problem.phi)
 
@@ -124,15 +131,31 @@ def hold_equal(name: str, results: tuple[torch.Tensor, ...], right: tuple[torch.
             )
 
 
-def seconds_in_turn(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step, each run once per round; a first round does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+def keep_freed_memory() -> bool:
+    """Let malloc keep what is freed, however large; whether this system's does."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    no_maps, never_trimmed = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    return all(mallopt(*setting) for setting in (no_maps, never_trimmed))
+
+
+def page_faults() -> int:
+    """Page faults of this process so far that needed no disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def measured_in_turn(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[tuple[float, int]]]:
+    """Seconds and page faults of every step, each run once per round; a first round does not count."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    measured: dict[str, list[tuple[float, int]]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
-            started = time.perf_counter()
+            faults, started = page_faults(), clock()
             step()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: values[1:] for name, values in seconds.items()}
+            measured[name].append((clock() - started, page_faults() - faults))
+    return {name: values[1:] for name, values in measured.items()}
 
 
 def resident(field: str) -> int:
@@ -167,7 +190,7 @@ def right_results(slots: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, ...
     return right
 
 
-def compare(slots: int, dtype: str, arguments: argparse.Namespace, shape: tuple[int, ...]) -> None:
+def compare(slots: int, dtype: str, memory: str, arguments: argparse.Namespace, shape: tuple[int, ...]) -> None:
     """Print the table's rows for one number of slots and one type."""
     right = right_results(slots, shape)
     problem = Problem.make(shape, slots, getattr(torch, dtype))
@@ -178,13 +201,19 @@ def compare(slots: int, dtype: str, arguments: argparse.Namespace, shape: tuple[
     del right
     for backward in (False, True):
         steps = {way: step_of(route, problem, backward and way != "copy") for way, route in routes.items()}
-        seconds = seconds_in_turn(steps, arguments.rounds)
-        for way, values in seconds.items():
-            ratio = statistics.median(e / v for e, v in zip(seconds["eager"], values, strict=True))
-            memory = "" if way == "copy" else f"{extra_memory_elsewhere(way, slots, dtype, backward, arguments):.0f}"
+        measured = measured_in_turn(steps, arguments.rounds)
+        for way, values in measured.items():
+            seconds, faults = zip(*values, strict=True)
+            ratio = statistics.median(e / v for (e, _), v in zip(measured["eager"], seconds, strict=True))
+            extra = ""
+            if memory == "as is" and way != "copy":
+                extra = f"{extra_memory_elsewhere(way, slots, dtype, backward, arguments):.0f}"
             what = "fwd + bwd" if backward else "forward"
-            milliseconds = 1e3 * statistics.median(values)
-            print(f"{slots:>5}  {dtype:<9}{what:<11}{way:<18}{milliseconds:>9.1f}{ratio:>9.2f}{memory:>11}", flush=True)
+            print(
+                f"{slots:>5}  {dtype:<9}{memory:<7}{what:<11}{way:<18}{1e3 * statistics.median(seconds):>9.1f}"
+                f"{ratio:>9.2f}{statistics.median(faults):>8.0f}{extra:>11}",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -210,10 +239,15 @@ def main() -> None:
     print(f"{list(shape)}, {arguments.threads} threads, torch {torch.__version__}, {arguments.rounds} rounds")
     if importlib.util.find_spec("soft_moe_pytorch") is None:
         print("soft-moe-pytorch is not installed: left out")
-    print(f"\n{'slots':>5}  {'type':<9}{'pass':<11}{'way':<18}{'median ms':>9}{'x eager':>9}{'extra MiB':>11}")
-    for slots in arguments.slots:
-        for dtype in arguments.dtype:
-            compare(slots, dtype, arguments, shape)
+    head = f"{'slots':>5}  {'type':<9}{'memory':<7}{'pass':<11}{'way':<18}"
+    print(f"\n{head}{'median ms':>9}{'x eager':>9}{'faults':>8}{'extra MiB':>11}")
+    for memory in ("as is", "warm"):
+        if memory == "warm" and not keep_freed_memory():
+            print("this system's malloc cannot be told to keep memory: the warm rows are left out")
+            break
+        for slots in arguments.slots:
+            for dtype in arguments.dtype:
+                compare(slots, dtype, memory, arguments, shape)
 
 
 if __name__ == "__main__":

@@ -310,7 +310,8 @@ const RowKernels<T>& pick() {
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx2 && has_avx512 && most == "avx512") {
-    return __builtin_cpu_supports("avx512bf16") ? avx512_bf16::kernels<T> : avx512::kernels<T>;
+    const bool rounds = variable == nullptr && __builtin_cpu_supports("avx512bf16");
+    return rounds ? avx512_bf16::kernels<T> : avx512::kernels<T>;
   }
   if (has_avx2 && (most == "avx512" || most == "avx2")) return avx2::kernels<T>;
 #endif

@@ -33,7 +33,8 @@ struct RowKernels {
   void (*exponentials)(float* values, int64_t count);  // in place; below exp(-87) is 0
 };
 
-// The kernels for what the machine has; ATEN_CPU_CAPABILITY (default, avx2, avx512) holds them to less, as it does torch.
+// The kernels for what the machine has; ATEN_CPU_CAPABILITY (default, avx2, avx512) holds them to less, as it does torch:
+// avx512 is without AVX512-BF16.
 template <typename T>
 const RowKernels<T>& row_kernels();
 

@@ -268,6 +268,22 @@ def test_16_bit_types_are_no_worse_than_eager(
         assert error <= 1.02 * eager_error + floor, f"{name}: {error:.2e}, eager {eager_error:.2e}"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_numbers_are_read_and_rounded_exactly(dtype: torch.dtype) -> None:
+    """All that there are, and means of two, which are rounded to nearest even; in vectors, and in what is left over."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    subnormal = every.float().abs() < torch.finfo(dtype).smallest_normal
+    every = every[every.isfinite() & ~(subnormal & (dtype == torch.bfloat16))]  # AVX512-BF16 takes these for 0
+    others = every.roll(3)
+    for width in (len(every), 7):
+        rows = torch.stack((every[-width:], others[-width:]))
+        single = kernels.combine(rows[None, None, :1], torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.int64))
+        assert torch.equal(single[0, 0], rows[0])
+        mean = kernels.combine(rows[None, None], torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64))[0, 0]
+        right = rows.double().mean(0).to(dtype)
+        assert torch.equal(mean, right), (mean != right).sum()
+
+
 @pytest.mark.parametrize("block_length", [None, 5])
 @pytest.mark.parametrize("mix_normalized", [True, False])
 def test_huge_logits_and_equal_tokens(block_length: int | None, mix_normalized: bool) -> None:
@@ -462,14 +478,15 @@ def test_an_empty_batch_and_nan() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_narrower_vectors_compute_the_same(capability: str) -> None:
     """What machines with less than this one run: the variable is read once, so in a process of its own."""
     root = Path(__file__).resolve().parents[2]
     check = "import torch\nfrom tests.ops import test_kernels as t\nassert t.kernels.available()\n"
-    check += "for case in t.CASES: t.test_float32_is_the_reference(case)"
+    check += "for case in t.CASES: t.test_float32_is_the_reference(case)\n"
+    check += "for dtype in t.kernels.TYPES[1:]: t.test_16_bit_numbers_are_read_and_rounded_exactly(dtype)\n"
     run = subprocess.run(
-        [sys.executable, "-c", check + "\nt.test_16_bit_types_are_no_worse_than_eager(16, True, torch.bfloat16)"],
+        [sys.executable, "-c", check + "t.test_16_bit_types_are_no_worse_than_eager(16, True, torch.bfloat16)"],
         cwd=root,
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
