@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between functions that are inlined only
@@ -154,7 +155,7 @@ STEEL_FLATTEN void dots_columns(const T* a, int64_t rows_a, const float* b, int6
 template <int W, typename T>
 STEEL_FLATTEN void dots(const T* a, int64_t rows_a, const float* b, int64_t rows_b, int64_t width, float* out) {
   int64_t j = 0;
-  if (W == 16) {  // AVX-512 has registers for 4 x 6 results, others for 4 x 3
+  if constexpr (W == 16) {  // AVX-512 has registers for 4 x 6 results, others for 4 x 3
     for (; j + 6 <= rows_b; j += 6) dots_columns<W, 6>(a, rows_a, b + j * width, width, out + j, rows_b);
   }
   for (; j + 3 <= rows_b; j += 3) dots_columns<W, 3>(a, rows_a, b + j * width, width, out + j, rows_b);
@@ -212,7 +213,7 @@ STEEL_FLATTEN void mix_block(const Mix<Term, Out>& mix, int64_t row, int64_t col
 template <class M, int V, typename Term, typename Out>
 STEEL_FLATTEN void mix_columns(const Mix<Term, Out>& mix, int64_t column) {
   int64_t row = 0;
-  if (M::width == 16) {
+  if constexpr (M::width == 16) {
     for (; row + 6 <= mix.rows; row += 6) mix_block<M, 6, V>(mix, row, column);
   }
   for (; row + 4 <= mix.rows; row += 4) mix_block<M, 4, V>(mix, row, column);
@@ -224,10 +225,8 @@ template <class M, typename Term, typename Out>
 STEEL_FLATTEN void mix_all(const Mix<Term, Out>& mix) {
   constexpr int W = M::width;
   int64_t column = 0;
-  if (W == 16) {
-    for (; column + 4 * W <= mix.width; column += 4 * W) mix_columns<M, 4>(mix, column);
-  }
-  for (; column + 3 * W <= mix.width; column += 3 * W) mix_columns<M, 3>(mix, column);
+  constexpr int V = W == 16 ? 4 : 3;
+  for (; column + V * W <= mix.width; column += V * W) mix_columns<M, V>(mix, column);
   for (; column + W <= mix.width; column += W) mix_columns<M, 1>(mix, column);
   for (; column < mix.width; ++column) mix_columns<Machine<1>, 1>(mix, column);
 }
@@ -310,8 +309,10 @@ const RowKernels<T>& pick() {
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx2 && has_avx512 && most == "avx512") {
-    const bool rounds = variable == nullptr && __builtin_cpu_supports("avx512bf16");
-    return rounds ? avx512_bf16::kernels<T> : avx512::kernels<T>;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (variable == nullptr && __builtin_cpu_supports("avx512bf16")) return avx512_bf16::kernels<T>;
+    }
+    return avx512::kernels<T>;
   }
   if (has_avx2 && (most == "avx512" || most == "avx2")) return avx2::kernels<T>;
 #endif
