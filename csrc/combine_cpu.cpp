@@ -6,19 +6,6 @@
 namespace steel::cpu {
 namespace {
 
-// A block's rows [S, d] as float32, widened into `buffer` where they are not.
-template <typename T>
-const float* as_floats(const T* rows, int64_t count, Floats& buffer) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return rows;
-  } else {
-    const float one = 1.0f;
-    buffer = floats(count);
-    row_kernels<T>().gather({count, 1, buffer.get(), nullptr, nullptr, 1, &rows, &one, 0, 0});
-    return buffer.get();
-  }
-}
-
 // The tokens that read block k: from where those of block k - 1 end.
 Pieces reading_pieces(const Sizes& sizes, const int64_t* reads) {
   std::vector<int64_t> starts(sizes.plans * sizes.blocks);
@@ -33,7 +20,7 @@ void softmax(const float* logits, int64_t tokens, int64_t slots, float* weights)
     const float max = *std::max_element(row, row + slots);
     for (int64_t j = 0; j < slots; ++j) weights[t * slots + j] = row[j] - max;
   }
-  row_kernels<float>().exponentials(weights, tokens * slots);
+  row_kernels().exponentials(weights, tokens * slots);
   for (int64_t t = 0; t < tokens; ++t) {
     float* row = weights + t * slots;
     float sum = 0.0f;
@@ -52,15 +39,15 @@ void combine_forward(const Sizes& sizes, const T* outputs, const float* logits, 
   parallel(pieces.count(), [&](int64_t task) {
     const auto& [b, piece] = pieces.all[task];
     if (piece.block < 0) return;
-    Floats buffer;
-    const auto terms = row_pointers(as_floats(outputs + (b * sizes.blocks + piece.block) * S * d, S * d, buffer), S, d);
+    const Floats buffer = floats(sizeof(T) == sizeof(float) ? 0 : S * d);
+    const auto terms = row_pointers(as_floats(outputs + (b * sizes.blocks + piece.block) * S * d, S * d, buffer.get()), S, d);
     const Floats weights = floats(tile * S);
     for (int64_t begin = piece.begin; begin < piece.end; begin += tile) {
       const int64_t tokens = b * sizes.length + begin, count = std::min(tile, piece.end - begin);
       softmax(logits + tokens * S, count, S, weights.get());
       for (int64_t t = 0; t < count; t += at_once) {
         const int64_t some = std::min(at_once, count - t);
-        row_kernels<T>().spread({d, some, y + (tokens + t) * d, nullptr, nullptr, S, terms.data(), &weights[t * S], S, 1});
+        token_kernels<T>().spread({d, some, y + (tokens + t) * d, nullptr, nullptr, S, terms.data(), &weights[t * S], S, 1});
       }
     }
   });
@@ -76,14 +63,14 @@ void combine_backward(
   parallel(pieces.count(), [&](int64_t task) {
     const auto& [b, piece] = pieces.all[task];
     if (piece.block < 0) return;
-    Floats buffer;
-    const float* block_rows = as_floats(outputs + (b * R + piece.block) * S * d, S * d, buffer);
+    const Floats buffer = floats(sizeof(T) == sizeof(float) ? 0 : S * d);
+    const float* block_rows = as_floats(outputs + (b * R + piece.block) * S * d, S * d, buffer.get());
     const Floats weights = floats(tile * S);
     const std::vector<float> ones(S, 1.0f);
     for (int64_t begin = piece.begin; begin < piece.end; begin += tile) {
       const int64_t tokens = b * sizes.length + begin, count = std::min(tile, piece.end - begin), at = tokens * S;
       const T* rows = grad_y + tokens * d;
-      row_kernels<T>().dots(rows, count, block_rows, S, d, grad_logits + at);
+      token_kernels<T>().dots(rows, count, block_rows, S, d, grad_logits + at);
       softmax(logits + at, count, S, weights.get());
       for (int64_t t = 0; t < count; ++t) {
         float *weight = &weights[t * S], *gradient = grad_logits + at + t * S, mean = 0.0f;
@@ -93,7 +80,7 @@ void combine_backward(
       const auto terms = row_pointers(rows, count, d);
       float* sum = &sums[task * S * d];
       const float* base = begin == piece.begin ? nullptr : sum;
-      row_kernels<T>().gather({d, S, sum, base, ones.data(), count, terms.data(), weights.get(), 1, S, count * d});
+      token_kernels<T>().gather({d, S, sum, base, ones.data(), count, terms.data(), weights.get(), 1, S, count * d});
     }
   });
   parallel(sizes.batch * R * S, [&](int64_t task) {
@@ -102,7 +89,7 @@ void combine_backward(
     for (int64_t p = pieces.begin(b, k); p < pieces.begin(b, k + 1); ++p) parts.push_back(&sums[(p * S + j) * d]);
     const std::vector<float> ones(parts.size(), 1.0f);
     const auto count = static_cast<int64_t>(parts.size());
-    row_kernels<T>().spread({d, 1, grad_outputs + task * d, nullptr, nullptr, count, parts.data(), ones.data(), 0, 1});
+    token_kernels<T>().spread({d, 1, grad_outputs + task * d, nullptr, nullptr, count, parts.data(), ones.data(), 0, 1});
   });
 }
 

@@ -234,10 +234,8 @@ STEEL_FLATTEN void mix_all(const Mix<Term, Out>& mix) {
 // ---- exponentials: 2^n * exp(r) with |r| <= ln(2) / 2, exp(r) by a polynomial (that of Cephes' expf) ----
 
 template <int W>
-STEEL_FLATTEN void exponentials_block(float* values) {
+STEEL_FLATTEN void exponentiate(typename Vector<W>::type& x) {
   typedef int32_t Integers __attribute__((vector_size(W * sizeof(int32_t))));
-  typename Vector<W>::type x;
-  load<W>(x, values);
   const Integers nothing = x < -87.0f;
   x = x < -87.0f ? x - x - 87.0f : x;  // x - x keeps a NaN
   x = x > 88.0f ? x - x + 88.0f : x;
@@ -255,24 +253,110 @@ STEEL_FLATTEN void exponentials_block(float* values) {
   power = (power - 0x4b400000 + 127) << 23;
   typename Vector<W>::type scale;
   __builtin_memcpy(&scale, &power, sizeof(scale));
-  store<Machine<W>>(values, nothing ? x - x : sum * scale);
+  x = nothing ? x - x : sum * scale;
+}
+
+// value -> factor * exp(value - shift) + offset
+template <int W>
+STEEL_FLATTEN void softmax(float* values, int64_t count, float shift, float factor, float offset) {
+  typename Vector<W>::type x;
+  int64_t at = 0;
+  for (; at + W <= count; at += W) {
+    load<W>(x, values + at);
+    x -= shift;
+    exponentiate<W>(x);
+    store<Machine<W>>(values + at, x * factor + offset);
+  }
+  for (; at < count; ++at) {
+    x = typename Vector<W>::type{} + (values[at] - shift);
+    exponentiate<W>(x);
+    values[at] = x[0] * factor + offset;
+  }
 }
 
 template <int W>
-STEEL_FLATTEN void exponentials(float* values, int64_t count) {
+STEEL_FLATTEN float exponential_sum(const float* values, int64_t count, float shift) {
+  typename Vector<W>::type sums[2] = {}, x;
   int64_t at = 0;
-  for (; at + W <= count; at += W) exponentials_block<W>(values + at);
-  if (at == count) return;
-  float rest[W] = {};
-  for (int64_t i = 0; at + i < count; ++i) rest[i] = values[at + i];
-  exponentials_block<W>(rest);
-  for (int64_t i = 0; at + i < count; ++i) values[at + i] = rest[i];
+  for (; at + 2 * W <= count; at += 2 * W) {
+    for (int v = 0; v < 2; ++v) {
+      load<W>(x, values + at + v * W);
+      x -= shift;
+      exponentiate<W>(x);
+      sums[v] += x;
+    }
+  }
+  float sum = total<W>(sums[0] + sums[1]);
+  for (; at < count; ++at) {
+    x = typename Vector<W>::type{} + (values[at] - shift);
+    exponentiate<W>(x);
+    sum += x[0];
+  }
+  return sum;
+}
+
+template <int W>
+STEEL_FLATTEN float sum(const float* values, int64_t count) {
+  typename Vector<W>::type sums[2] = {}, x;
+  int64_t at = 0;
+  for (; at + 2 * W <= count; at += 2 * W) {
+    for (int v = 0; v < 2; ++v) {
+      load<W>(x, values + at + v * W);
+      sums[v] += x;
+    }
+  }
+  float result = total<W>(sums[0] + sums[1]);
+  for (; at < count; ++at) result += values[at];
+  return result;
+}
+
+STEEL_FLATTEN void add(const float* values, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += values[i];
+}
+
+template <int W>
+STEEL_FLATTEN float largest(const float* values, int64_t count) {
+  typename Vector<W>::type x, most = typename Vector<W>::type{} + values[0];
+  int64_t at = 0;
+  for (; at + W <= count; at += W) {
+    load<W>(x, values + at);
+    most = x > most ? x : most;
+  }
+  float result = values[0];
+  for (int lane = 0; lane < W; ++lane) result = most[lane] > result ? most[lane] : result;
+  for (; at < count; ++at) result = values[at] > result ? values[at] : result;
+  return result;
+}
+
+template <typename T>
+STEEL_FLATTEN void widen(const T* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
+}
+
+template <typename T>
+STEEL_FLATTEN void narrow(const float* from, T* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from_float<T>(from[i]);
 }
 
 // NAME: a namespace; TARGET: the attribute that lets the compiler use the instruction set; the rest: a Machine.
 #define STEEL_ROW_KERNELS(NAME, TARGET, ...)                                                                         \
   namespace NAME {                                                                                                   \
   using M = Machine<__VA_ARGS__>;                                                                                    \
+  TARGET void run_exponentials(float* values, int64_t count) { softmax<M::width>(values, count, 0, 1, 0); } \
+  TARGET float run_sum(const float* values, int64_t count) { return sum<M::width>(values, count); } \
+  TARGET void run_add(const float* values, float* to, int64_t count) { add(values, to, count); } \
+  TARGET float run_largest(const float* values, int64_t count) { return largest<M::width>(values, count); } \
+  TARGET float run_exponential_sum(const float* values, int64_t count, float shift) { \
+    return exponential_sum<M::width>(values, count, shift); \
+  } \
+  TARGET void run_softmax(float* values, int64_t count, float shift, float factor, float offset) { \
+    softmax<M::width>(values, count, shift, factor, offset); \
+  } \
+  TARGET void run_widen(const BFloat16* from, float* to, int64_t count) { widen(from, to, count); } \
+  TARGET void run_narrow(const float* from, BFloat16* to, int64_t count) { narrow(from, to, count); } \
+  TARGET void run_widen_half(const Float16* from, float* to, int64_t count) { widen(from, to, count); } \
+  TARGET void run_narrow_half(const float* from, Float16* to, int64_t count) { narrow(from, to, count); } \
+  constexpr RowKernels row_kernels{run_exponentials, run_sum, run_add, run_largest, run_exponential_sum, run_softmax, run_widen, run_narrow, run_widen_half, run_narrow_half}; \
   template <typename T>                                                                                              \
   TARGET void run_dots(const T* a, int64_t rows_a, const float* b, int64_t rows_b, int64_t width, float* out) {      \
     dots<M::width>(a, rows_a, b, rows_b, width, out);                                                                \
@@ -285,9 +369,8 @@ STEEL_FLATTEN void exponentials(float* values, int64_t count) {
   TARGET void run_mix(const Mix<Term, Out>& mix) {                                                                   \
     mix_all<M>(mix);                                                                                                 \
   }                                                                                                                  \
-  TARGET void run_exponentials(float* values, int64_t count) { exponentials<M::width>(values, count); }              \
-  template <typename T>                                                                                              \
-  constexpr RowKernels<T> kernels{run_dots<T>, run_sum_of_squares<T>, run_mix<T, float>, run_mix<float, T>, run_exponentials}; \
+  template <typename T> \
+  constexpr TokenKernels<T> token_kernels{run_dots<T>, run_sum_of_squares<T>, run_mix<T, float>, run_mix<float, T>}; \
   }
 
 #define STEEL_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
@@ -298,8 +381,9 @@ STEEL_ROW_KERNELS(avx512, __attribute__((target(STEEL_AVX512))), 16)
 STEEL_ROW_KERNELS(avx512_bf16, __attribute__((target(STEEL_AVX512 ",avx512bf16"))), 16, true)
 #endif
 
-template <typename T>
-const RowKernels<T>& pick() {
+enum class Has { kPlain, kAvx2, kAvx512, kAvx512Bf16 };
+
+Has pick() {
 #ifdef __x86_64__
   // The variable with which torch, too, is held to less than the machine has.
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
@@ -309,26 +393,42 @@ const RowKernels<T>& pick() {
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx2 && has_avx512 && most == "avx512") {
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      if (variable == nullptr && __builtin_cpu_supports("avx512bf16")) return avx512_bf16::kernels<T>;
-    }
-    return avx512::kernels<T>;
+    return variable == nullptr && __builtin_cpu_supports("avx512bf16") ? Has::kAvx512Bf16 : Has::kAvx512;
   }
-  if (has_avx2 && (most == "avx512" || most == "avx2")) return avx2::kernels<T>;
+  if (has_avx2 && (most == "avx512" || most == "avx2")) return Has::kAvx2;
 #endif
-  return plain::kernels<T>;
+  return Has::kPlain;
+}
+
+Has machine() {
+  static const Has picked = pick();
+  return picked;
 }
 
 }  // namespace
 
-template <typename T>
-const RowKernels<T>& row_kernels() {
-  static const RowKernels<T>& picked = pick<T>();
-  return picked;
+const RowKernels& row_kernels() {
+#ifdef __x86_64__
+  if (machine() >= Has::kAvx512) return avx512::row_kernels;
+  if (machine() == Has::kAvx2) return avx2::row_kernels;
+#endif
+  return plain::row_kernels;
 }
 
-template const RowKernels<float>& row_kernels();
-template const RowKernels<BFloat16>& row_kernels();
-template const RowKernels<Float16>& row_kernels();
+template <typename T>
+const TokenKernels<T>& token_kernels() {
+#ifdef __x86_64__
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (machine() == Has::kAvx512Bf16) return avx512_bf16::token_kernels<T>;
+  }
+  if (machine() >= Has::kAvx512) return avx512::token_kernels<T>;
+  if (machine() == Has::kAvx2) return avx2::token_kernels<T>;
+#endif
+  return plain::token_kernels<T>;
+}
+
+template const TokenKernels<float>& token_kernels();
+template const TokenKernels<BFloat16>& token_kernels();
+template const TokenKernels<Float16>& token_kernels();
 
 }  // namespace steel::cpu

@@ -22,20 +22,35 @@ struct Mix {
   int64_t ahead = 0;  // numbers from a term to what a later call reads there, fetched from memory meanwhile; 0: nothing
 };
 
+// On rows of floats.
+struct RowKernels {
+  void (*exponentials)(float* values, int64_t count);  // in place; below exp(-87) is 0
+  float (*sum)(const float* values, int64_t count);
+  void (*add)(const float* values, float* to, int64_t count);
+  float (*largest)(const float* values, int64_t count);
+  float (*exponential_sum)(const float* values, int64_t count, float shift);  // of exp(value - shift)
+  // value -> factor * exp(value - shift) + offset, in place
+  void (*softmax)(float* values, int64_t count, float shift, float factor, float offset);
+  void (*widen)(const BFloat16* from, float* to, int64_t count);
+  void (*narrow)(const float* from, BFloat16* to, int64_t count);
+  void (*widen_half)(const Float16* from, float* to, int64_t count);
+  void (*narrow_half)(const float* from, Float16* to, int64_t count);
+};
+
 // On tokens of type T, which are widened and rounded in registers: no pass of its own converts them.
 template <typename T>
-struct RowKernels {
+struct TokenKernels {
   // out[i * rows_b + j] = a_i . b_j, with rows [rows_a, width] and [rows_b, width]
   void (*dots)(const T* a, int64_t rows_a, const float* b, int64_t rows_b, int64_t width, float* out);
   float (*sum_of_squares)(const T* row, int64_t width);
   void (*gather)(const Mix<T, float>& mix);  // tokens into sums
   void (*spread)(const Mix<float, T>& mix);  // rows of floats into tokens
-  void (*exponentials)(float* values, int64_t count);  // in place; below exp(-87) is 0
 };
 
 // The kernels for what the machine has; ATEN_CPU_CAPABILITY (default, avx2, avx512) holds them to less, as it does torch:
 // avx512 is without AVX512-BF16.
+const RowKernels& row_kernels();
 template <typename T>
-const RowKernels<T>& row_kernels();
+const TokenKernels<T>& token_kernels();
 
 }  // namespace steel::cpu

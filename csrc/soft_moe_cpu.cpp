@@ -23,9 +23,9 @@ void dispatch_piece(
     const int64_t count = std::min(longest, piece.end - begin);
     const T* rows = x + begin * d;
     float* tile = logits + begin * S;
-    row_kernels<T>().dots(rows, count, keys, S, d, tile);
+    token_kernels<T>().dots(rows, count, keys, S, d, tile);
     for (int64_t t = 0; t < count; ++t) {
-      inverse[t] = inverse_norm(row_kernels<T>().sum_of_squares(rows + t * d, d));
+      inverse[t] = inverse_norm(token_kernels<T>().sum_of_squares(rows + t * d, d));
       for (int64_t j = 0; j < S; ++j) tile[t * S + j] *= inverse[t];
     }
     if (piece.block < 0) continue;
@@ -36,7 +36,7 @@ void dispatch_piece(
     for (int64_t t = 0; t < count; ++t) {
       for (int64_t j = 0; j < S; ++j) weights[t * S + j] = tile[t * S + j] - max[j];
     }
-    row_kernels<float>().exponentials(weights.get(), count * S);
+    row_kernels().exponentials(weights.get(), count * S);
     for (int64_t j = 0; j < S; ++j) {
       carry[j] = exp_below(running[j].max, max[j]);
       running[j] = Running{max[j], running[j].sum * carry[j]};
@@ -50,7 +50,7 @@ void dispatch_piece(
     }
     const auto terms = row_pointers(rows, count, d);
     const float* base = begin == piece.begin ? nullptr : sums;
-    row_kernels<T>().gather({d, S, sums, base, carry.get(), count, terms.data(), weights.get(), 1, S, count * d});
+    token_kernels<T>().gather({d, S, sums, base, carry.get(), count, terms.data(), weights.get(), 1, S, count * d});
   }
 }
 
@@ -97,7 +97,7 @@ void merge_pieces(
     }
     const bool empty = total.sum == 0.0f;
     const float scale = empty ? 0.0f : 1.0f / total.sum;
-    row_kernels<float>().gather({d, 1, slots + (k * S + j) * d, row.get(), &scale, 0, nullptr, nullptr, 0, 0});
+    token_kernels<float>().gather({d, 1, slots + (k * S + j) * d, row.get(), &scale, 0, nullptr, nullptr, 0, 0});
     lse[k * S + j] = empty ? -INFINITY : log_sum_exp(total);
   }
 }
@@ -116,8 +116,8 @@ void scan_back(
     const bool goes = k + 1 < sizes.blocks && goes_on(starts, k + 1);
     const float one = 1.0f, factor = goes ? exp_below(lse[k * S], lse[(k + 1) * S]) : 0.0f;
     const float* later = factor == 0.0f ? nullptr : row + S * d;
-    row_kernels<float>().dots(slots + k * S * d, 1, gradient, 1, d, scanned_dot + k * S);
-    row_kernels<float>().gather({d, 1, row, later, &factor, 1, &gradient, &one, 0, 0});
+    token_kernels<float>().dots(slots + k * S * d, 1, gradient, 1, d, scanned_dot + k * S);
+    token_kernels<float>().gather({d, 1, row, later, &factor, 1, &gradient, &one, 0, 0});
     scanned_dot[k * S] -= grad_lse[k * S];
     if (later != nullptr) scanned_dot[k * S] += factor * scanned_dot[(k + 1) * S];
   }
@@ -144,14 +144,14 @@ struct TileGradient {
       const float* logits, const float* lse, const float* scanned, const float* scanned_dot) {
     const int64_t d = sizes.width, S = sizes.slots;
     if (scanned != nullptr) {
-      row_kernels<T>().dots(rows, count, scanned, S, d, dots.get());
+      token_kernels<T>().dots(rows, count, scanned, S, d, dots.get());
       for (int64_t t = 0; t < count; ++t) {
         for (int64_t j = 0; j < S; ++j) weights[t * S + j] = logits[t * S + j] - lse[j];
       }
-      row_kernels<float>().exponentials(weights.get(), count * S);
+      row_kernels().exponentials(weights.get(), count * S);
     }
     for (int64_t t = 0; t < count; ++t) {
-      const float squares = row_kernels<T>().sum_of_squares(rows + t * d, d);
+      const float squares = token_kernels<T>().sum_of_squares(rows + t * d, d);
       const float mixed_scale = mix_normalized ? inverse_norm(squares) : 1.0f;
       inverse[t] = inverse_norm(squares);
       float along_u = 0.0f;  // u . g, from the dot products at hand
@@ -205,11 +205,11 @@ void dispatch_backward_run(
         scanned_dot + at_block);
     const auto token_terms = row_pointers(rows, count, d);
     const float* base = begin == run_begin ? nullptr : grad_keys;
-    row_kernels<T>().gather({d, S, grad_keys, base, ones.data(), count, token_terms.data(), tile.keys_share.get(), 1, S, count * d});
+    token_kernels<T>().gather({d, S, grad_keys, base, ones.data(), count, token_terms.data(), tile.keys_share.get(), 1, S, count * d});
     for (int64_t j = 0; feeds && j < S; ++j) terms[S + j] = block_rows + j * d;
     for (int64_t t = 0; t < count; t += at_once) {
       const int64_t some = std::min(at_once, count - t);
-      row_kernels<T>().spread(
+      token_kernels<T>().spread(
           {d, some, grad_x + (begin + t) * d, rows + t * d, &tile.x_share[t], feeds ? 2 * S : S, terms.data(), &tile.coefficients[t * 2 * S],
            2 * S, 1});
     }

@@ -64,6 +64,19 @@ class Pieces {
   std::vector<int64_t> first_, base_;
 };
 
+// Rows of float32 where they are, or widened into `buffer`.
+inline const float* as_floats(const float* rows, int64_t, float*) { return rows; }
+
+inline const float* as_floats(const BFloat16* rows, int64_t count, float* buffer) {
+  row_kernels().widen(rows, buffer, count);
+  return buffer;
+}
+
+inline const float* as_floats(const Float16* rows, int64_t count, float* buffer) {
+  row_kernels().widen_half(rows, buffer, count);
+  return buffer;
+}
+
 template <typename T>
 std::vector<const T*> row_pointers(const T* rows, int64_t count, int64_t width) {
   std::vector<const T*> pointers(count);
@@ -73,7 +86,7 @@ std::vector<const T*> row_pointers(const T* rows, int64_t count, int64_t width) 
 
 // to = before * to + added * part, on one row.
 inline void add_row(float* to, float before, const float* part, float added, int64_t width) {
-  row_kernels<float>().gather({width, 1, to, to, &before, 1, &part, &added, 0, 0});
+  token_kernels<float>().gather({width, 1, to, to, &before, 1, &part, &added, 0, 0});
 }
 
 }  // namespace steel::cpu
