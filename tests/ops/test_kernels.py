@@ -277,8 +277,9 @@ def test_16_bit_numbers_are_read_and_rounded_exactly(dtype: torch.dtype) -> None
     others = every.roll(3)
     for width in (len(every), 7):
         rows = torch.stack((every[-width:], others[-width:]))
-        single = kernels.combine(rows[None, None, :1], torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.int64))
-        assert torch.equal(single[0, 0], rows[0])
+        block = torch.tensor([[0]]), torch.tensor([[1]]), False
+        slots, _, _ = torch.ops.steel_megatron.soft_moe_dispatch(rows[None, :1], torch.zeros(width, 1), *block)
+        assert torch.equal(slots[0, 0, 0], rows[0].float())
         mean = kernels.combine(rows[None, None], torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64))[0, 0]
         right = rows.double().mean(0).to(dtype)
         assert torch.equal(mean, right), (mean != right).sum()
