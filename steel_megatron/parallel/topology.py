@@ -140,7 +140,7 @@ def initialize(parallel: ParallelConfig, launch: Launch | None = None) -> Topolo
     platform = prepare()
     timeout = _timeout(os.environ)
     with joining():
-        _join(launch, platform.backend, timeout)
+        join(launch, platform.backend, timeout)
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -161,8 +161,17 @@ def initialize(parallel: ParallelConfig, launch: Launch | None = None) -> Topolo
     return Topology(parallel=parallel, launch=launch, device=platform.device)
 
 
-def _join(launch: Launch, backend: str, timeout: datetime.timedelta) -> None:
-    """Make the group of all processes, unless there is one."""
+def join(launch: Launch, backend: str, timeout: datetime.timedelta) -> None:
+    """Make the group of all processes, unless there is one.
+
+    Args:
+        launch: this process's.
+        backend: torch.distributed's.
+        timeout: how long to wait for the others.
+
+    Raises:
+        LostRankError: some did not come.
+    """
     if not dist.is_initialized():
         _rendezvous(launch)
         store = meet(launch.rank, launch.world_size, timeout)

@@ -1,14 +1,13 @@
-"""What runs over Slurm, on a real cluster of two nodes that this machine plays."""
+"""What runs over Slurm, on a real cluster of three nodes that this machine plays."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,27 +23,12 @@ from tests.data.cleaning.test_pipeline import content
 from tests.data.configured import clean_corpus, preprocess
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.jobs import files_in, mixed_inputs
-from tests.slurm.cluster import Cluster, cluster
+from tests.slurm.cluster import Cluster
 from tests.train.small_run import LAYOUTS
 from tests.train.test_loop import make_run, write_corpus
 
 pytestmark = [needs.slurm.mark, pytest.mark.timeout(280), pytest.mark.slow]
 PRETRAIN = Path(__file__).resolve().parents[2] / "examples/slurm/pretrain.sbatch"
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("slurm")) as found:
-        yield found
-
-
-@pytest.fixture
-def inside(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """The cluster, for commands of Slurm that this process gives."""
-    for name in [name for name in os.environ if name.startswith("SLURM")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
-    return slurm
 
 
 @pytest.fixture

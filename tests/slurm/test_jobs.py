@@ -1,0 +1,247 @@
+"""Runs as jobs of a real Slurm, from `slurm submit` to their end, through what happens to jobs."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import psutil
+import pytest
+
+from steel_megatron import events
+from steel_megatron.cli import main
+from steel_megatron.config import DataConfig, RunConfig, dump_yaml
+from steel_megatron.slurm.queue import jobs_of
+from steel_megatron.train.checkpoint_compare import compare
+from steel_megatron.train.loop import pretrain
+from tests import needs
+from tests.distributed import run_distributed
+from tests.slurm.cluster import Cluster
+from tests.train.small_run import LAYOUTS
+from tests.train.test_loop import losses, make_run, write_corpus
+
+pytestmark = [needs.slurm.mark, pytest.mark.timeout(600), pytest.mark.slow]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass
+class Submitted:
+    """A run that is a job.
+
+    Attributes:
+        cluster: where it runs.
+        run: its settings.
+        job: the id of its job.
+        options: of `slurm submit`.
+    """
+
+    cluster: Cluster
+    run: RunConfig
+    job: str
+    options: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.checkpoint.directory)
+
+    @property
+    def log(self) -> str:
+        """What it and its batch script have written."""
+        path = self.folder.parent / f"{self.folder.name}-{self.job}.log"
+        return path.read_text() if path.exists() else ""
+
+    def of(self, *kinds: str) -> list[events.Event]:
+        """Its events of some kinds."""
+        return [event for event in events.read(self.folder) if event["event"] in kinds]
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """Return when something is so; the status can be read meanwhile."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, (self.log[-3000:], events.read(self.folder))
+            with redirect_stdout(io.StringIO()) as shown:
+                assert main(["slurm", "status", str(self.folder), "--json_output"]) == 0
+            assert json.loads(shown.getvalue())["step"] <= self.run.training.train_steps
+            time.sleep(0.2)
+
+    def wait_for_steps(self, launch: int, steps: int = 5) -> None:
+        """Return when a launch, counted from 1, has done some steps."""
+        pattern = re.compile(r"^training |^step +\d+ of", re.MULTILINE)
+
+        def done() -> bool:
+            launches = "".join("T" if line.startswith("training") else "s" for line in pattern.findall(self.log))
+            return len(launches.split("T")) > launch and len(launches.split("T")[launch]) >= steps
+
+        self.wait(done)
+
+    def ranks(self) -> list[psutil.Process]:
+        """Its training processes."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                words = process.cmdline()
+                if "pretrain" in words and f'"directory": "{self.folder}"' in words[-1] and words[0] == sys.executable:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def start_again_now(self, requeues: int = 1) -> None:
+        """Let Slurm start the job at once when it was requeued so often; it would wait two minutes."""
+        restarted = f"Restarts={requeues} "
+        self.wait(lambda: restarted in self.cluster.run("scontrol", "--oneliner", "show", "job", self.job))
+        self.cluster.wait(self.job, "PENDING", 90)
+        self.cluster.run("scontrol", "update", f"JobId={self.job}", "StartTime=now")
+
+
+@pytest.fixture
+def submit(inside: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Submitted]]:
+    """Submits a run by the command; what is left of it ends with the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    write_corpus(tmp_path / "corpus", 200, 0)
+    (tmp_path / "site.yaml").write_text(
+        f"python: {sys.executable}\npartition: cpu\nenvironment: {{OMP_NUM_THREADS: 1}}\n"
+    )
+
+    def run(layout: str, steps: int, **options: object) -> Submitted:
+        data = DataConfig(train=[str(tmp_path / "corpus")])
+        settings = make_run(data, tmp_path / "run", LAYOUTS[layout], train_steps=steps)
+        (tmp_path / "run.yaml").write_text(dump_yaml(settings))
+        given = {"nodes": 2, "profile": "site.yaml", "preflight": "false", **options}
+        words = ["slurm", "submit", "--config=run.yaml", *(f"--{name}={value}" for name, value in given.items())]
+        assert main(words) == 0
+        (job,) = jobs_of(settings.checkpoint.directory)
+        return Submitted(inside, settings, job.id, words)
+
+    yield run
+    for job in jobs_of(tmp_path / "run"):
+        inside.run("scancel", job.id)
+
+
+def without_slurm(submitted: Submitted) -> RunConfig:
+    """The same run in as many processes of this machine, straight through."""
+    folder = submitted.folder.with_name("straight")
+    checkpoint = dataclasses.replace(submitted.run.checkpoint, directory=str(folder))
+    straight = dataclasses.replace(submitted.run, checkpoint=checkpoint)
+    run_distributed(pretrain, 2, straight)
+    return straight
+
+
+def assert_equal(submitted: Submitted, tolerance: float = 0.0) -> None:
+    """The last checkpoint is that of the straight run, and no step's loss is missing or another."""
+    straight = without_slurm(submitted)
+    last = f"checkpoints/step_{submitted.run.training.train_steps:08d}"
+    found = compare(submitted.folder / last, Path(straight.checkpoint.directory) / last, tolerance)
+    assert not found.differences
+    assert losses(submitted.run) == (losses(straight) if not tolerance else pytest.approx(losses(straight), rel=1e-4))
+
+
+def test_preempted_twice_and_killed_once_is_the_straight_run(submit: Callable[..., Submitted]) -> None:
+    """A dependent job waits for the last step, and not for the first stop."""
+    job = submit("tp2", 150)
+    after = job.cluster.run(
+        "sbatch", "--parsable", f"--dependency=afterok:{job.job}", "--output=/dev/null", "--wrap", "true"
+    )
+    for number in (1, 2):
+        job.wait_for_steps(number)
+        job.cluster.run("scontrol", "requeue", job.job)
+        job.start_again_now(number)
+    job.wait_for_steps(3)
+    job.ranks()[-1].kill()
+    job.wait_for_steps(4)
+    assert job.cluster.state(after) == "PENDING"
+    job.cluster.wait(job.job, "COMPLETED", 120)
+    job.cluster.wait(after, "COMPLETED", 60)
+    assert [event["restart"] for event in job.of("begin")] == [0, 1, 2]
+    assert [(event["cause"], event["code"]) for event in job.of("fault")] == [("crash", 137)]
+    assert len(job.of("terminated")) == 2 and len(job.of("start", "resume")) == 4
+    assert [event["reason"] for event in job.of("stop")] == ["signal", "signal", "finished"]
+    assert_equal(job)
+
+
+def test_cancelled_saves_and_does_not_come_again(
+    submit: Callable[..., Submitted], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = submit("dp2", 100_000)
+    after = job.cluster.run("sbatch", "--parsable", f"--dependency=afterok:{job.job}", "--wrap", "true")
+    job.wait_for_steps(1)
+    capsys.readouterr()
+    assert main(job.options) == 2
+    assert f"a run is under way in {job.folder}" in capsys.readouterr().err
+    assert main(["slurm", "status", str(job.folder)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"job {job.job} RUNNING on ") and "of 100,000, loss" in shown and "goodput: " in shown
+    assert main(["slurm", "cancel", str(job.folder)]) == 0
+    job.cluster.wait(job.job, "FAILED", 90)
+    assert [(event["code"], event["cause"]) for event in job.of("end")] == [(75, "cancelled")]
+    (stop,) = job.of("stop")
+    assert (job.folder / f"checkpoints/step_{stop['step']:08d}/steel.json").is_file()
+    assert job.cluster.run("squeue", "--noheader", "--format=%T %r", f"--jobs={after}") in (
+        "PENDING DependencyNeverSatisfied",
+        "PENDING Dependency",
+    )
+    assert main(["slurm", "cancel", str(job.folder)]) == 2  # there is none any more
+    job.cluster.run("scancel", after)
+
+
+def test_it_saves_before_the_time_limit_without_a_signal(
+    submit: Callable[..., Submitted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 40))  # as newer versions of Slurm set it
+    job = submit("dp2", 100_000)
+    job.wait(lambda: bool(job.of("requeue")))
+    (stop,) = job.of("stop")
+    assert stop["reason"] == "time limit" and "SIGTERM" not in job.log
+    assert stop["time"] < int(os.environ["SLURM_JOB_END_TIME"])
+    assert [event["cause"] for event in job.of("requeue")] == ["time limit or signal"]
+    job.cluster.wait(job.job, "PENDING", 60)
+    assert main(["slurm", "cancel", str(job.folder)]) == 0
+    job.cluster.wait(job.job, "CANCELLED", 60)
+
+
+def test_a_crash_loop_ends_with_93(submit: Callable[..., Submitted], tmp_path: Path) -> None:
+    broken = tmp_path / "python"
+    broken.write_text(f'#!/bin/bash\n[ "$3" != pretrain ] || exit 1\nexec {sys.executable} "$@"\n')
+    broken.chmod(0o755)
+    (tmp_path / "broken.yaml").write_text(f"python: {broken}\n")
+    job = submit("dp2", 10, profile="broken.yaml", max_faults=2)
+    job.start_again_now()
+    job.cluster.wait(job.job, "FAILED", 60)
+    assert [event["event"] for event in events.read(job.folder)] == [
+        *("submit", "begin", "fault", "fault", "requeue", "begin", "fault", "end")
+    ]
+    assert job.of("end")[0]["code"] == 93
+    assert "3 crashes or lost nodes" in job.log and "max_faults allows 2" in job.log
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("partition", "nowhere", "partition specified: nowhere; .*(partition is nowhere, from --partition)"),
+        ("gpus_per_node", 2, "generic resource.*(gpus_per_node is 2, from --gpus_per_node)"),
+        ("constraint", "fast", "Invalid feature specification (constraint is fast, from --constraint)"),
+    ],
+)
+def test_what_slurm_refuses_is_told_with_the_option(
+    option: str,
+    value: object,
+    message: str,
+    submit: Callable[..., Submitted],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(AssertionError):
+        submit("dp2", 10, **{option: value})
+    error = capsys.readouterr().err
+    assert error.startswith("error: sbatch refused the job: ") and error.count("\n") == 1
+    assert re.search(re.escape(message).replace(re.escape(".*"), ".*"), error), error
+    assert not (tmp_path / "run").exists()
