@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 PORTS = range(20000, 32000)
 """Below those that the kernel hands out: none of them becomes the near end of somebody's connection meanwhile."""
 
@@ -82,7 +83,11 @@ def _timeout(environment: Mapping[str, str]) -> datetime.timedelta:
 
 
 def _rendezvous(launch: Launch) -> None:
-    """Set MASTER_ADDR and MASTER_PORT where the launcher has not."""
+    """Set MASTER_ADDR and MASTER_PORT where the launcher has not.
+
+    Raises:
+        ConfigError: MASTER_ADDR is the machine itself, but the launch has several.
+    """
     if launch.origin == "slurm":
         # The first node of the step's list; srun starts processes, but gives them no meeting point.
         nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "localhost"))
@@ -91,6 +96,12 @@ def _rendezvous(launch: Launch) -> None:
         number = _number(os.environ, "SLURM_JOB_ID") * 37 + _number(os.environ, "SLURM_STEP_ID")
         found["MASTER_PORT"] = str(PORTS[number % len(PORTS)])
         found = {name: value for name, value in found.items() if name not in os.environ}
+        address, machines = os.environ.get("MASTER_ADDR", nodes), _number(os.environ, "SLURM_STEP_NUM_NODES")
+        if machines > 1 and address in _THIS_MACHINE:
+            raise ConfigError(
+                f"MASTER_ADDR is {address}, which is another machine on each of the {machines} nodes of the step; unset "
+                "it, and the step's first node is taken"
+            )
     elif launch.origin == "alone":
         found = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     else:

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--code", type=int, default=0, help="exit code of the step")
     parser.add_argument("--terminated", default="no")
     parser.add_argument("--allocated", default="", help="nodes, with commas")
+    parser.add_argument("--held", default="", help="those of them that the job still has; empty if nobody knows")
     parser.add_argument("--states", default="", help="NODE=STATE as sinfo says, with commas")
     parser.add_argument("--counts", default="1", help="numbers of nodes that the run can use, the best first")
     parser.add_argument("--checked", default="no", help="whether stdin has the reports of the preflight")
@@ -81,7 +82,8 @@ def begin(run: Path, options: argparse.Namespace) -> int:
 def usable(run: Path, options: argparse.Namespace) -> int:
     """Print the nodes of the allocation that Slurm has not lost, and that are not excluded."""
     states = dict(one.split("=", 1) for one in options.states.split(",") if "=" in one)
-    found = nodes.usable(options.allocated.split(","), states, nodes.excluded(run))
+    allocated = _names(options.allocated)
+    found = nodes.usable(allocated, _names(options.held) or allocated, states, nodes.excluded(run))
     for node, reason in found.left_out.items():
         logger.warning(f"not on {node}: {reason}")
     return _print(found.nodes)
@@ -89,7 +91,7 @@ def usable(run: Path, options: argparse.Namespace) -> int:
 
 def chosen(run: Path, options: argparse.Namespace) -> int:
     """Print the nodes for a step: as many as the run can use, of those whose reports are good."""
-    candidates = options.allocated.split(",")
+    candidates = _names(options.allocated)
     if options.checked == "yes":
         bad = nodes.judge(candidates, nodes.read_reports(sys.stdin.read()))
         for node, reason in bad.items():
@@ -125,7 +127,9 @@ def after(run: Path, options: argparse.Namespace) -> int:
         time_is_up=time_is_up,
     )
     if decision.cause in ("crash", "no nodes"):
-        events.record(run, "fault", cause=decision.cause, code=options.code)
+        lost = sorted(set(_names(options.allocated)) - set(_names(options.held))) if options.held else []
+        cause = "node lost" if lost else decision.cause
+        events.record(run, "fault", cause=cause, code=options.code, lost=lost or None)
     if decision.action == "exit":
         events.record(run, "end", code=int(decision.code), cause=decision.cause)
         if decision.code == ExitCode.GIVEN_UP:
@@ -149,6 +153,10 @@ def _given_up(run: Path, faults: int, allowed: int) -> str:
         f"{faults} crashes or lost nodes of {run} without a new checkpoint; max_faults allows {allowed}. The cause is "
         "in the job's log; the same job can be submitted again"
     )
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _allocation() -> tuple[str, int]:

@@ -38,18 +38,23 @@ class Usable:
     left_out: dict[str, str]
 
 
-def usable(allocated: Sequence[str], states: Mapping[str, str], excluded: Mapping[str, str]) -> Usable:
+def usable(
+    allocated: Sequence[str], held: Sequence[str], states: Mapping[str, str], excluded: Mapping[str, str]
+) -> Usable:
     """The nodes that Slurm has and that are not excluded.
 
     Args:
-        allocated: names of all nodes of the allocation.
+        allocated: names of all nodes of the allocation as it began.
+        held: those that the job still has.
         states: what sinfo says of each.
         excluded: why each excluded node is.
     """
     left_out = {}
     for node in allocated:
         state = states.get(node, "").lower()
-        if state.startswith(LOST_STATES) or state.endswith("*"):
+        if node not in held:
+            left_out[node] = "it failed, and Slurm has taken it from the job"
+        elif state.startswith(LOST_STATES) or state.endswith("*"):
             left_out[node] = f"Slurm says that it is {state}"
         elif node in excluded:
             left_out[node] = excluded[node]

@@ -101,13 +101,11 @@ def values_of(config: SlurmConfig, profile: Profile) -> dict[str, str]:
 
 
 def _directives(config: SlurmConfig, profile: Profile, cores: int) -> list[str]:
-    fewest, most = config.node_range
-    most += config.spare_nodes
-    fewest += config.spare_nodes if "-" not in config.nodes else 0
+    _, most = config.node_range
     words = [
         f"--job-name={config.job_name or Path(os.path.abspath(config.checkpoint.directory)).name}",
         f"--comment={comment_of(config.checkpoint.directory)}",
-        f"--nodes={fewest}" + (f"-{most}" if most != fewest else ""),
+        f"--nodes={most + config.spare_nodes}",
         f"--ntasks-per-node={config.processes}",
         f"--cpus-per-task={cores}",
     ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 
 import pytest
 
 from steel_megatron.errors import ConfigError, SteelError
-from steel_megatron.parallel.topology import PORTS, Launch, alone, first_host, read_launch, shutdown
+from steel_megatron.parallel.topology import PORTS, Launch, alone, first_host, join, read_launch, shutdown
 from tests.distributed import run_distributed
 
 
@@ -87,3 +88,18 @@ def test_what_a_process_alone_sets_goes_with_its_groups(monkeypatch: pytest.Monk
     with alone("a test"):
         assert os.environ["MASTER_ADDR"] == "localhost" and int(os.environ["MASTER_PORT"]) in PORTS
     assert os.environ["MASTER_ADDR"] == "elsewhere" and "MASTER_PORT" not in os.environ
+
+
+@pytest.mark.parametrize("address", [None, "localhost", "127.0.0.1"])
+def test_a_step_on_several_nodes_does_not_meet_at_localhost(
+    address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
+    step |= {"MASTER_ADDR": address} if address else {}
+    for name in [name for name in os.environ if name.startswith(("SLURM", "MASTER", "RANK", "WORLD"))]:
+        monkeypatch.delenv(name)
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR is .*, which is another machine on each of the 2 nodes"):
+        join(read_launch(os.environ), "gloo", datetime.timedelta(seconds=1))
+    shutdown()

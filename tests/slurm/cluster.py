@@ -37,8 +37,8 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1
 SlurmdParameters=config_overrides
 AccountingStorageType=accounting_storage/none
 KillWait=60
-SlurmdTimeout=10
-ReturnToService=2
+SlurmdTimeout=60
+ReturnToService=1
 MinJobAge=300
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """

@@ -19,6 +19,7 @@ import pytest
 from steel_megatron import events
 from steel_megatron.cli import main
 from steel_megatron.config import DataConfig, RunConfig, dump_yaml
+from steel_megatron.slurm.nodes import excluded as excluded_nodes
 from steel_megatron.slurm.queue import jobs_of
 from steel_megatron.train.checkpoint_compare import compare
 from steel_megatron.train.loop import pretrain
@@ -245,3 +246,50 @@ def test_what_slurm_refuses_is_told_with_the_option(
     assert error.startswith("error: sbatch refused the job: ") and error.count("\n") == 1
     assert re.search(re.escape(message).replace(re.escape(".*"), ".*"), error), error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_node_is_left_out_and_a_lost_one_replaced_by_fewer(
+    submit: Callable[..., Submitted], inside: Cluster, tmp_path: Path
+) -> None:
+    """Three nodes: preflight leaves out one with another torch, then Slurm loses one, and the last one finishes."""
+    first, odd, lost = inside.nodes
+    (tmp_path / "other/torch-1.0.dist-info").mkdir(parents=True)
+    (tmp_path / "other/torch-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n")
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/bash\n[ "${{SLURMD_NODENAME:-}}" != {odd} ] || export PYTHONPATH="{tmp_path}/other:$PYTHONPATH"\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    (tmp_path / "site.yaml").write_text(f"python: {python}\n")
+    job = submit("dp2", 150, nodes="1-2", spare_nodes=1, preflight="true")
+    job.wait_for_steps(1)
+    (excluded,) = job.of("excluded")
+    assert excluded["node"] == odd and excluded["reason"].startswith("it has torch 1.0, the others 2.")
+    assert excluded_nodes(job.folder) == {odd: excluded["reason"]}
+    assert f"{odd} is left out: it has torch 1.0" in job.log
+    inside.run("scontrol", "update", f"NodeName={lost}", "State=DOWN", "Reason=test")
+    try:
+        inside.wait(job.job, "COMPLETED", 200)
+    finally:
+        inside.run("scontrol", "update", f"NodeName={lost}", "State=RESUME")
+    started, resumed = job.of("start", "resume")
+    assert (started["processes"], started["layout"][-3:]) == (2, "DP2")
+    assert (resumed["nodes"], resumed["processes"], resumed["layout"][-3:]) == (first, 1, "DP1")
+    assert f"not on {lost}: it failed, and Slurm has taken it from the job" in job.log
+    assert [(event["cause"], event["lost"]) for event in job.of("fault")] == [("node lost", [lost])]
+    assert "the run goes on with 1 instead of 2" in job.log
+    assert_equal(job, tolerance=1e-5)
+
+
+def test_a_killed_slurmd_does_not_disturb_the_run(submit: Callable[..., Submitted], inside: Cluster) -> None:
+    job = submit("pp2", 150)
+    job.wait_for_steps(1)
+    node = inside.nodes[1]
+    inside.daemons[node].kill()
+    inside.daemons[node].wait()
+    job.wait_for_steps(1, 20)
+    inside.start_node(node)
+    inside.wait(job.job, "COMPLETED", 200)
+    assert [event["event"] for event in job.of("start", "resume", "fault")] == ["start"]
+    assert_equal(job)

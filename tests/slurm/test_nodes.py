@@ -26,14 +26,15 @@ def reports(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_nodes_that_slurm_has_lost_and_excluded_ones_are_left_out() -> None:
     states = {"a": "mixed", "b": "down*", "c": "mixed*", "d": "draining"}
-    found = usable(NODES, states, {"d": "its clock is +60 s from the others'"})
+    found = usable([*NODES, "e"], NODES, states, {"d": "its clock is +60 s from the others'"})
     assert found.nodes == ["a"]
     assert found.left_out == {
         "b": "Slurm says that it is down*",
         "c": "Slurm says that it is mixed*",
         "d": "its clock is +60 s from the others'",
+        "e": "it failed, and Slurm has taken it from the job",
     }
-    assert usable(NODES, {}, {}).nodes == NODES  # an sinfo that does not answer is no reason
+    assert usable(NODES, NODES, {}, {}).nodes == NODES  # an sinfo that does not answer is no reason
 
 
 @pytest.mark.parametrize(

