@@ -99,8 +99,8 @@ def _rendezvous(launch: Launch) -> None:
         address, machines = os.environ.get("MASTER_ADDR", nodes), _number(os.environ, "SLURM_STEP_NUM_NODES")
         if machines > 1 and address in _THIS_MACHINE:
             raise ConfigError(
-                f"MASTER_ADDR is {address}, which is another machine on each of the {machines} nodes of the step; unset "
-                "it, and the step's first node is taken"
+                f"MASTER_ADDR is {address}, which is another machine on each of the {machines} nodes of the step; "
+                "unset it, and the step's first node is taken"
             )
     elif launch.origin == "alone":
         found = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}

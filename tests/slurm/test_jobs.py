@@ -2,105 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
-import json
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 
-import psutil
 import pytest
 
 from steel_megatron import events
 from steel_megatron.cli import main
-from steel_megatron.config import DataConfig, RunConfig, dump_yaml
 from steel_megatron.slurm.nodes import excluded as excluded_nodes
 from steel_megatron.slurm.queue import jobs_of
-from steel_megatron.train.checkpoint_compare import compare
-from steel_megatron.train.loop import pretrain
 from tests import needs
-from tests.distributed import run_distributed
+from tests.slurm import jobs
 from tests.slurm.cluster import Cluster
-from tests.train.small_run import LAYOUTS
-from tests.train.test_loop import losses, make_run, write_corpus
+from tests.slurm.jobs import Submitted, assert_equal
 
 pytestmark = [needs.slurm.mark, pytest.mark.timeout(600), pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclasses.dataclass
-class Submitted:
-    """A run that is a job.
-
-    Attributes:
-        cluster: where it runs.
-        run: its settings.
-        job: the id of its job.
-        options: of `slurm submit`.
-    """
-
-    cluster: Cluster
-    run: RunConfig
-    job: str
-    options: list[str]
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.run.checkpoint.directory)
-
-    @property
-    def log(self) -> str:
-        """What it and its batch script have written."""
-        path = self.folder.parent / f"{self.folder.name}-{self.job}.log"
-        return path.read_text() if path.exists() else ""
-
-    def of(self, *kinds: str) -> list[events.Event]:
-        """Its events of some kinds."""
-        return [event for event in events.read(self.folder) if event["event"] in kinds]
-
-    def wait(self, condition: Callable[[], bool], seconds: float = 120) -> None:
-        """Return when something is so; the status can be read meanwhile."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, (self.log[-3000:], events.read(self.folder))
-            with redirect_stdout(io.StringIO()) as shown:
-                assert main(["slurm", "status", str(self.folder), "--json_output"]) == 0
-            assert json.loads(shown.getvalue())["step"] <= self.run.training.train_steps
-            time.sleep(0.2)
-
-    def wait_for_steps(self, launch: int, steps: int = 5) -> None:
-        """Return when a launch, counted from 1, has done some steps."""
-        pattern = re.compile(r"^training |^step +\d+ of", re.MULTILINE)
-
-        def done() -> bool:
-            launches = "".join("T" if line.startswith("training") else "s" for line in pattern.findall(self.log))
-            return len(launches.split("T")) > launch and len(launches.split("T")[launch]) >= steps
-
-        self.wait(done)
-
-    def ranks(self) -> list[psutil.Process]:
-        """Its training processes."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                words = process.cmdline()
-                if "pretrain" in words and f'"directory": "{self.folder}"' in words[-1] and words[0] == sys.executable:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-    def start_again_now(self, requeues: int = 1) -> None:
-        """Let Slurm start the job at once when it was requeued so often; it would wait two minutes."""
-        restarted = f"Restarts={requeues} "
-        self.wait(lambda: restarted in self.cluster.run("scontrol", "--oneliner", "show", "job", self.job))
-        self.cluster.wait(self.job, "PENDING", 90)
-        self.cluster.run("scontrol", "update", f"JobId={self.job}", "StartTime=now")
 
 
 @pytest.fixture
@@ -108,42 +29,9 @@ def submit(inside: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Submits a run by the command; what is left of it ends with the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    write_corpus(tmp_path / "corpus", 200, 0)
-    (tmp_path / "site.yaml").write_text(
-        f"python: {sys.executable}\npartition: cpu\nenvironment: {{OMP_NUM_THREADS: 1}}\n"
-    )
-
-    def run(layout: str, steps: int, **options: object) -> Submitted:
-        data = DataConfig(train=[str(tmp_path / "corpus")])
-        settings = make_run(data, tmp_path / "run", LAYOUTS[layout], train_steps=steps)
-        (tmp_path / "run.yaml").write_text(dump_yaml(settings))
-        given = {"nodes": 2, "profile": "site.yaml", "preflight": "false", **options}
-        words = ["slurm", "submit", "--config=run.yaml", *(f"--{name}={value}" for name, value in given.items())]
-        assert main(words) == 0
-        (job,) = jobs_of(settings.checkpoint.directory)
-        return Submitted(inside, settings, job.id, words)
-
-    yield run
+    yield lambda layout, steps, **options: jobs.submit(inside, tmp_path, layout, steps, 1000, **options)
     for job in jobs_of(tmp_path / "run"):
         inside.run("scancel", job.id)
-
-
-def without_slurm(submitted: Submitted) -> RunConfig:
-    """The same run in as many processes of this machine, straight through."""
-    folder = submitted.folder.with_name("straight")
-    checkpoint = dataclasses.replace(submitted.run.checkpoint, directory=str(folder))
-    straight = dataclasses.replace(submitted.run, checkpoint=checkpoint)
-    run_distributed(pretrain, 2, straight)
-    return straight
-
-
-def assert_equal(submitted: Submitted, tolerance: float = 0.0) -> None:
-    """The last checkpoint is that of the straight run, and no step's loss is missing or another."""
-    straight = without_slurm(submitted)
-    last = f"checkpoints/step_{submitted.run.training.train_steps:08d}"
-    found = compare(submitted.folder / last, Path(straight.checkpoint.directory) / last, tolerance)
-    assert not found.differences
-    assert losses(submitted.run) == (losses(straight) if not tolerance else pytest.approx(losses(straight), rel=1e-4))
 
 
 def test_preempted_twice_and_killed_once_is_the_straight_run(submit: Callable[..., Submitted]) -> None:

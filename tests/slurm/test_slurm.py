@@ -61,10 +61,28 @@ def test_preprocess_gives_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(preprocess_step, "UNIT_BYTES", 1)
     inputs = mixed_inputs(tmp_path, 60)
-    options = {"slurm_partition": "cpu", "slurm_memory_gb": 1, "slurm_poll_seconds": 0.5, "workers": 2, "tasks": 2}
+    options = {"slurm_partition": "cpu", "slurm_memory_gb": 1, "slurm_poll_seconds": 0.5, "workers": 4, "tasks": 4}
     for name, where in {"local": {}, "over": {"executor": "slurm", **options}}.items():
         settings = {"on_bad_row": "skip", "valid_fraction": 0.2, "shard_size": 3000, **where}
         preprocess(inputs, tmp_path / name / "c", "sentencepiece", sp_model, **settings)
+    assert files_in(tmp_path / "over") == files_in(tmp_path / "local")
+
+
+def test_a_cancelled_array_is_submitted_again(
+    inside: Cluster, sp_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first task cancels the whole array; the second call does what is left, with the bytes of one process."""
+    monkeypatch.setattr(preprocess_step, "UNIT_BYTES", 1)
+    inputs = mixed_inputs(tmp_path, 40)
+    cancels = f'if mkdir {tmp_path}/cancelled; then scancel "$SLURM_ARRAY_JOB_ID"; sleep 60; fi; export PATH='
+    setup = f'{cancels}"{Path(sys.executable).parent}:$PATH"'
+    options = {"slurm_partition": "cpu", "slurm_memory_gb": 1, "slurm_poll_seconds": 0.3, "workers": 4, "tasks": 4}
+    settings = {"on_bad_row": "skip", "shard_size": 3000}
+    over = {**settings, **options, "executor": "slurm", "slurm_setup": setup}
+    with pytest.raises(DataError, match="run the same command again to resume"):
+        preprocess(inputs, tmp_path / "over" / "c", "sentencepiece", sp_model, **over)
+    preprocess(inputs, tmp_path / "over" / "c", "sentencepiece", sp_model, **over)
+    preprocess(inputs, tmp_path / "local" / "c", "sentencepiece", sp_model, **settings)
     assert files_in(tmp_path / "over") == files_in(tmp_path / "local")
 
 
