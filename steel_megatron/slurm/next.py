@@ -81,9 +81,8 @@ def begin(run: Path, options: argparse.Namespace) -> int:
 
 def usable(run: Path, options: argparse.Namespace) -> int:
     """Print the nodes of the allocation that Slurm has not lost, and that are not excluded."""
-    states = dict(one.split("=", 1) for one in options.states.split(",") if "=" in one)
     allocated = _names(options.allocated)
-    found = nodes.usable(allocated, _names(options.held) or allocated, states, nodes.excluded(run))
+    found = nodes.usable(allocated, _names(options.held) or allocated, _states(options), nodes.excluded(run))
     for node, reason in found.left_out.items():
         logger.warning(f"not on {node}: {reason}")
     return _print(found.nodes)
@@ -143,8 +142,12 @@ def after(run: Path, options: argparse.Namespace) -> int:
 
 
 def terminated(run: Path, options: argparse.Namespace) -> int:
-    """Take note that Slurm asks the job to end, before it may be killed."""
+    """Take note that Slurm asks the job to end, before it may be killed; if it has lost a node, that is why."""
+    allocated = _names(options.allocated)
+    lost = list(nodes.usable(allocated, allocated, _states(options), {}).left_out)
     events.record(run, "terminated")
+    if lost:
+        events.record(run, "fault", cause="node lost", lost=lost)
     return 0
 
 
@@ -157,6 +160,10 @@ def _given_up(run: Path, faults: int, allowed: int) -> str:
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
+
+
+def _states(options: argparse.Namespace) -> dict[str, str]:
+    return dict(one.split("=", 1) for one in _names(options.states) if "=" in one)
 
 
 def _allocation() -> tuple[str, int]:

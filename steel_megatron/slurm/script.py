@@ -116,8 +116,9 @@ def _directives(config: SlurmConfig, profile: Profile, cores: int) -> list[str]:
         if not seconds:
             raise ConfigError(f"time is {config.time!r}; it must be a time as sbatch takes it, such as 24:00:00")
         words += [f"--time={config.time}", f"--signal=TERM@{int(min(300, seconds / 10))}"]
-    # Requeued when a node is lost; unless it is one of several, which the script then does without.
-    words += ["--requeue", "--no-kill", "--output=%x-%j.log", "--open-mode=append", *profile.sbatch]
+    # Slurm requeues a job that has lost a node; one that can do without it is kept, unless it was the script's own.
+    words += ["--no-kill"] if config.spare_nodes or len(config.fitting_nodes()) > 1 else []
+    words += ["--requeue", "--output=%x-%j.log", "--open-mode=append", *profile.sbatch]
     return words
 
 

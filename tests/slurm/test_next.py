@@ -71,6 +71,13 @@ def test_the_cause_of_a_fault(ask: Ask, tmp_path: Path) -> None:
     assert found == [("crash", None), ("node lost", ["n2"]), ("crash", None)]
 
 
+def test_a_job_that_slurm_requeues_for_a_lost_node(ask: Ask, tmp_path: Path) -> None:
+    ask("terminated", "--allocated", "n1,n2", "--states", "n1=mixed,n2=allocated")
+    ask("terminated", "--allocated", "n1,n2", "--states", "n1=mixed,n2=down")
+    assert kinds(tmp_path) == ["terminated", "terminated", "fault"]
+    assert events.read(tmp_path)[2]["lost"] == ["n2"]
+
+
 def test_stops(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask("after", "--code", "75") == (0, "requeue")
     assert ask("terminated") == (0, "")

@@ -44,6 +44,7 @@ def test_the_script_asks_for_what_was_asked(capsys: pytest.CaptureFixture[str], 
     words = directives(script)
     assert "--nodes=2" in words and "--signal=TERM@60" in words
     assert not any(word.startswith(("--gpus", "--gres")) for word in words)
+    assert "--no-kill" in words and "--no-kill" not in directives(rendered(capsys, "--nodes=2"))
     # Tensor parallel 2 and a global batch of 8 in micro batches of 4: one or two copies of the model.
     assert "--counts 2,1 --checked no" in script
     assert "--counts 4,2 --checked yes" in rendered(capsys, "--nodes=1-4", "--processes_per_node=1")
