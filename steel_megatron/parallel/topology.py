@@ -70,6 +70,20 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     return Launch(rank, world_size, local_rank, origin)
 
 
+def refuse_without_srun(environment: Mapping[str, str]) -> None:
+    """Raise a ConfigError for a process of a Slurm job with several tasks that knows of no other one.
+
+    Args:
+        environment: variables of this process.
+    """
+    tasks = _number(environment, "SLURM_NTASKS")
+    if read_launch(environment).origin == "alone" and tasks > 1:
+        raise ConfigError(
+            f"the Slurm job has {tasks} tasks (SLURM_NTASKS), but srun, which gives them their ranks, has not started "
+            "this process; put srun before the command, or unset SLURM_NTASKS to train in this process alone"
+        )
+
+
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "0")
     if not text.isdecimal():

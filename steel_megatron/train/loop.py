@@ -23,7 +23,7 @@ from steel_megatron.log import get_logger
 from steel_megatron.parallel import agreement
 from steel_megatron.parallel.agreement import any_rank, broadcast_from_rank0, on_rank0, raise_if_any_rank_failed
 from steel_megatron.parallel.peers import Peers
-from steel_megatron.parallel.topology import Topology, initialize, read_launch, shutdown
+from steel_megatron.parallel.topology import Topology, initialize, read_launch, refuse_without_srun, shutdown
 from steel_megatron.platform import Implementation, choose_implementation
 from steel_megatron.platform.fp8 import missing_for_fp8
 from steel_megatron.train import checkpoint, random_states
@@ -97,6 +97,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         stack.callback(_UNDER_WAY.release)
         implementation = choose_implementation(run.model.implementation, fully_sharded=run.parallel.fsdp)
         _check_fp8(run, implementation)
+        refuse_without_srun(os.environ)
         run.num_micro_batches(read_launch(os.environ).world_size)  # checks the batch before anything is started
         topology = stack.enter_context(_process_groups(run))
         peers = stack.enter_context(Peers(Path(run.checkpoint.directory), run.training.watchdog_seconds))

@@ -8,7 +8,16 @@ import os
 import pytest
 
 from steel_megatron.errors import ConfigError, SteelError
-from steel_megatron.parallel.topology import PORTS, Launch, alone, first_host, join, read_launch, shutdown
+from steel_megatron.parallel.topology import (
+    PORTS,
+    Launch,
+    alone,
+    first_host,
+    join,
+    read_launch,
+    refuse_without_srun,
+    shutdown,
+)
 from tests.distributed import run_distributed
 
 
@@ -28,6 +37,14 @@ def test_a_step_may_be_smaller_than_its_job() -> None:
 
 def test_a_batch_script_outside_srun_is_alone() -> None:
     assert read_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "7"}).origin == "alone"
+
+
+def test_a_run_outside_srun_is_refused() -> None:
+    refuse_without_srun({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"})
+    refuse_without_srun({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "16"})
+    refuse_without_srun({"RANK": "0", "WORLD_SIZE": "4", "SLURM_NTASKS": "16"})  # torchrun in a batch script
+    with pytest.raises(ConfigError, match=r"has 16 tasks \(SLURM_NTASKS\), but srun, .* has not started this process"):
+        refuse_without_srun({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "0"})
 
 
 def test_nonsense_is_named() -> None:
