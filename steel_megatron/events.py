@@ -27,7 +27,7 @@ def record(folder: Path, event: str, **facts: Any) -> None:
     """Append an event, with time, host, and Slurm's job and nodes. A log is not worth a run: if that fails, it warns.
 
     Args:
-        folder: the run's folder.
+        folder: the run's folder, which must be there: one that was removed under a run does not come back.
         event: its name.
         facts: what else the line says; what is None is left out.
     """
@@ -35,7 +35,6 @@ def record(folder: Path, event: str, **facts: Any) -> None:
     line |= {name: value for name, value in facts.items() if value is not None}
     text = json.dumps(line, ensure_ascii=False) + "\n"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             size = os.fstat(descriptor).st_size

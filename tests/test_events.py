@@ -14,6 +14,7 @@ from steel_megatron import events
 def test_events_have_time_job_and_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"JOB_ID": "7", "RESTART_COUNT": "2", "STEP_ID": "3", "STEP_NODELIST": "n[1-2]"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
+    (tmp_path / "run").mkdir()
     events.record(tmp_path / "run", "save", step=5, loss=None)
     (found,) = events.read(tmp_path / "run")
     assert found.pop("time") > 1e9 and found.pop("host")
@@ -45,4 +46,5 @@ def test_a_log_that_cannot_be_written_is_no_error(tmp_path: Path, caplog: pytest
     with caplog.at_level(logging.WARNING):
         events.record(tmp_path, "save", step=3)
     assert "events.jsonl cannot be written" in caplog.text and '"step": 3' in caplog.text
-    assert events.read(tmp_path / "none") == []
+    events.record(tmp_path / "removed", "save")
+    assert not (tmp_path / "removed").exists() and events.read(tmp_path / "removed") == []

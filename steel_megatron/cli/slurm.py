@@ -49,6 +49,7 @@ def submit(config: SlurmConfig) -> None:
     bad = nodes.excluded(run)
     words = [f"--exclude={','.join(bad)}"] if bad else []
     job = queue.submit(script, origins | config.asked_of_slurm(profile), words)
+    run.mkdir(parents=True, exist_ok=True)
     events.record(run, "submit", job=job, excluded=list(bad) or None)
     say(f"job {job} is submitted; `steel-megatron slurm status {run}` shows it")
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steel_megatron import events
-from steel_megatron.errors import ExitCode
+from steel_megatron.errors import ExitCode, TrainingError
+from steel_megatron.files import disk_errors
 from steel_megatron.log import exit_code, get_logger
 from steel_megatron.slurm import nodes
 from steel_megatron.slurm.life import decide, faults_without_checkpoint, lost_without_word
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def begin(run: Path, options: argparse.Namespace) -> int:
     """Take note of an allocation; GIVEN_UP if there were too many faults before it."""
+    with disk_errors("make", run, TrainingError):
+        run.mkdir(parents=True, exist_ok=True)
     known = events.read(run)
     allocation = _allocation()
     if lost_without_word(known, allocation):
