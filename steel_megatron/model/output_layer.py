@@ -32,19 +32,20 @@ class Labels:
     """What the output layer is to compute the loss of: set before a forward pass, for that pass alone."""
 
     def __init__(self) -> None:
-        self._own: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._own: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
-    def set(self, labels: torch.Tensor, weights: torch.Tensor) -> None:
+    def set(self, labels: torch.Tensor, weights: torch.Tensor, smoothing: float = 0.0) -> None:
         """The next forward pass gives a loss in place of logits.
 
         Args:
             labels: int64 [B, T].
             weights: float32 [B, T], what each label's cross entropy is multiplied by.
+            smoothing: share of each label's probability that is spread evenly over the vocabulary.
         """
-        self._own = labels, weights
+        self._own = labels, weights, smoothing
 
-    def take(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Labels and weights, once; None where logits are asked for."""
+    def take(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Labels, weights and smoothing, once; None where logits are asked for."""
         own, self._own = self._own, None
         return own
 
@@ -65,7 +66,7 @@ class OutputLayer(ColumnParallelLinear):
         given = self.labels.take()
         if given is None:
             return super().forward(input_, *args, **kwargs)
-        labels, weights = (tensor.t().flatten() for tensor in given)
+        labels, weights = (tensor.t().flatten() for tensor in given[:2])
         group = self.tp_group
         if self.sequence_parallel:
             input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=group)
@@ -81,6 +82,7 @@ class OutputLayer(ColumnParallelLinear):
             group,
             None if scale is None else scale(torch.ones(1, device=input_.device)),
             torch.is_grad_enabled(),
+            given[2],
         )
         return loss.view(1, 1), None
 
@@ -118,6 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup,
         scale: torch.Tensor | None,
         with_gradients: bool,
+        smoothing: float = 0.0,
     ) -> torch.Tensor:
         """The sum, float32 [].
 
@@ -131,6 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             group: processes that share the vocabulary.
             scale: the loss scale, [1]; None for 1.
             with_gradients: whether a backward pass will follow.
+            smoothing: share of a label's probability that all V tokens have together, evenly.
         """
         rows, rank = matrix.size(0), group.rank()
         size = hidden.element_size()
@@ -140,20 +144,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         factors = weights if scale is None else weights * scale
         to_hidden, to_matrix = (torch.empty_like(hidden) if with_gradients else None), None
+        ctx.summed = False
         if with_gradients and ctx.needs_input_grad[1]:
             to_matrix = getattr(matrix, "main_grad", None)
-            ctx.is_own = to_matrix is None
+            ctx.summed = to_matrix is not None
             if to_matrix is None:
                 to_matrix = torch.zeros_like(matrix, dtype=torch.float32)
         for first in range(0, len(hidden), step):
             part = slice(first, first + step)
             tokens, own_labels = hidden[part], labels[part] - rows * rank
             logits = torch.mm(tokens, matrix.t(), out=buffer[: len(tokens)])
-            lse, picked, _ = _statistics(logits, own_labels, columns, group)
-            total += ((lse - picked) * weights[part]).sum(dtype=torch.float64)
+            lse, picked, sums = _statistics(logits, own_labels, columns, group)
+            losses = lse - (1 - smoothing) * picked
+            if smoothing:
+                losses -= smoothing / vocab_size * sums
+            total += (losses * weights[part]).sum(dtype=torch.float64)
             if to_hidden is None:
                 continue
-            cross_entropy.gradient_(logits, own_labels, columns, lse, factors[part], 0.0, vocab_size)
+            cross_entropy.gradient_(logits, own_labels, columns, lse, factors[part], smoothing, vocab_size)
             torch.mm(logits, matrix, out=to_hidden[part])
             if to_matrix is None:
                 continue
@@ -161,7 +169,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 to_matrix.addmm_(logits.t(), tokens)
             else:  # a product is rounded once, their sum not at all
                 cross_entropy.add_(to_matrix, logits.t() @ tokens)
-        ctx.gradients, ctx.scale = (to_hidden, to_matrix if to_matrix is not None and ctx.is_own else None), scale
+        ctx.gradients, ctx.scale = (to_hidden, None if ctx.summed else to_matrix), scale
         return total.float()
 
     @staticmethod
@@ -169,12 +177,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """What the forward pass has computed, once."""
         (to_hidden, to_matrix), ctx.gradients = ctx.gradients, None
         factor = gradient if ctx.scale is None else gradient / ctx.scale
-        if to_matrix is None:  # it was added up where no factor can be applied any more
+        if ctx.summed:  # no factor can be applied to the matrix's any more
             torch._assert_async((factor == 1.0).all())
         elif factor.is_cuda or float(factor) != 1.0:
             to_hidden.mul_(factor)
-            to_matrix.mul_(factor)
-        return to_hidden, to_matrix, *[None] * 6
+            if to_matrix is not None:
+                to_matrix.mul_(factor)
+        return to_hidden, to_matrix, *[None] * 7
 
 
 def _statistics(
