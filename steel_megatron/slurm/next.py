@@ -18,7 +18,7 @@ from steel_megatron.errors import ExitCode, TrainingError
 from steel_megatron.files import disk_errors
 from steel_megatron.log import exit_code, get_logger
 from steel_megatron.slurm import nodes
-from steel_megatron.slurm.life import decide, faults_without_checkpoint, lost_without_word
+from steel_megatron.slurm.life import allocation_of, decide, faults_without_checkpoint, lost_without_word
 
 logger = get_logger(__name__)
 
@@ -148,8 +148,9 @@ def terminated(run: Path, options: argparse.Namespace) -> int:
     """Take note that Slurm asks the job to end, before it may be killed; if it has lost a node, that is why."""
     allocated = _names(options.allocated)
     lost = list(nodes.usable(allocated, allocated, _states(options), {}).left_out)
+    told = [event for event in events.read(run) if event["event"] == "fault" and allocation_of(event) == _allocation()]
     events.record(run, "terminated")
-    if lost:
+    if lost and not any(set(event.get("lost", ())) & set(lost) for event in told):  # the step may have ended first
         events.record(run, "fault", cause="node lost", lost=lost)
     return 0
 

@@ -175,6 +175,22 @@ def test_a_bad_node_is_left_out_and_a_lost_one_replaced_by_fewer(
     assert_close(job, resumed["step"] + 20)
 
 
+def test_without_spare_nodes_slurm_requeues_and_the_lost_node_counts(
+    submit: Callable[..., Submitted], inside: Cluster
+) -> None:
+    job = submit("dp2", 100_000, 5)
+    job.wait_for_steps(1)
+    inside.run("scontrol", "update", f"NodeName={inside.nodes[1]}", "State=DOWN", "Reason=test")
+    try:
+        job.wait(lambda: bool(job.of("terminated")) and job.of("fault") != [])
+    finally:
+        inside.run("scontrol", "update", f"NodeName={inside.nodes[1]}", "State=RESUME")
+    assert [(event["cause"], event["lost"]) for event in job.of("fault")] == [("node lost", [inside.nodes[1]])]
+    job.start_again_now()
+    job.wait_for_steps(2, 1)
+    assert [event["restart"] for event in job.of("begin")] == [0, 1] and len(job.of("resume")) == 1
+
+
 def test_a_killed_slurmd_does_not_disturb_the_run(submit: Callable[..., Submitted], inside: Cluster) -> None:
     job = submit("pp2", 150)
     job.wait_for_steps(1)

@@ -76,6 +76,8 @@ def test_a_job_that_slurm_requeues_for_a_lost_node(ask: Ask, tmp_path: Path) -> 
     ask("terminated", "--allocated", "n1,n2", "--states", "n1=mixed,n2=down")
     assert kinds(tmp_path) == ["terminated", "terminated", "fault"]
     assert events.read(tmp_path)[2]["lost"] == ["n2"]
+    ask("terminated", "--allocated", "n1,n2", "--states", "n1=mixed,n2=down")
+    assert kinds(tmp_path).count("fault") == 1  # it counts once
 
 
 def test_stops(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
