@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from steel_megatron import events
 from steel_megatron.cli import main
 from steel_megatron.slurm.nodes import excluded as excluded_nodes
 from steel_megatron.slurm.queue import jobs_of
+from steel_megatron.slurm.script import TEMPLATE
 from tests import needs
 from tests.slurm import jobs
 from tests.slurm.cluster import Cluster
@@ -82,11 +82,12 @@ def test_cancelled_saves_and_does_not_come_again(
     job.cluster.run("scancel", after)
 
 
-def test_it_saves_before_the_time_limit_without_a_signal(
-    submit: Callable[..., Submitted], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 20))  # as newer versions of Slurm set it
-    job = submit("dp2", 100_000)
+def test_it_saves_before_the_time_limit_without_a_signal(submit: Callable[..., Submitted], tmp_path: Path) -> None:
+    """A template of the user's: a job whose end is nearer than the minute that is Slurm's shortest limit."""
+    found, lines = re.subn(r"^ends=.*$", "ends=$(($(date +%s) + 20))", TEMPLATE.read_text(), flags=re.MULTILINE)
+    assert lines == 1
+    (tmp_path / "own.sbatch").write_text(found)
+    job = submit("dp2", 100_000, template="own.sbatch")
     job.wait(lambda: bool(job.of("requeue")))
     (stop,) = job.of("stop")
     assert stop["reason"] == "time limit" and "SIGTERM" not in job.log
