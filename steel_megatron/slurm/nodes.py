@@ -19,7 +19,7 @@ EXCLUDED_SECONDS = 24 * 3600.0
 """How long a node that failed a check is left out; by then somebody may have repaired it."""
 LOST_STATES = ("down", "fail", "unk", "no_respond", "power")
 """What the states of nodes begin with that run nothing; a node that is drained ends its jobs first."""
-CLOCK_SECONDS = 5.0
+CLOCK_SECONDS = 10.0
 """How far a node's clock may be from the median of all."""
 SLOW_SHARE = 1 / 3
 """A node with less than this share of the median bandwidth is slow."""

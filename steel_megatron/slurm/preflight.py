@@ -17,6 +17,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -178,37 +179,46 @@ def links(folder: Path) -> dict[str, Any]:
 def _compare(folder: Path, rank: int, size: int) -> dict[str, Any]:
     import torch.distributed as dist
 
-    name: list[Any] = [f".preflight-{uuid.uuid4().hex}"]
-    dist.broadcast_object_list(name, src=0)
+    name, problems = f".preflight-{uuid.uuid4().hex}", []
+    written = [""]
+    if rank == 0:
+        with suppress(OSError):  # its report says so already
+            (folder / name).write_text(name)
+            written = [name]
+    dist.broadcast_object_list(written, src=0)
     clock = time.time()  # right after a broadcast, so at one moment on all
-    shared, problems = folder / name[0], []
-    if rank == 0:
-        shared.write_text(name[0])
-    dist.barrier()
-    try:
-        shared.read_text()
-    except OSError as error:
-        problems.append(f"it does not see what another node writes to {folder}: {error.strerror}")
+    if written[0]:
+        try:
+            (folder / written[0]).read_text()
+        except OSError as error:
+            problems.append(f"it does not see what another node writes to {folder}: {error.strerror}")
     dist.barrier()
     if rank == 0:
-        shared.unlink(missing_ok=True)
-    return {"clock": clock, "bandwidth": _bandwidth(rank, size), "problems": problems}
+        (folder / name).unlink(missing_ok=True)
+    rates = [_exchange(other) for turn in range(3) if (other := partner(rank, size, turn)) != rank]
+    return {"clock": clock, "bandwidth": max(rates), "problems": problems}
 
 
-def _bandwidth(rank: int, size: int) -> float:
-    """Bytes/s of the better one of this node's links to its neighbours: a slow node makes two links slow.
+def partner(rank: int, size: int, turn: int) -> int:
+    """Whom a node exchanges data with: the nodes form a ring, and no two links of a turn share a node.
 
-    The nodes form a ring. Links that begin at even nodes are measured first, then the others, so that none is shared.
+    A slow node makes both of its links slow, so a node is as fast as the better one of its two.
+
+    Args:
+        rank: of the node.
+        size: number of nodes.
+        turn: 0 for links that begin at even nodes, 1 at odd ones, 2 for the last one of an odd number of nodes.
+
+    Returns:
+        the other node's rank; its own if it has no link in this turn.
     """
-    best = 0.0
-    for turn in range(3 if size % 2 and size > 1 else 2):
-        if turn == 2:  # of an odd number, the last one and the first
-            partner = {0: size - 1, size - 1: 0}.get(rank, rank)
-        else:
-            partner = rank + 1 if rank % 2 == turn else rank - 1
-            partner = partner % size if size % 2 == 0 else partner if 0 <= partner < size else rank
-        best = max(best, _exchange(partner) if partner != rank else 0.0)
-    return best
+    if turn == 2:
+        ends = {0: size - 1, size - 1: 0} if size % 2 else {}
+        return ends.get(rank, rank)
+    other = rank + 1 if rank % 2 == turn else rank - 1
+    if size % 2 == 0:
+        return other % size
+    return other if 0 <= other < size else rank
 
 
 def _exchange(partner: int) -> float:

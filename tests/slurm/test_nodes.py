@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from steel_megatron.config import DataConfig, ParallelConfig
 from steel_megatron.errors import ConfigError
 from steel_megatron.slurm import preflight
 from steel_megatron.slurm.nodes import FILE, exclude, excluded, judge, read_reports, usable
+from tests.distributed import run_distributed
 from tests.train.test_loop import make_run, write_corpus
 
 NODES = ["a", "b", "c", "d"]
@@ -43,7 +45,7 @@ def test_nodes_that_slurm_has_lost_and_excluded_ones_are_left_out() -> None:
         ("a", {"problems": ["runs cannot be written: Read-only file system"]}, "runs cannot be written: Read-only"),
         ("a", {"versions": {"torch": "2.12.0"}}, "it has torch 2.12.0, the others 2.13.0"),
         ("c", {"versions": {}}, "it has torch none, the others 2.13.0"),
-        ("b", {"clock": 1e9 - 7}, "its clock is -7 s from the others'"),
+        ("b", {"clock": 1e9 - 17}, "its clock is -17 s from the others'"),
         ("d", {"bandwidth": 1e9}, "its link is slow: 1.00 GB/s, the median is 12.00 GB/s"),
     ],
 )
@@ -54,7 +56,7 @@ def test_a_node_that_fails_is_named(node: str, change: dict[str, Any], reason: s
 
 
 def test_what_varies_is_no_reason() -> None:
-    changes = {"a": {"clock": 1e9 + 4}, "b": {"bandwidth": 5e9}}
+    changes = {"a": {"clock": 1e9 + 9}, "b": {"bandwidth": 5e9}}
     assert judge(NODES, reports(**changes)) == {}
     slow = {node: {"node": node, "problems": [], "bandwidth": rate} for node, rate in (("a", 1e9), ("b", 9e9))}
     assert judge(["a", "b"], slow) == {}  # both have the same link
@@ -122,3 +124,33 @@ def test_folder_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert preflight.folder_problems(tmp_path / "run") == [
         f"{tmp_path}/run has 0.0 GB free, two checkpoints have 0.0 GB"
     ]
+
+
+@pytest.mark.parametrize("size", range(2, 10))
+def test_each_node_has_two_links(size: int) -> None:
+    links: list[set[int]] = [set() for _ in range(size)]
+    for turn in range(3):
+        for rank in range(size):
+            other = preflight.partner(rank, size, turn)
+            assert preflight.partner(other, size, turn) == rank
+            links[rank] |= {other} - {rank}
+    assert [len(own) for own in links] == [min(2, size - 1)] * size
+    assert all((rank + 1) % size in own for rank, own in enumerate(links))
+
+
+def _links(folders: list[Path]) -> dict[str, Any]:
+    return preflight.links(folders[int(os.environ["RANK"])])
+
+
+@pytest.mark.slow
+def test_nodes_meet(tmp_path: Path) -> None:
+    """One of them sees another folder; then the first one, which writes, cannot."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "other").mkdir()
+    found = run_distributed(_links, 3, [tmp_path / "run", tmp_path / "run", tmp_path / "other"])
+    assert all(report["bandwidth"] > 0 and abs(report["clock"] - time.time()) < 300 for report in found)
+    unseen = f"it does not see what another node writes to {tmp_path}/other: No such file or directory"
+    assert [report["problems"] for report in found] == [[], [], [unseen]]
+    found = run_distributed(_links, 2, [tmp_path / "none", tmp_path / "run"])
+    assert [report["problems"] for report in found] == [[], []]
+    assert list((tmp_path / "run").iterdir()) == []
