@@ -54,7 +54,7 @@ def decide(
     if code == ExitCode.FINISHED:
         return Decision("exit", code, "finished")
     if code == ExitCode.WRONG_INPUT:
-        return Decision("exit", code, "cannot go on")
+        return Decision("exit", code, "cannot continue")
     if cancelled:
         return Decision("exit", ExitCode.STOPPED if code != ExitCode.STOPPED else code, "cancelled")
     if terminated:  # Slurm requeues or cancels by itself, but not at the time limit

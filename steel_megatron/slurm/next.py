@@ -35,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> int:
         words: of the command line; None for ``sys.argv``.
 
     Returns:
-        the exit code: 0, or what the script ends or goes on with.
+        the exit code: 0, or what the script ends or continues with.
     """
     options = _parser().parse_args(words)
     code: int | None = None
@@ -107,7 +107,7 @@ def chosen(run: Path, options: argparse.Namespace) -> int:
         logger.error(f"{len(candidates)} nodes are healthy ({', '.join(candidates)}); the run needs {min(counts)}")
         return ExitCode.NO_NODES
     if count < counts[0]:
-        logger.warning(f"{len(candidates)} nodes are healthy: the run goes on with {count} instead of {counts[0]}")
+        logger.warning(f"{len(candidates)} nodes are healthy: the run continues with {count} instead of {counts[0]}")
     return _print(candidates[:count])
 
 

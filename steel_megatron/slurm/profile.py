@@ -112,7 +112,7 @@ class SlurmConfig(RunConfig):
     """A run as a job of Slurm."""
 
     nodes: str = "1"
-    """Nodes, or FEWEST-MOST: MOST are asked for, and after a failure the run goes on with fewer if its global batch
+    """Nodes, or FEWEST-MOST: MOST are asked for, and after a failure the run continues with fewer if its global batch
     allows."""
     gpus_per_node: int = 0
     """GPUs of each node, one process each; 0 for nodes without GPUs."""

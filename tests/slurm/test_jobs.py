@@ -166,7 +166,7 @@ def test_a_bad_node_is_left_out_and_a_lost_one_replaced_by_fewer(
     assert (resumed["nodes"], resumed["processes"], resumed["layout"][-3:]) == (first, 1, "DP1")
     assert f"not on {lost}: it failed, and Slurm has taken it from the job" in job.log
     assert [(event["cause"], event["lost"]) for event in job.of("fault")] == [("node lost", [lost])]
-    assert "the run goes on with 1 instead of 2" in job.log
+    assert "the run continues with 1 instead of 2" in job.log
     assert resumed["step"] >= 5
     assert_close(job, resumed["step"] + 20)
 
