@@ -29,19 +29,20 @@ class Labels:
     """What the output layer is to compute the loss of: set before a forward pass, for that pass alone."""
 
     def __init__(self) -> None:
-        self._own: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._own: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
-    def set(self, labels: torch.Tensor, weights: torch.Tensor) -> None:
+    def set(self, labels: torch.Tensor, weights: torch.Tensor, smoothing: float = 0.0) -> None:
         """The next forward pass gives a loss in place of logits.
 
         Args:
             labels: int64 [B, T].
             weights: float32 [B, T], what each label's cross entropy is multiplied by.
+            smoothing: share of each label's probability that is spread evenly over the vocabulary.
         """
-        self._own = labels, weights
+        self._own = labels, weights, smoothing
 
-    def take(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Labels and weights, once; None where logits are asked for."""
+    def take(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Labels, weights and smoothing, once; None where logits are asked for."""
         own, self._own = self._own, None
         return own
 
@@ -62,7 +63,7 @@ class OutputLayer(ColumnParallelLinear):
         given = self.labels.take()
         if given is None:
             return super().forward(input_, *args, **kwargs)
-        labels, weights = (tensor.t().flatten() for tensor in given)
+        labels, weights = (tensor.t().flatten() for tensor in given[:2])
         group = self.tp_group
         if self.sequence_parallel:
             input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=group)
@@ -78,6 +79,7 @@ class OutputLayer(ColumnParallelLinear):
             group,
             None if scale is None else scale(torch.ones(1, device=input_.device)),
             torch.is_grad_enabled(),
+            given[2],
         )
         return loss.view(1, 1), None
 
@@ -115,6 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup,
         scale: torch.Tensor | None,
         with_gradients: bool,
+        smoothing: float = 0.0,
     ) -> torch.Tensor:
         """The sum, float32 [].
 
@@ -128,8 +131,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             group: processes that share the vocabulary.
             scale: the loss scale, [1]; None for 1.
             with_gradients: whether a backward pass will follow.
+            smoothing: share of a label's probability that all V tokens have together, evenly.
         """
-        rows, rank = matrix.size(0), group.rank()
+        rows, rank, even = matrix.size(0), group.rank(), smoothing / vocab_size
         step = min(len(hidden), max(LEAST_TOKENS, CHUNK_BYTES // (4 * rows)))
         own_rows = min(max(vocab_size - rows * rank, 0), rows)
         buffer = torch.empty(step, rows, dtype=torch.float32, device=hidden.device)
@@ -145,13 +149,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 logits.copy_(tokens @ matrix.t())
             logits[:, own_rows:] = torch.finfo(torch.float32).min
-            losses, probabilities, index, inside = _cross_entropy(logits, labels[part] - rows * rank, group)
+            losses, probabilities, index, inside = _cross_entropy(
+                logits, labels[part] - rows * rank, group, own_rows, smoothing, even
+            )
             total += (losses * weights[part]).sum(dtype=torch.float64)
             if to_hidden is None or to_matrix is None:
                 continue
-            # The gradient of logits: probabilities, minus 1 at the label, times the weight of the token.
+            # The gradient of logits: probabilities, minus those that are wanted, times the weight of the token.
+            if smoothing:
+                probabilities[:, :own_rows] -= even
             gradient = probabilities.mul_(factors[part, None])
-            gradient.scatter_add_(1, index[:, None], -(factors[part] * inside)[:, None])
+            gradient.scatter_add_(1, index[:, None], -(factors[part] * inside)[:, None] * (1 - smoothing))
             gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, matrix, out=to_hidden[part])
             if hidden.dtype != torch.float32:  # a product is rounded once, their sum not at all
@@ -170,11 +178,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if factor.is_cuda or float(factor) != 1.0:
             to_hidden.mul_(factor)
             to_matrix.mul_(factor)
-        return to_hidden, to_matrix, *[None] * 6
+        return to_hidden, to_matrix, *[None] * 7
 
 
 def _cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup
+    logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup, own_rows: int, smoothing: float, even: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses [n]; probabilities, in the memory of ``logits``; each label's column, and 1 where it is here, else 0.
 
@@ -182,16 +190,24 @@ def _cross_entropy(
         logits: float32 [n, V / R].
         labels: int64 [n], counted from this process's first row; those of other processes are outside of its rows.
         group: processes that share the vocabulary.
+        own_rows: columns that are no padding.
+        smoothing: share of each label's probability that is spread evenly.
+        even: what every token gets of it.
     """
     inside = (labels >= 0) & (labels < logits.size(1))
     index = labels.where(inside, 0)
+
+    def at_labels() -> torch.Tensor:
+        found = logits.gather(1, index[:, None]).squeeze(1) * inside
+        return (1 - smoothing) * found + even * logits[:, :own_rows].sum(-1) if smoothing else found
+
     if group.size() == 1:
-        losses = -torch.log_softmax(logits, -1, out=logits).gather(1, index[:, None]).squeeze(1)
-        return losses, logits.exp_(), index, inside
+        torch.log_softmax(logits, -1, out=logits)
+        return -at_labels(), logits.exp_(), index, inside
     largest = logits.amax(-1)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     logits.sub_(largest[:, None])
-    predicted = logits.gather(1, index[:, None]).squeeze(1) * inside
+    predicted = at_labels()
     sums = torch.stack((logits.exp_().sum(-1), predicted))
     dist.all_reduce(sums, group=group)
     return sums[0].log() - sums[1], logits.div_(sums[0][:, None]), index, inside

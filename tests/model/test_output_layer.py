@@ -24,9 +24,12 @@ def tensors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     return hidden.requires_grad_(), matrix.requires_grad_(), labels, weights
 
 
-def reference(hidden: torch.Tensor, matrix: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> list[Any]:
+def reference(
+    hidden: torch.Tensor, matrix: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, smoothing: float = 0.0
+) -> list[Any]:
     hidden, matrix = (tensor.detach().double().requires_grad_() for tensor in (hidden, matrix))
-    losses = F.cross_entropy((hidden @ matrix.t())[:, :VOCABULARY], labels, reduction="none")
+    logits = (hidden @ matrix.t())[:, :VOCABULARY]
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
     total = losses @ weights.double()
     return [total.detach(), *torch.autograd.grad(total, (hidden, matrix))]
 
@@ -43,12 +46,12 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
     return int(request.param)
 
 
-@pytest.mark.parametrize("incoming", [1.0, 0.25])
-def test_loss_and_gradients_are_those_of_whole_logits(chunks: int, incoming: float) -> None:
+@pytest.mark.parametrize(("incoming", "smoothing"), [(1.0, 0.0), (0.25, 0.0), (1.0, 0.1), (0.25, 0.9)])
+def test_loss_and_gradients_are_those_of_whole_logits(chunks: int, incoming: float, smoothing: float) -> None:
     hidden, matrix, labels, weights = tensors()
-    total = _LinearCrossEntropy.apply(hidden, matrix, labels, weights, VOCABULARY, ALONE, None, True)
+    total = _LinearCrossEntropy.apply(hidden, matrix, labels, weights, VOCABULARY, ALONE, None, True, smoothing)
     (total * incoming).backward()
-    exact, to_hidden, to_matrix = reference(hidden, matrix, labels, weights)
+    exact, to_hidden, to_matrix = reference(hidden, matrix, labels, weights, smoothing)
     assert error(total, exact) < 1e-6
     assert hidden.grad is not None and error(hidden.grad, incoming * to_hidden) < 1e-6
     assert matrix.grad is not None and error(matrix.grad, incoming * to_matrix) < 1e-6
