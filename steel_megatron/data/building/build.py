@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -144,7 +144,7 @@ def _skip(report: Report, counts: Counts, row: SkippedRow) -> None:
     counts.rows += 1
     counts.left_out[row.reason if row.reason in EXPECTED else "bad row"] += 1
     if row.reason not in EXPECTED:
-        report.skipped.append(row)
+        report.skipped.append(replace(row, raw=""))
 
 
 def _rows(

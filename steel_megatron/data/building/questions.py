@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from steel_megatron.data.building.language import language_of
+from steel_megatron.data.building.language import Language, language_of
 from steel_megatron.data.reading.chunks import BadRow, NoDocument
 from steel_megatron.data.reading.conversations import Chat, Turn
 from steel_megatron.data.reading.keys import Row, string
@@ -41,16 +41,17 @@ class Question:
     """The letters of the right options, such as ``B`` or ``ABD``."""
     explanation: str
     """Empty where there is none."""
+    language: Language
+    """In which a letter or an explanation is asked for."""
 
     def chat(self, explained: bool) -> Chat:
-        """The question and its answer as a conversation, in its own language.
+        """The question and its answer as a conversation.
 
         Args:
             explained: whether the explanation comes before the letter (chain of thought).
         """
         lines = [self.text, *(f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False))]
-        chinese = language_of([Turn("user", "\n".join([self.text, *self.options]))]) == "zh"
-        asked, asked_why, before = _WORDS["zh" if chinese else "en"]
+        asked, asked_why, before = _WORDS["zh" if self.language == "zh" else "en"]
         answer = f"{self.explanation}\n{before}{self.answer}" if explained else self.answer
         return Chat((Turn("user", "\n".join([*lines, asked_why if explained else asked])), Turn("assistant", answer)))
 
@@ -76,7 +77,9 @@ def question_of(row: Row) -> Question:
         raise BadRow(f"there are {len(options)} options; at most {len(LETTERS)} are read")
     if not all(options):
         raise BadRow(f"option {LETTERS[options.index('')]} is empty")
-    return Question(text, tuple(options), _answer(row, names), _first(row, _EXPLANATION))
+    # Wanjuan's exams are Chinese also where a question is a formula.
+    language = "zh" if "q_main" in row else language_of([Turn("user", "\n".join([text, *options]))])
+    return Question(text, tuple(options), _answer(row, names), _first(row, _EXPLANATION), language)
 
 
 def _first(row: Row, keys: tuple[str, ...]) -> str:

@@ -51,6 +51,8 @@ def test_conversations() -> None:
         f"{options}请先写出分析过程，最后给出正确选项的字母。",
         "公转的周期是一年。\n答案：C",
     ]
+    formula = question_of({**WANJUAN, "q_main": "2x = 4, x = ?", "option_a": "1", "option_b": "2", "option_c": "3"})
+    assert formula.chat(explained=False).turns[0].content.endswith("3\n请直接给出正确选项的字母。")
     asked, said = english.chat(explained=True).turns
     assert asked.content.endswith("C. three\nExplain your reasoning first, then give the letter of the correct option.")
     assert (asked.role, said) == ("user", Turn("assistant", "Count.\nAnswer: B"))
