@@ -144,9 +144,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         factors = weights if scale is None else weights * scale
         to_hidden, to_matrix = (torch.empty_like(hidden) if with_gradients else None), None
+        ctx.summed = False
         if with_gradients and ctx.needs_input_grad[1]:
             to_matrix = getattr(matrix, "main_grad", None)
-            ctx.is_own = to_matrix is None
+            ctx.summed = to_matrix is not None
             if to_matrix is None:
                 to_matrix = torch.zeros_like(matrix, dtype=torch.float32)
         for first in range(0, len(hidden), step):
@@ -154,9 +155,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             tokens, own_labels = hidden[part], labels[part] - rows * rank
             logits = torch.mm(tokens, matrix.t(), out=buffer[: len(tokens)])
             lse, picked, sums = _statistics(logits, own_labels, columns, group)
+            losses = lse - (1 - smoothing) * picked
             if smoothing:
-                picked = (1 - smoothing) * picked + smoothing / vocab_size * sums
-            total += ((lse - picked) * weights[part]).sum(dtype=torch.float64)
+                losses -= smoothing / vocab_size * sums
+            total += (losses * weights[part]).sum(dtype=torch.float64)
             if to_hidden is None:
                 continue
             cross_entropy.gradient_(logits, own_labels, columns, lse, factors[part], smoothing, vocab_size)
@@ -167,7 +169,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 to_matrix.addmm_(logits.t(), tokens)
             else:  # a product is rounded once, their sum not at all
                 cross_entropy.add_(to_matrix, logits.t() @ tokens)
-        ctx.gradients, ctx.scale = (to_hidden, to_matrix if to_matrix is not None and ctx.is_own else None), scale
+        ctx.gradients, ctx.scale = (to_hidden, None if ctx.summed else to_matrix), scale
         return total.float()
 
     @staticmethod
@@ -175,11 +177,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """What the forward pass has computed, once."""
         (to_hidden, to_matrix), ctx.gradients = ctx.gradients, None
         factor = gradient if ctx.scale is None else gradient / ctx.scale
-        if to_matrix is None:  # it was added up where no factor can be applied any more
+        if ctx.summed:  # no factor can be applied to the matrix's any more
             torch._assert_async((factor == 1.0).all())
         elif factor.is_cuda or float(factor) != 1.0:
             to_hidden.mul_(factor)
-            to_matrix.mul_(factor)
+            if to_matrix is not None:
+                to_matrix.mul_(factor)
         return to_hidden, to_matrix, *[None] * 7
 
 
