@@ -136,7 +136,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         factors = weights if scale is None else weights * scale
         to_hidden = torch.empty_like(hidden) if with_gradients else None
-        to_matrix = torch.empty_like(matrix, dtype=torch.float32) if with_gradients else None
+        of_matrix = with_gradients and ctx.needs_input_grad[1]
+        to_matrix = torch.empty_like(matrix, dtype=torch.float32) if of_matrix else None
         for first in range(0, len(hidden), step):
             part = slice(first, first + step)
             tokens, logits = hidden[part], buffer[: len(hidden[part])]
@@ -147,13 +148,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits[:, own_rows:] = torch.finfo(torch.float32).min
             losses, probabilities, index, inside = _cross_entropy(logits, labels[part] - rows * rank, group)
             total += (losses * weights[part]).sum(dtype=torch.float64)
-            if to_hidden is None or to_matrix is None:
+            if to_hidden is None:
                 continue
             # The gradient of logits: probabilities, minus 1 at the label, times the weight of the token.
             gradient = probabilities.mul_(factors[part, None])
             gradient.scatter_add_(1, index[:, None], -(factors[part] * inside)[:, None])
             gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, matrix, out=to_hidden[part])
+            if to_matrix is None:
+                continue
             if hidden.dtype != torch.float32:  # a product is rounded once, their sum not at all
                 product = gradient.t() @ tokens
                 to_matrix.copy_(product) if first == 0 else to_matrix.add_(product)
@@ -169,7 +172,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         factor = gradient if ctx.scale is None else gradient / ctx.scale
         if factor.is_cuda or float(factor) != 1.0:
             to_hidden.mul_(factor)
-            to_matrix.mul_(factor)
+            if to_matrix is not None:
+                to_matrix.mul_(factor)
         return to_hidden, to_matrix, *[None] * 6
 
 

@@ -1,0 +1,200 @@
+"""Runs that train adapters: what they compute is peft's, what they save resumes, and their base stays as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steel_megatron.cli import main
+from steel_megatron.config import LoraConfig, ParallelConfig, RunConfig
+from steel_megatron.hf.adapters import published_adapters
+from steel_megatron.hf.convert import export_hf
+from steel_megatron.train import checkpoint
+from tests.hf.launched import Pieces, pieces
+from tests.layouts.following import whole_tensors
+from tests.layouts.pool import Pool
+from tests.layouts.sft_runs import MODES, prepared, pretrained, run_of
+from tests.train.small_run import LAYOUTS, PROCESSES, own_batches
+
+ALONE = ParallelConfig()
+LORA = LoraConfig(rank=4, alpha=6.0)
+EXPORT = ["export-hf", "--checkpoint"]
+STEP_3, STEP_6 = (f"step_{step:08d}" for step in (3, 6))
+
+
+def adapted(run: RunConfig, origin: Path, lora: LoraConfig = LORA, **model: Any) -> RunConfig:
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, **model),
+        checkpoint=dataclasses.replace(run.checkpoint, init_from=str(origin)),
+        lora=lora,
+    )
+
+
+def saved_models(runs: list[RunConfig]) -> None:
+    """Save checkpoints of initial weights."""
+    from steel_megatron.parallel.topology import initialize
+    from steel_megatron.train import checkpoint_save
+    from steel_megatron.train.engine import Engine
+
+    topology = initialize(ALONE)
+    for run in runs:
+        checkpoint_save.save(Engine(run, topology), 0)
+
+
+def with_random_adapters(run: RunConfig) -> tuple[torch.Tensor, float, Pieces, dict[str, int]]:
+    """Adapters that add something, saved: the tokens of a micro batch, its loss, the adapters' gradients, and bytes."""
+    from steel_megatron.parallel.topology import initialize
+    from steel_megatron.train import checkpoint_save
+    from steel_megatron.train.checkpoint_plan import memory_of
+    from steel_megatron.train.engine import Engine, minimised
+    from steel_megatron.train.loop import _load_origin
+
+    topology = initialize(ALONE)
+    engine = Engine(run, topology)
+    _load_origin(run, engine)
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in engine.stage.named_parameters():
+        if name.endswith("lora_B"):
+            weight.data.normal_(0.0, 0.1, generator=generator)
+    engine.optimizer.reload_model_params()
+    (batch, *_) = own_batches(run, 1, topology)
+    loss = minimised(engine.accumulate_gradients([batch])).mean
+    checkpoint_save.save(engine, 0)
+    trained = {weight.data_ptr(): weight.main_grad for weight in engine.stage.parameters() if weight.requires_grad}
+    held = pieces([engine.stage], lambda weight: trained.get(weight.data_ptr(), torch.zeros(1)).clone())
+    whole, own = (sum(one.numel() for one in tensors) for tensors in (engine.stage.parameters(), trained.values()))
+    sizes = {
+        **vars(memory_of(engine, 0)),
+        "parameters": whole,
+        "adapters": own,
+    }
+    adapters = {label: one for label, one in held.items() if "lora_" in label}
+    return torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1), loss, adapters, sizes
+
+
+@pytest.mark.slow
+def test_loss_logits_and_gradients_are_those_of_peft(pool: Pool, tmp_path: Path) -> None:
+    """On the exported base, in every mode that can be exported; merged and separate exports agree."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from tests.layouts.features import BASE
+
+    modes = {name: fields for name, fields in MODES.items() if name != "top_k_moe"}
+    modes["stock"] = {"ffn": "dense", "routing_mode": None, "ffn_activation": "swiglu"}
+    bases, runs = {}, {}
+    for mode, fields in modes.items():
+        model = dataclasses.replace(BASE.model, **fields)
+        to_disk = dataclasses.replace(BASE.checkpoint, directory=str(tmp_path / mode / "base"))
+        bases[mode] = dataclasses.replace(BASE, model=model, checkpoint=to_disk)
+        to_disk = dataclasses.replace(BASE.checkpoint, directory=str(tmp_path / mode / "adapted"))
+        runs[mode] = adapted(
+            dataclasses.replace(bases[mode], checkpoint=to_disk), bases[mode].checkpoints_dir / "step_00000000"
+        )
+    pool.run(saved_models, 1, list(bases.values()))
+    for mode, run in runs.items():
+        tokens, loss, held, sizes = pool.run(with_random_adapters, 1, run)[0]
+        path = run.checkpoints_dir / "step_00000000"
+        folder = tmp_path / mode
+        pool.run(export_hf, 1, Path(str(run.checkpoint.init_from)), folder / "hf")
+        pool.run(export_hf, 1, path, folder / "merged")
+        assert main([*EXPORT, str(path), "--output", str(folder / "peft"), "--adapters", "separate"]) == 0
+        base = AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True)
+        model: Any = PeftModel.from_pretrained(base, folder / "peft", is_trainable=True)
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        labels = torch.where(torch.arange(tokens.size(1) - 1) % 5 == 4, -100, tokens[:, 1:])  # as of own_batches
+        theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        theirs.backward()
+        assert loss == pytest.approx(theirs.item(), rel=1e-5), mode
+        merged: Any = AutoModelForCausalLM.from_pretrained(folder / "merged", trust_remote_code=True)
+        with torch.no_grad():
+            difference = merged(input_ids=tokens[:, :-1], use_cache=False).logits - logits
+        assert difference.abs().max() < 1e-5 * logits.abs().max(), mode
+        ours = published_adapters(whole_tensors([held]), run.model)
+        expected = {
+            name.replace(".default", ""): weight.grad
+            for name, weight in model.named_parameters()
+            if weight.requires_grad
+        }
+        assert expected.keys() == ours.keys() and len(ours) > 8, mode
+        norm = torch.cat([one.flatten() for one in expected.values()]).norm()
+        for name, gradient in expected.items():
+            assert gradient.norm() > 0, (mode, name)
+            assert (ours[name] - gradient).norm() <= 1e-5 * (gradient.norm() + norm), (mode, name)
+        assert sizes["gradients"] <= 4 * (sizes["adapters"] + 4096), "frozen weights have gradients"
+        assert sizes["optimizer"] <= 8 * (sizes["adapters"] + 4096), "frozen weights have optimizer state"
+        assert sizes["weights"] >= 4 * sizes["parameters"]
+
+
+@pytest.mark.slow
+def test_a_run_is_saved_resumed_moved_and_used(pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix = prepared(tmp_path)
+    pool.run(pretrained, 1, run_of(prefix, tmp_path / "base", ALONE, stop_after_step=3))
+    origin = tmp_path / "base" / "checkpoints" / STEP_3
+    before = {file.name: file.read_bytes() for file in origin.iterdir()}
+    dropping = dataclasses.replace(LORA, dropout=0.1, targets=["linear_qkv", "linear_proj"])
+    for name, lora in (("all", LORA), ("dropping", dropping)):
+        whole = pool.run(pretrained, 1, adapted(run_of(prefix, tmp_path / f"{name} whole", ALONE), origin, lora))[0]
+        assert not isinstance(whole, str), whole
+        assert whole[0][-1] < whole[0][0]
+        cut = run_of(prefix, tmp_path / name, ALONE, stop_after_step=3)
+        first = pool.run(pretrained, 1, adapted(cut, origin, lora))[0]
+        shutil.copytree(tmp_path / name, tmp_path / f"{name} moved")
+        second = pool.run(pretrained, 1, adapted(run_of(prefix, tmp_path / name, ALONE), origin, lora))[0]
+        assert (first[0] + second[0], second[1]) == whole
+        moved = adapted(run_of(prefix, tmp_path / f"{name} moved", LAYOUTS["tp2 pp2"]), origin, lora)
+        for ours in pool.run(pretrained, PROCESSES["tp2 pp2"], moved):
+            assert ours[0] == pytest.approx(second[0], rel=1e-5) and ours[1] == pytest.approx(whole[1], rel=1e-5)
+    assert {file.name: file.read_bytes() for file in origin.iterdir()} == before
+    path = tmp_path / "all" / "checkpoints" / STEP_6
+    size, of_base = (sum(file.stat().st_size for file in one.glob("*.distcp")) for one in (path, origin))
+    assert size < of_base / 3
+    # The same model in all its forms.
+    tokenizer = ["--tokenizer_path", str(tmp_path / "tokenizer")]
+    assert main([*EXPORT, str(path), "--output", str(tmp_path / "hf"), *tokenizer]) == 0
+    one = ["generate", "--prompts", "Hi?", "--max_new_tokens", "6", "--model"]
+    said = []
+    for model in ([str(tmp_path / "hf")], [str(path), *tokenizer]):
+        capsys.readouterr()
+        assert main([*one, *model]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert main(["checkpoint", "plan", str(path)]) == 0
+    assert main(["checkpoint", "reshard", str(path), str(tmp_path / "anew")]) == 0
+    assert main(["checkpoint", "compare", str(path), str(tmp_path / "anew")]) == 0
+    # A run on top of it, whose base is the model with these adapters.
+    again = adapted(run_of(prefix, tmp_path / "again", ALONE, stop_after_step=1), path)
+    on_top = pool.run(pretrained, 1, again)[0]
+    assert not isinstance(on_top, str) and on_top[0][0] < whole[0][0]
+
+
+@pytest.mark.slow
+def test_another_base_and_other_adapters_are_refused(pool: Pool, tmp_path: Path) -> None:
+    prefix = prepared(tmp_path)
+    pool.run(pretrained, 1, run_of(prefix, tmp_path / "base", ALONE))
+    folder = tmp_path / "base" / "checkpoints"
+    run = adapted(run_of(prefix, tmp_path / "run", ALONE, stop_after_step=3), folder / STEP_3)
+    pool.run(pretrained, 1, run)
+    on = adapted(run_of(prefix, tmp_path / "run", ALONE), folder / STEP_3)
+    for lora, name in ((dataclasses.replace(LORA, rank=2), "rank = 4"), (LoraConfig(), "rank = 4")):
+        refused = pool.run(pretrained, 1, dataclasses.replace(on, lora=lora))[0]
+        assert f"was saved with lora.{name}" in refused
+    refused = pool.run(pretrained, 1, adapted(on, folder / STEP_6))[0]
+    assert "Adapters" not in refused and f"holds adapters of the checkpoint {folder / STEP_3}" in refused
+    refused = pool.run(pretrained, 1, adapted(run_of(prefix, tmp_path / "base", ALONE), folder / STEP_3))[0]
+    assert "was saved with lora.rank = None" in refused
+    info = checkpoint.read_info(tmp_path / "run" / "checkpoints" / STEP_3)
+    assert info.lora == LORA and info.base is not None
+    shutil.rmtree(folder / STEP_3)
+    shutil.copytree(folder / STEP_6, folder / STEP_3)
+    with pytest.raises(checkpoint.CheckpointError, match="holds adapters alone"):
+        checkpoint.weight_files(info)
+    shutil.rmtree(folder / STEP_3)
+    with pytest.raises(checkpoint.CheckpointError, match="there is no checkpoint"):
+        checkpoint.weight_files(info)
