@@ -120,7 +120,7 @@ def export_hf(
         check_output(output, overwrite, checkpoint_path, MARKS)  # another job may have been faster
         with partial_folder(output) as partial:
             (export.write_adapters if separate_adapters else export.write)(partial, topology, loaded)
-    if separate_adapters:
+    if separate_adapters and info.base is not None:
         logger.info(f"exported the adapters of step {info.step} to {output}; they fit the exported {info.base.path}")
         return output
     what = f"step {info.step} as {CLASSES[architecture]}" + (f", because {reason}" if reason else "")

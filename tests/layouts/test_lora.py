@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,8 @@ from steel_megatron.hf.adapters import published_adapters
 from steel_megatron.hf.convert import export_hf
 from steel_megatron.train import checkpoint
 from tests.hf.launched import Pieces, pieces
+from tests.layouts import test_dpo as pairs
+from tests.layouts.features import BASE
 from tests.layouts.following import whole_tensors
 from tests.layouts.pool import Pool
 from tests.layouts.sft_runs import MODES, prepared, pretrained, run_of
@@ -23,6 +26,8 @@ from tests.train.small_run import LAYOUTS, PROCESSES, own_batches
 
 ALONE = ParallelConfig()
 LORA = LoraConfig(rank=4, alpha=6.0)
+EXPORTED = {mode: fields for mode, fields in MODES.items() if mode != "top_k_moe"}
+EXPORTED |= {"stock": {"ffn": "dense", "routing_mode": None, "ffn_activation": "swiglu"}}
 EXPORT = ["export-hf", "--checkpoint"]
 STEP_3, STEP_6 = (f"step_{step:08d}" for step in (3, 6))
 
@@ -36,15 +41,12 @@ def adapted(run: RunConfig, origin: Path, lora: LoraConfig = LORA, **model: Any)
     )
 
 
-def saved_models(runs: list[RunConfig]) -> None:
-    """Save checkpoints of initial weights."""
+def save_initial_weights(run: RunConfig) -> None:
     from steel_megatron.parallel.topology import initialize
     from steel_megatron.train import checkpoint_save
     from steel_megatron.train.engine import Engine
 
-    topology = initialize(ALONE)
-    for run in runs:
-        checkpoint_save.save(Engine(run, topology), 0)
+    checkpoint_save.save(Engine(run, initialize(ALONE)), 0)
 
 
 def with_random_adapters(run: RunConfig) -> tuple[torch.Tensor, float, Pieces, dict[str, int]]:
@@ -79,70 +81,62 @@ def with_random_adapters(run: RunConfig) -> tuple[torch.Tensor, float, Pieces, d
 
 
 @pytest.mark.slow
-def test_loss_logits_and_gradients_are_those_of_peft(pool: Pool, tmp_path: Path) -> None:
-    """On the exported base, in every mode that can be exported; merged and separate exports agree."""
+@pytest.mark.parametrize("mode", EXPORTED)
+def test_loss_logits_and_gradients_are_those_of_peft(mode: str, pool: Pool, tmp_path: Path) -> None:
+    """On the exported base; merged and separate exports agree, and what is frozen has no gradients and no state."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from tests.layouts.features import BASE
-
-    modes = {name: fields for name, fields in MODES.items() if name != "top_k_moe"}
-    modes["stock"] = {"ffn": "dense", "routing_mode": None, "ffn_activation": "swiglu"}
-    bases, runs = {}, {}
-    for mode, fields in modes.items():
-        model = dataclasses.replace(BASE.model, **fields)
-        to_disk = dataclasses.replace(BASE.checkpoint, directory=str(tmp_path / mode / "base"))
-        bases[mode] = dataclasses.replace(BASE, model=model, checkpoint=to_disk)
-        to_disk = dataclasses.replace(BASE.checkpoint, directory=str(tmp_path / mode / "adapted"))
-        runs[mode] = adapted(
-            dataclasses.replace(bases[mode], checkpoint=to_disk), bases[mode].checkpoints_dir / "step_00000000"
+    base, run = (
+        dataclasses.replace(
+            BASE,
+            model=dataclasses.replace(BASE.model, **EXPORTED[mode]),
+            checkpoint=dataclasses.replace(BASE.checkpoint, directory=str(tmp_path / name)),
         )
-    pool.run(saved_models, 1, list(bases.values()))
-    for mode, run in runs.items():
-        tokens, loss, held, sizes = pool.run(with_random_adapters, 1, run)[0]
-        path = run.checkpoints_dir / "step_00000000"
-        folder = tmp_path / mode
-        pool.run(export_hf, 1, Path(str(run.checkpoint.init_from)), folder / "hf")
-        pool.run(export_hf, 1, path, folder / "merged")
-        assert main([*EXPORT, str(path), "--output", str(folder / "peft"), "--adapters", "separate"]) == 0
-        base = AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True)
-        model: Any = PeftModel.from_pretrained(base, folder / "peft", is_trainable=True)
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        labels = torch.where(torch.arange(tokens.size(1) - 1) % 5 == 4, -100, tokens[:, 1:])  # as of own_batches
-        theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        theirs.backward()
-        assert loss == pytest.approx(theirs.item(), rel=1e-5), mode
-        merged: Any = AutoModelForCausalLM.from_pretrained(folder / "merged", trust_remote_code=True)
-        with torch.no_grad():
-            difference = merged(input_ids=tokens[:, :-1], use_cache=False).logits - logits
-        assert difference.abs().max() < 1e-5 * logits.abs().max(), mode
-        ours = published_adapters(whole_tensors([held]), run.model)
-        expected = {
-            name.replace(".default", ""): weight.grad
-            for name, weight in model.named_parameters()
-            if weight.requires_grad
-        }
-        assert expected.keys() == ours.keys() and len(ours) > 8, mode
-        norm = torch.cat([one.flatten() for one in expected.values()]).norm()
-        for name, gradient in expected.items():
-            assert gradient.norm() > 0, (mode, name)
-            assert (ours[name] - gradient).norm() <= 1e-5 * (gradient.norm() + norm), (mode, name)
-        assert sizes["gradients"] <= 4 * (sizes["adapters"] + 4096), "frozen weights have gradients"
-        assert sizes["optimizer"] <= 8 * (sizes["adapters"] + 4096), "frozen weights have optimizer state"
-        assert sizes["weights"] >= 4 * sizes["parameters"]
+        for name in ("base", "adapted")
+    )
+    origin, path = (one.checkpoints_dir / "step_00000000" for one in (base, run))
+    pool.run(save_initial_weights, 1, base)
+    run = adapted(run, origin)
+    tokens, loss, held, sizes = pool.run(with_random_adapters, 1, run)[0]
+    pool.run(export_hf, 1, origin, tmp_path / "hf")
+    pool.run(export_hf, 1, path, tmp_path / "merged")
+    assert main([*EXPORT, str(path), "--output", str(tmp_path / "peft"), "--adapters", "separate"]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    model: Any = PeftModel.from_pretrained(exported, tmp_path / "peft", is_trainable=True)
+    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    labels = torch.where(torch.arange(tokens.size(1) - 1) % 5 == 4, -100, tokens[:, 1:])  # as of own_batches
+    theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    theirs.backward()
+    assert loss == pytest.approx(theirs.item(), rel=1e-5)
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    with torch.no_grad():
+        difference = merged(input_ids=tokens[:, :-1], use_cache=False).logits - logits
+    assert difference.abs().max() < 1e-5 * logits.abs().max()
+    ours = published_adapters(whole_tensors([held]), run.model)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    expected = {name.replace(".default", ""): weight.grad for name, weight in trained.items()}
+    assert expected.keys() == ours.keys() and len(ours) > 8
+    norm = torch.cat([one.flatten() for one in expected.values()]).norm()
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0, name
+        assert (ours[name] - gradient).norm() <= 1e-5 * (gradient.norm() + norm), name
+    room = sizes["adapters"] + 1024  # padding
+    assert sizes["gradients"] <= 4 * room and sizes["optimizer"] <= 8 * room + 4096  # and counters
+    assert sizes["weights"] >= 4 * sizes["parameters"] > 16 * room
 
 
 @pytest.mark.slow
 def test_a_run_is_saved_resumed_moved_and_used(pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = prepared(tmp_path)
-    pool.run(pretrained, 1, run_of(prefix, tmp_path / "base", ALONE, stop_after_step=3))
+    base = pool.run(pretrained, 1, run_of(prefix, tmp_path / "base", ALONE, stop_after_step=3))[0]
     origin = tmp_path / "base" / "checkpoints" / STEP_3
     before = {file.name: file.read_bytes() for file in origin.iterdir()}
     dropping = dataclasses.replace(LORA, dropout=0.1, targets=["linear_qkv", "linear_proj"])
     for name, lora in (("all", LORA), ("dropping", dropping)):
         whole = pool.run(pretrained, 1, adapted(run_of(prefix, tmp_path / f"{name} whole", ALONE), origin, lora))[0]
         assert not isinstance(whole, str), whole
-        assert whole[0][-1] < whole[0][0]
+        assert whole[1] < base[1]
         cut = run_of(prefix, tmp_path / name, ALONE, stop_after_step=3)
         first = pool.run(pretrained, 1, adapted(cut, origin, lora))[0]
         shutil.copytree(tmp_path / name, tmp_path / f"{name} moved")
@@ -198,3 +192,27 @@ def test_another_base_and_other_adapters_are_refused(pool: Pool, tmp_path: Path)
     shutil.rmtree(folder / STEP_3)
     with pytest.raises(checkpoint.CheckpointError, match="there is no checkpoint"):
         checkpoint.weight_files(info)
+
+
+@pytest.mark.slow
+def test_the_reference_of_preferences_is_the_model_without_adapters(pool: Pool, tmp_path: Path) -> None:
+    """Also where it is computed once more, after the adapters have learned something."""
+    prefix = pairs.prepared(tmp_path)
+    origin = pairs.origin_of(tmp_path, pool)
+
+    def run(name: str, layout: str = "", **training: Any) -> RunConfig:
+        return adapted(pairs.run_on_pairs(prefix, tmp_path / name, layout, "sigmoid", origin, **training), origin)
+
+    full = pairs.run_on_pairs(prefix, tmp_path / "full", "", "sigmoid", origin, stop_after_step=1)
+    stored = [pool.run(pretrained, 1, one)[0] for one in (full, run("whole"))]
+    whole = stored[1]
+    assert not isinstance(whole, str), whole
+    assert whole[0][0] == pytest.approx(stored[0][0][0], rel=1e-6) and whole[0] != stored[0][0]
+    values = [np.load(tmp_path / name / "reference" / "0.npy") for name in ("full", "whole")]
+    assert np.allclose(*values, rtol=1e-6)
+    first = pool.run(pretrained, 1, run("cut", stop_after_step=3))[0]
+    shutil.rmtree(tmp_path / "cut" / "reference")
+    second = pool.run(pretrained, 1, run("cut"))[0]
+    assert (first[0] + second[0], second[1]) == whole
+    for ours in pool.run(pretrained, PROCESSES["tp2 pp2"], run("layout", "tp2 pp2")):
+        assert ours[0] == pytest.approx(whole[0], rel=1e-5) and ours[1] == pytest.approx(whole[1], rel=1e-5)
