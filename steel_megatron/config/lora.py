@@ -47,8 +47,18 @@ class LoraConfig:
             )
 
 
-def check_adapters(lora: LoraConfig, model: ModelConfig, parallel: ParallelConfig, init_from: str | None) -> None:
-    """Raise a ConfigError when a run cannot train the adapters that it asks for."""
+def check_lora(lora: LoraConfig, model: ModelConfig, parallel: ParallelConfig, init_from: str | None) -> None:
+    """Check that a run can train the adapters that it asks for.
+
+    Args:
+        lora: the adapters.
+        model: what they adapt.
+        parallel: how that is cut.
+        init_from: the checkpoint with its weights.
+
+    Raises:
+        ConfigError: it cannot; the message says what to change.
+    """
     if lora.rank is None:
         return
     asked = f"lora.rank is {lora.rank}"
