@@ -97,12 +97,14 @@ def _recipe(path: Path) -> dict[str, Any]:
 def _training(info: CheckpointInfo, run: dict[str, Any]) -> str:
     if not run:
         return ""
-    kept = {part: run[part] for part in ("model", "training", "optimizer", "parallel") if part in run}
+    parts = ("model", "training", "optimizer", "parallel", *(("lora",) if info.base is not None else ()))
+    kept = {part: run[part] for part in parts if part in run}
     recipe = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     tokens = info.consumed_samples * info.model.sequence_length
+    of = f" Low-rank adapters of the checkpoint `{info.base.sha256[:16]}`." if info.base is not None else ""
     return (
         f"## Training\n\n{info.step:,} steps, {info.consumed_samples:,} sequences, {tokens:,} tokens, on {info.layout}."
-        f"\n\n```yaml\n{recipe}```"
+        f"{of}\n\n```yaml\n{recipe}```"
     )
 
 

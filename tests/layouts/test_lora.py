@@ -198,6 +198,8 @@ def test_a_run_is_saved_resumed_moved_and_used(pool: Pool, start: Start, tmp_pat
     # The same model in all its forms.
     exported = ["--output", str(tmp_path / "hf"), "--tokenizer_path", str(tokenizer)]
     assert main([*EXPORT, str(path), *exported]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "Low-rank adapters of the checkpoint" in card and "rank: 4" in card
     said = pool.run(replies, 1, path, tokenizer)[0]
     assert said and pool.run(replies, 1, tmp_path / "hf", tokenizer)[0] == said
     one, unadapted = (whole_tensors(pool.run(loaded, 1, of, ALONE)) for of in (path, origin))
