@@ -148,7 +148,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_checksum(manifest):
         raise CheckpointError(f"{path / MANIFEST} is damaged: its checksum is not the one it was saved with")
     if manifest.get("format") not in _READABLE:
-        known = " and ".join(map(str, _READABLE))
+        known = ", ".join(map(str, _READABLE))
         raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this version reads formats {known}")
     check_manifest(manifest, path / MANIFEST)
     return manifest
