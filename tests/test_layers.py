@@ -25,7 +25,18 @@ LAYERS = (
     ("__main__", "launch"),
 )
 # The same within data/.
-ROOMS = ("strict_json", "native", "reading", "tokenizing", "cleaning", "indexed", "preprocessing", "sampling", "ledger")
+ROOMS = (
+    "strict_json",
+    "native",
+    "reading",
+    "building",
+    "tokenizing",
+    "cleaning",
+    "indexed",
+    "preprocessing",
+    "sampling",
+    "ledger",
+)
 # At the bottom, everybody may use errors; the configuration and the log may not know each other.
 SIBLINGS = {
     ("streams", "errors"),

@@ -48,6 +48,7 @@ COMMANDS = {
     "checkpoint reshard": Command(checkpoints.reshard, ("path", "output"), base=checkpoints.base_options),
     "checkpoint compare": Command(checkpoints.compare, ("a", "b")),
     "pretrain": Command(models.pretrain),
+    "sft build": Command(chat.sft_build, ("recipe",)),
     "sft prepare": Command(chat.sft_prepare),
     "sft inspect": Command(chat.sft_inspect, ("prefix",)),
     "sft train": Command(chat.sft),
@@ -61,7 +62,7 @@ COMMANDS = {
     "contamination": Command(evaluation.contamination),
 }
 GROUPS = {
-    "sft": "Finetune on conversations: prepare and inspect a corpus with labels, train (sft --options: sft train).",
+    "sft": "Finetune on conversations: build a set, prepare and inspect a corpus, train (sft --options: sft train).",
     "dpo": "Optimize preferences: prepare a corpus of pairs, train (dpo --options: dpo train).",
     "data": "Create, change and show a run's ledger: its corpora, their mixture, the samples of a step.",
     "checkpoint": "List, verify and compare checkpoints, and plan the layout of the run that loads one.",
