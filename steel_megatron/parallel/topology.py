@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 PORTS = range(20000, 32000)
 """Below those that the kernel hands out: none of them becomes the near end of somebody's connection meanwhile."""
 
@@ -69,6 +70,20 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     return Launch(rank, world_size, local_rank, origin)
 
 
+def refuse_without_srun(environment: Mapping[str, str]) -> None:
+    """Raise a ConfigError for a process of a Slurm job with several tasks that knows of no other one.
+
+    Args:
+        environment: variables of this process.
+    """
+    tasks = _number(environment, "SLURM_NTASKS")
+    if read_launch(environment).origin == "alone" and tasks > 1:
+        raise ConfigError(
+            f"the Slurm job has {tasks} tasks (SLURM_NTASKS), but srun, which gives them their ranks, has not started "
+            "this process; put srun before the command, or unset SLURM_NTASKS to train in this process alone"
+        )
+
+
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "0")
     if not text.isdecimal():
@@ -82,7 +97,11 @@ def _timeout(environment: Mapping[str, str]) -> datetime.timedelta:
 
 
 def _rendezvous(launch: Launch) -> None:
-    """Set MASTER_ADDR and MASTER_PORT where the launcher has not."""
+    """Set MASTER_ADDR and MASTER_PORT where the launcher has not.
+
+    Raises:
+        ConfigError: MASTER_ADDR is the machine itself, but the launch has several.
+    """
     if launch.origin == "slurm":
         # The first node of the step's list; srun starts processes, but gives them no meeting point.
         nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "localhost"))
@@ -91,6 +110,12 @@ def _rendezvous(launch: Launch) -> None:
         number = _number(os.environ, "SLURM_JOB_ID") * 37 + _number(os.environ, "SLURM_STEP_ID")
         found["MASTER_PORT"] = str(PORTS[number % len(PORTS)])
         found = {name: value for name, value in found.items() if name not in os.environ}
+        address, machines = os.environ.get("MASTER_ADDR", nodes), _number(os.environ, "SLURM_STEP_NUM_NODES")
+        if machines > 1 and address in _THIS_MACHINE:
+            raise ConfigError(
+                f"MASTER_ADDR is {address}, which is another machine on each of the {machines} nodes of the step; "
+                "unset it, and the step's first node is taken"
+            )
     elif launch.origin == "alone":
         found = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     else:
@@ -140,7 +165,7 @@ def initialize(parallel: ParallelConfig, launch: Launch | None = None) -> Topolo
     platform = prepare()
     timeout = _timeout(os.environ)
     with joining():
-        _join(launch, platform.backend, timeout)
+        join(launch, platform.backend, timeout)
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -161,8 +186,17 @@ def initialize(parallel: ParallelConfig, launch: Launch | None = None) -> Topolo
     return Topology(parallel=parallel, launch=launch, device=platform.device)
 
 
-def _join(launch: Launch, backend: str, timeout: datetime.timedelta) -> None:
-    """Make the group of all processes, unless there is one."""
+def join(launch: Launch, backend: str, timeout: datetime.timedelta) -> None:
+    """Make the group of all processes, unless there is one.
+
+    Args:
+        launch: this process's.
+        backend: torch.distributed's.
+        timeout: how long to wait for the others.
+
+    Raises:
+        LostRankError: some did not come.
+    """
     if not dist.is_initialized():
         _rendezvous(launch)
         store = meet(launch.rank, launch.world_size, timeout)
