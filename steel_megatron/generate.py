@@ -30,7 +30,7 @@ from steel_megatron.parallel.topology import initialize, initialize_alone
 from steel_megatron.platform import prepare, probe
 
 if TYPE_CHECKING:
-    from steel_megatron.train.checkpoint import CheckpointInfo
+    from steel_megatron.train.checkpoint_info import CheckpointInfo
 
 NextLogits = Callable[[torch.Tensor], torch.Tensor]
 OnText = Callable[[str], None]

@@ -284,7 +284,7 @@ def train_and_audit(folder: Path) -> dict[str, Any]:
 
 def as_an_earlier_version(path: Path) -> Path:
     """With a field of megatron-core that nothing reads, and old names of settings."""
-    from steel_megatron.train import checkpoint
+    from steel_megatron.train import checkpoint, checkpoint_info
 
     manifest = json.loads((path / checkpoint.MANIFEST).read_text(encoding="utf-8"))
     model = manifest["model"]
@@ -293,7 +293,7 @@ def as_an_earlier_version(path: Path) -> Path:
     manifest["sha256"] = checkpoint.manifest_checksum(manifest)
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     info = checkpoint.read_info(path)
-    checkpoint.check_model(info, dataclasses.replace(info.model, megatron={}), resumes=True)
+    checkpoint_info.check_model(info, dataclasses.replace(info.model, megatron={}), resumes=True)
     return path
 
 

@@ -14,6 +14,7 @@ from steel_megatron.config import (
     CheckpointConfig,
     CleanConfig,
     DataConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -97,6 +98,48 @@ def test_bad_models_are_refused(change: dict[str, Any], message: str) -> None:
 def test_models_that_cannot_be_cut_so_are_refused(parallel: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig(model=MODEL, parallel=ParallelConfig(**parallel))
+
+
+ATTENTION = ["linear_qkv", "linear_proj"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "run", "message"),
+    [
+        ({"rank": 0}, {}, "rank is 0; it must be at least 1"),
+        ({"alpha": 0.0}, {}, "alpha is 0.0; it must be above 0"),
+        ({"dropout": 1.0, "targets": ATTENTION}, {}, "dropout is 1.0; it must be at least 0 and below 1"),
+        ({"targets": ["q_proj"]}, {}, "it must be a list of some of linear_qkv, linear_proj, linear_fc1, linear_fc2"),
+        ({"targets": []}, {}, r"targets is \[\]; name some of"),
+        ({"targets": ["linear_fc1"] * 2}, {}, "each once"),
+        ({"dropout": 0.1}, {}, "and targets has linear_fc1; only adapters of attention have dropout"),
+        (
+            {},
+            {"checkpoint": CheckpointConfig()},
+            "there is nothing to adapt; name a checkpoint in checkpoint.init_from",
+        ),
+        ({}, {"model": ModelConfig(ffn="none")}, "ffn = none has no feed-forward layers"),
+        ({}, {"model": ModelConfig(ffn="top_k_moe", ffn_activation="swiglu")}, "megatron-core's own experts"),
+        ({}, {"parallel": ParallelConfig(fsdp=True)}, "with parallel.fsdp, .*: frozen weights have none"),
+        (
+            {},
+            {"parallel": ParallelConfig(pipeline_model_parallel_size=2, pipeline_layers=[0, 4])},
+            r"pipeline_layers = \[0, 4\]: a stage without layers has nothing to train",
+        ),
+        ({}, {"model": dataclasses.replace(MODEL, implementation="transformer_engine")}, "have no adapters; set it to"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(lora: dict[str, Any], run: dict[str, Any], message: str) -> None:
+    fields = {"model": MODEL, "checkpoint": CheckpointConfig(init_from="base"), **run}
+    with pytest.raises(ConfigError, match=message):
+        RunConfig(lora=LoraConfig(**{"rank": 4, **lora}), **fields)
+
+
+def test_adapters_of_attention_fit_every_model_and_are_computed_locally() -> None:
+    lora = LoraConfig(rank=4, dropout=0.1, targets=ATTENTION)
+    model = ModelConfig(ffn="top_k_moe", ffn_activation="swiglu")
+    run = RunConfig(model=model, lora=lora, checkpoint=CheckpointConfig(init_from="base"))
+    assert run.model.implementation == "local" and RunConfig(model=model).model.implementation == "auto"
 
 
 def test_a_dense_model_has_no_experts_to_share() -> None:

@@ -69,6 +69,7 @@ def test_recipes_raise_none(recipe: Path) -> None:
             {"save_interval": 1000},
             "= 1001 is over .* only at its end",
         ),
+        ("lora", {"alpha": 8.0}, {}, "lora.alpha has no effect: lora.rank is not set"),
         (
             "data",
             {"train": ["a"], "validation": ["a"]},

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from steel_megatron.train.checkpoint import CheckpointInfo, read_info
+from steel_megatron.train.checkpoint import read_info
 from steel_megatron.train.checkpoint import verify as check
 from steel_megatron.train.checkpoint_compare import Difference
+from steel_megatron.train.checkpoint_info import CheckpointInfo
 from steel_megatron.train.checkpoint_list import Listed
 
 

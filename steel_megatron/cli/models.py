@@ -56,6 +56,7 @@ def export_hf(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     max_shard_size: str = "5GB",
     allow_other_tokenizer: bool = False,
+    adapters: Literal["merged", "separate"] = "merged",
     overwrite: bool = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face folder: weights, config, tokenizer and model card.
@@ -68,6 +69,7 @@ def export_hf(
         dtype: dtype of the exported weights; default: as saved.
         max_shard_size: largest file of weights, such as 5GB or 500MB.
         allow_other_tokenizer: export a tokenizer other than the one that made the run's corpora.
+        adapters: of a run with adapters, export the model with them in its weights, or them alone in peft's format.
         overwrite: replace an existing folder.
     """
     from pathlib import Path
@@ -84,6 +86,7 @@ def export_hf(
         overwrite=overwrite,
         max_shard_bytes=parse_size(max_shard_size),
         allow_other_tokenizer=allow_other_tokenizer,
+        separate_adapters=adapters == "separate",
     )
 
 

@@ -20,6 +20,7 @@ from steel_megatron.config.doubts import doubts, job_doubts
 from steel_megatron.config.evaluation import EvaluationConfig
 from steel_megatron.config.execution import ExecutionConfig, ExecutorName
 from steel_megatron.config.loading import dump_yaml, from_dict, load_yaml, to_dict
+from steel_megatron.config.lora import LoraConfig
 from steel_megatron.config.model import (
     Activation,
     FeedForward,
@@ -57,6 +58,7 @@ __all__ = [
     "ExecutorName",
     "FeedForward",
     "ImplementationName",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",

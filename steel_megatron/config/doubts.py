@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from steel_megatron.config.execution import ExecutionConfig
+from steel_megatron.config.lora import LoraConfig
 from steel_megatron.config.preprocess import PreprocessConfig
 from steel_megatron.config.run import RunConfig
 
@@ -78,6 +79,9 @@ def _without_effect(run: RunConfig) -> Iterator[str]:
                 yield f"optimizer.{name} has no effect: lr_schedule is {optimizer.lr_schedule}, not wsd"
     if optimizer.lr_schedule == "constant" and optimizer.min_lr:
         yield f"optimizer.min_lr = {optimizer.min_lr} has no effect: lr_schedule is constant"
+    if run.lora.rank is None:
+        for name in (name for name, value in vars(run.lora).items() if value != getattr(LoraConfig(), name)):
+            yield f"lora.{name} has no effect: lora.rank is not set"
     if training.skip_spikes is None:
         for name in ("spike_window", "skip_spikes_in_a_row"):
             if _is_set(training, name):

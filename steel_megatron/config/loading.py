@@ -123,7 +123,8 @@ def described(hint: Any) -> str:
     if kind in (Union, UnionType):
         return " or ".join("null" if part is NoneType else described(part) for part in parts)
     if kind in (list, tuple):
-        return f"a list of {parts[0].__name__}"
+        some = get_origin(parts[0]) is Literal
+        return f"a list of {'some of ' + ', '.join(get_args(parts[0])) if some else parts[0].__name__}"
     if kind is dict:
         return f"a dictionary with keys of type {parts[0].__name__}" + (
             "" if parts[1] is Any else f", each {described(parts[1])}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from steel_megatron.config.checkpoint import CheckpointConfig
 from steel_megatron.config.checks import typed
 from steel_megatron.config.data import DataConfig
 from steel_megatron.config.evaluation import EvaluationConfig
+from steel_megatron.config.lora import LoraConfig, check_lora
 from steel_megatron.config.model import ModelConfig
 from steel_megatron.config.optimizer import OptimizerConfig
 from steel_megatron.config.parallel import ParallelConfig, check_layout
@@ -29,11 +30,15 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         typed(self)
         check_layout(self.model, self.parallel)
+        check_lora(self.lora, self.model, self.parallel, self.checkpoint.init_from)
+        if self.lora.rank is not None and self.model.implementation == "auto":  # others have no adapters
+            object.__setattr__(self, "model", replace(self.model, implementation="local"))
         if self.data.reset_at_eod and self.model.routing is not None:
             self._check_documents(self.model.routing)
 

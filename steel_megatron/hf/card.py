@@ -14,7 +14,7 @@ from steel_megatron.errors import DataError
 
 if TYPE_CHECKING:
     from steel_megatron.hf.compare import Agreement
-    from steel_megatron.train.checkpoint import CheckpointInfo
+    from steel_megatron.train.checkpoint_info import CheckpointInfo
 
 AUDIT = "audit.json"
 """The audit's report, in the run's folder (``steel-megatron audit ... --json``)."""
@@ -97,12 +97,14 @@ def _recipe(path: Path) -> dict[str, Any]:
 def _training(info: CheckpointInfo, run: dict[str, Any]) -> str:
     if not run:
         return ""
-    kept = {part: run[part] for part in ("model", "training", "optimizer", "parallel") if part in run}
+    parts = ("model", "training", "optimizer", "parallel", *(("lora",) if info.base is not None else ()))
+    kept = {part: run[part] for part in parts if part in run}
     recipe = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     tokens = info.consumed_samples * info.model.sequence_length
+    of = f" Low-rank adapters of the checkpoint `{info.base.sha256[:16]}`." if info.base is not None else ""
     return (
         f"## Training\n\n{info.step:,} steps, {info.consumed_samples:,} sequences, {tokens:,} tokens, on {info.layout}."
-        f"\n\n```yaml\n{recipe}```"
+        f"{of}\n\n```yaml\n{recipe}```"
     )
 
 

@@ -19,7 +19,7 @@ from steel_megatron.config import ModelConfig
 from steel_megatron.errors import CheckpointError
 from steel_megatron.hf.weights import CHUNK, StoredTensor, stored_tensors
 from steel_megatron.parallel.topology import Topology
-from steel_megatron.train.checkpoint_tensors import TensorFiles
+from steel_megatron.train.checkpoint_adapters import WeightFiles
 
 MOST_TOKENS = 256
 TOLERANCE = 1e-3
@@ -72,7 +72,7 @@ def compare(checkpoint: torch.Tensor, folder: torch.Tensor) -> Agreement:
 
 @torch.no_grad()
 def checkpoint_logits(
-    files: TensorFiles, model: ModelConfig, topology: Topology, tokens: torch.Tensor, dtype: torch.dtype | None = None
+    files: WeightFiles, model: ModelConfig, topology: Topology, tokens: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """What the library computes from a checkpoint, float32 [T, V].
 

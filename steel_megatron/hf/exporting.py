@@ -33,8 +33,8 @@ from steel_megatron.parallel.topology import Topology, alone
 from steel_megatron.platform import prepare
 
 if TYPE_CHECKING:
-    from steel_megatron.train.checkpoint import CheckpointInfo
-    from steel_megatron.train.checkpoint_tensors import TensorFiles
+    from steel_megatron.train.checkpoint_adapters import WeightFiles
+    from steel_megatron.train.checkpoint_info import CheckpointInfo
 
 logger = get_logger(__name__)
 
@@ -73,6 +73,7 @@ def export_hf(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     allow_other_tokenizer: bool = False,
+    separate_adapters: bool = False,
 ) -> Path:
     """Turn a checkpoint into a folder that transformers loads.
 
@@ -84,10 +85,13 @@ def export_hf(
         overwrite: whether an earlier folder of that name may be replaced.
         max_shard_bytes: most bytes of a file of weights.
         allow_other_tokenizer: whether the tokenizer may be another one than made the run's corpora.
+        separate_adapters: whether to write the checkpoint's adapters alone, in peft's format, and not the model that
+            they make of its base.
 
     Raises:
-        CheckpointError: the checkpoint is not whole, neither a stock architecture nor the exported code computes such a
-            model, the tokenizer does not fit it, both sides give other logits, or the folder cannot be made.
+        CheckpointError: the checkpoint is not whole, has no adapters to be written alone, neither a stock architecture
+            nor the exported code computes such a model, the tokenizer does not fit it, both sides give other logits, or
+            the folder cannot be made.
         ConfigError: the launch has more than one process.
         DataError: the tokenizer cannot be loaded or exported.
     """
@@ -96,23 +100,29 @@ def export_hf(
     loaded = load_tokenizer(*tokenizer) if tokenizer else None
     prepare()  # before megatron-core is imported
     from steel_megatron.train import checkpoint
-    from steel_megatron.train.checkpoint_tensors import TensorFiles
 
     info = checkpoint.read_info(checkpoint_path)
     try:
         architecture, reason = architecture_for(info.model)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint_path} cannot be exported: {error}") from None
+    if separate_adapters and info.base is None:
+        raise CheckpointError(
+            f"{checkpoint_path} holds a whole model, no adapters; export it without --adapters separate"
+        )
     checkpoint.verify(checkpoint_path)
     if loaded is not None and tokenizer is not None:
         _check_tokenizer(loaded, tokenizer, info, allow_other_tokenizer)
-    files = TensorFiles(checkpoint_path)
+    files = checkpoint.weight_files(info)
     _check_tensors(files, info)
     export = _Export(info, files, architecture, reason, DTYPES[dtype] if dtype else None, max_shard_bytes)
     with alone("a conversion") as topology, exclusive_lock(output, CheckpointError):
         check_output(output, overwrite, checkpoint_path, MARKS)  # another job may have been faster
         with partial_folder(output) as partial:
-            export.write(partial, topology, loaded)
+            (export.write_adapters if separate_adapters else export.write)(partial, topology, loaded)
+    if separate_adapters and info.base is not None:
+        logger.info(f"exported the adapters of step {info.step} to {output}; they fit the exported {info.base.path}")
+        return output
     what = f"step {info.step} as {CLASSES[architecture]}" + (f", because {reason}" if reason else "")
     logger.info(f"exported {what}, to {output}")
     return output
@@ -139,7 +149,7 @@ def _check_tokenizer(
     logger.warning(told)
 
 
-def _check_tensors(files: TensorFiles, info: CheckpointInfo) -> None:
+def _check_tensors(files: WeightFiles, info: CheckpointInfo) -> None:
     """Every tensor of the model is there, and there is no other one of a model's."""
     model = info.model
     expected = {
@@ -167,7 +177,7 @@ class _Export:
     """
 
     info: CheckpointInfo
-    files: TensorFiles
+    files: WeightFiles
     architecture: str
     reason: str | None
     dtype: torch.dtype | None
@@ -220,6 +230,24 @@ class _Export:
             },
         )
         write_card(folder, self.info, CLASSES[self.architecture], self.reason, agreement)
+
+    def write_adapters(self, folder: Path, topology: Topology, tokenizer: Tokenizer | None) -> None:
+        """Fill the folder with adapters alone.
+
+        Args: as for :meth:`write`.
+        """
+        from steel_megatron.hf import adapters
+        from steel_megatron.train.checkpoint_adapters import MergedFiles
+
+        assert isinstance(self.files, MergedFiles) and self.info.base is not None
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+            if finetuned(self.info.path):
+                _write_chat_template(folder, tokenizer)
+        tensors = adapters.write_adapters(folder, self.info, self.files.adapters, self.dtype)
+        report = {"source": str(self.info.path), "step": self.info.step, "base": str(self.info.base.path)}
+        size = sum(one.nbytes for one in tensors.values())
+        write_json(folder / REPORT, {**report, "tensors": len(tensors), "bytes": size})
 
     def _config(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
         dtype = self.dtype or self.files.tensors["output_layer.weight"].dtype

@@ -17,7 +17,7 @@ from steel_megatron.platform import prepare
 
 if TYPE_CHECKING:
     from steel_megatron.hf.modeling_steel import SteelForCausalLM
-    from steel_megatron.train.checkpoint import CheckpointInfo
+    from steel_megatron.train.checkpoint_info import CheckpointInfo
 
 
 def read_checkpoint(path: Path, refusal: Callable[[str], str]) -> tuple[CheckpointInfo, dict[str, torch.Tensor]]:

@@ -23,6 +23,9 @@ _FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 """The constants of splitmix64 (Steele, Lea and Flood 2014), as signed numbers."""
 EMBEDDING, ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_FEED_FORWARD = range(4)
 """The places in a layer; the embedding is in layer 0."""
+ADAPTER_OF_QKV, ADAPTER_OF_OUTPUT = range(2)
+ADAPTERS = 2**20
+"""Added to the number of a layer where its adapters drop something: above the number of any layer."""
 
 
 def _mixed(numbers: torch.Tensor) -> torch.Tensor:
@@ -47,12 +50,19 @@ class Dropout:
         attention: the same of an attention weight.
         groups: the process groups.
         sequence_parallel: whether tensor-parallel processes share tokens.
+        adapters: the same of an element of what an adapter is given.
     """
 
     def __init__(
-        self, hidden: float, attention: float, groups: ProcessGroupCollection, *, sequence_parallel: bool
+        self,
+        hidden: float,
+        attention: float,
+        groups: ProcessGroupCollection,
+        *,
+        sequence_parallel: bool,
+        adapters: float = 0.0,
     ) -> None:
-        self.hidden, self.attention = hidden, attention
+        self.hidden, self.attention, self.adapters = hidden, attention, adapters
         self._context_rank, self._context_size = groups.cp.rank(), groups.cp.size()
         self._tensor_rank, self._tensor_size = groups.tp.rank(), groups.tp.size()
         self._sharing = self._tensor_size if sequence_parallel else 1
@@ -75,7 +85,7 @@ class Dropout:
             output: of the stage.
         """
         at = self._at
-        if (self.hidden or self.attention) and output.requires_grad:
+        if (self.hidden or self.attention or self.adapters) and output.requires_grad:
             output.register_hook(lambda _gradient: self.set(*at))
 
     def drop_hidden(self, x: torch.Tensor, layer: int, place: int) -> torch.Tensor:
@@ -86,12 +96,31 @@ class Dropout:
             layer: number of the layer, from 1; 0 for the embedding.
             place: in the layer.
         """
-        length, _, width = x.shape
-        ranks = self._context_size * self._sharing
-        rank = self._context_rank * self._sharing + (self._tensor_rank if self._sharing > 1 else 0)
-        positions = SequenceSplit(length * ranks, self._context_size, self._sharing).positions(rank).to(x.device)
-        rows = _below(self._sample_keys(x.size(1), layer, place, x.device), positions).T.contiguous()
-        return self._drop(x, _below(rows, torch.arange(width, device=x.device)), self.hidden)
+        rows = self._token_keys(x, layer, place, self._sharing)
+        return self._drop(x, _below(rows, torch.arange(x.size(-1), device=x.device)), self.hidden)
+
+    def drop_input(
+        self, x: torch.Tensor, layer: int, place: int, *, first_column: int = 0, whole: bool = False
+    ) -> torch.Tensor:
+        """Drop elements of what an adapter is given, and scale the others.
+
+        Args:
+            x: [T, B, columns], this process's tokens.
+            layer: number of the layer, from 1.
+            place: the adapter's.
+            first_column: number of the first column in the whole vector.
+            whole: whether tensor-parallel processes have the same tokens, also where they share them elsewhere.
+        """
+        rows = self._token_keys(x, ADAPTERS + layer, place, 1 if whole else self._sharing)
+        columns = torch.arange(first_column, first_column + x.size(-1), device=x.device)
+        return self._drop(x, _below(rows, columns), self.adapters)
+
+    def _token_keys(self, x: torch.Tensor, layer: int, place: int, sharing: int) -> torch.Tensor:
+        """int64 [T, B], a key of each token of x [T, B, ...], which so many tensor-parallel processes share."""
+        ranks = self._context_size * sharing
+        rank = self._context_rank * sharing + (self._tensor_rank if sharing > 1 else 0)
+        positions = SequenceSplit(x.size(0) * ranks, self._context_size, sharing).positions(rank).to(x.device)
+        return _below(self._sample_keys(x.size(1), layer, place, x.device), positions).T.contiguous()
 
     def drop_attention(self, weights: torch.Tensor, layer: int, first_query: int) -> torch.Tensor:
         """Drop attention weights, and scale the others.

@@ -10,6 +10,7 @@ experts, N vectors per expert, I inner width of one expert, d hidden size; no bi
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from steel_megatron.config import Activation
+from steel_megatron.model.lora import A, Adapters, B, Factors, new_factor
 from steel_megatron.model.routing.merging import CHUNK_BYTES, merged_linear, sums_are_sent, swiglu
 from steel_megatron.parallel.collectives import gather_rows, scatter_sums, sum_both_ways, sum_gradients
 
@@ -75,6 +77,7 @@ class Experts(MegatronModule):
         # The middle dimension counts matrices: (gate, up) on the way up; (gate, down) or (down) on the way down.
         self.up = self._weight(self.local_experts, 2, local_inner, hidden, split_dim=2)
         self.down = self._weight(self.local_experts, 2 if self.gated_down else 1, hidden, local_inner, split_dim=3)
+        self.adapters: Adapters | None = None
         if config.perform_initialization:
             self.reset_parameters()
 
@@ -101,6 +104,36 @@ class Experts(MegatronModule):
         setattr(weight, "allreduce", not self.apart)  # noqa: B010
         return weight
 
+    def add_expert_adapters(self, adapters: Adapters, targets: Collection[str]) -> None:
+        """Give every expert low-rank adapters of its own.
+
+        Args:
+            adapters: shared.
+            targets: ``linear_fc1`` for the way up, ``linear_fc2`` for the way down.
+        """
+        self.adapters = adapters
+        for name, target, split in (("up", "linear_fc1", B), ("down", "linear_fc2", A)):
+            if target not in targets:
+                continue
+            weight = getattr(self, name)
+            *front, rows, columns = weight.shape
+            for part, shape in ((A, (*front, adapters.rank, columns)), (B, (*front, rows, adapters.rank))):
+                factor = new_factor(weight, shape, (2 if part == B else 3) if part == split else None)
+                if part != split:
+                    # Copies: the gradient norm counts that of the first process, whatever the model's own groups are.
+                    vars(factor).update(tensor_model_parallel=True, shared=self.tp_group.rank() > 0)
+                setattr(self, f"{name}_{part}", factor)
+
+    def _factors(self, name: str) -> Factors | None:
+        """The adapters of a way through the experts; those that all tensor-parallel processes have get partial
+        gradients, like vectors before matrices that are cut."""
+        if self.adapters is None or not self.adapters.enabled or not hasattr(self, f"{name}_{A}"):
+            return None
+        a, b = getattr(self, f"{name}_{A}"), getattr(self, f"{name}_{B}")
+        if name == "up":
+            return Factors(sum_gradients(a, self.tp_group), b, self.adapters.scale)
+        return Factors(a, sum_gradients(b, self.tp_group), self.adapters.scale)
+
     def forward(
         self,
         x: torch.Tensor,
@@ -125,13 +158,14 @@ class Experts(MegatronModule):
         if shares is None:
             return self._compute(x, self.up, self.down, layout)
         groups = {"tp_group": self.tp_group, "ep_group": self.ep_group}
-        return merged_experts(x, shares, self.up, self.down, equal_segments=equal_segments, **groups)
+        adapters = self._factors("up"), self._factors("down")
+        return merged_experts(x, shares, self.up, self.down, adapters=adapters, equal_segments=equal_segments, **groups)
 
     def _compute(self, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         x = self._enter(x, layout).expand(up.size(0), -1, -1)
-        inner = swiglu(torch.bmm(x, up.flatten(1, 2).mT))
+        inner = swiglu(_with(self._factors("up"), torch.bmm(x, up.flatten(1, 2).mT), x))
         # The gate of the way down is not linear, so both products are summed over processes before it.
-        out = self._leave(torch.bmm(inner, down.flatten(1, 2).mT), layout)
+        out = self._leave(_with(self._factors("down"), torch.bmm(inner, down.flatten(1, 2).mT), inner), layout)
         return swiglu(out) if self.gated_down else out
 
     def _enter(self, x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
@@ -168,18 +202,25 @@ class Experts(MegatronModule):
         axis = len(sharded_offsets)
         tensor_parallel = (self.tp_group.rank(), self.tp_group.size())
         sharded = {}
-        for name, split_dim in (("up", 2), ("down", 3)):
-            offsets = [*sharded_offsets, (axis + split_dim, *tensor_parallel)]
+        split_dims = {"up": 2, f"up_{B}": 2, "down": 3, f"down_{A}": 3}
+        for name, weight in self.named_parameters():
+            split_dim, offsets = split_dims.get(name), [*sharded_offsets]
+            if split_dim is not None:
+                offsets.append((axis + split_dim, *tensor_parallel))
             if self.ep_group is not None:
                 offsets.append((axis, self.ep_group.rank(), self.ep_group.size()))
             sharded[prefix + name] = ShardedTensor.from_rank_offsets(
                 prefix + name,
-                getattr(self, name),
+                weight,
                 *offsets,
-                replica_id=(0, 0, dist.get_rank(self.copies_group)),
+                replica_id=(0, 0 if split_dim else tensor_parallel[0], dist.get_rank(self.copies_group)),
                 prepend_axis_num=axis,
             )
         return sharded
+
+
+def _with(factors: Factors | None, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return y if factors is None else factors.add_to(y, x)
 
 
 def merged_experts(
@@ -190,6 +231,7 @@ def merged_experts(
     *,
     tp_group: dist.ProcessGroup,
     ep_group: dist.ProcessGroup | None,
+    adapters: tuple[Factors | None, Factors | None] = (None, None),
     equal_segments: bool = True,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> torch.Tensor:
@@ -211,6 +253,7 @@ def merged_experts(
         down: [E / R, 2, d, I] gate and value (double SwiGLU), or [E / R, 1, d, I] (SwiGLU).
         tp_group: the processes that share the inner width.
         ep_group: the processes that share the experts; None where each has all of them.
+        adapters: of ``up`` and ``down``; merged like these, without making their products.
         equal_segments: whether all processes of ``ep_group`` surely have the same number of segments. If not, experts
             are sent: that needs no agreement about chunks.
         chunk_bytes: bound of the memory for merged matrices.
@@ -220,14 +263,18 @@ def merged_experts(
     """
     # Each tensor-parallel process sees its own part of the matrices: the gradients of tokens and shares add up.
     x = sum_gradients(x, tp_group)
-    shares = sum_gradients(shares, tp_group).unsqueeze(0)
+    weights = sum_gradients(shares, tp_group)
+    shares = weights.unsqueeze(0)
     ranks = 1 if ep_group is None else ep_group.size()
     if equal_segments and sums_are_sent(x.size(0), shares.size(2), ranks):
         # Every process gets the shares of its own experts in all processes' segments: [R source, M, E / R].
         by_holder = shares.reshape(x.size(0), ranks, -1).transpose(0, 1).contiguous()
         shares = all_to_all(ep_group, by_holder)
-    inner = swiglu(merged_linear(x, shares, up.flatten(1, 2), ep_group, chunk_bytes))
+    of_up, of_down = adapters
+    inner = merged_linear(x, shares, up.flatten(1, 2), ep_group, chunk_bytes)
+    inner = swiglu(inner if of_up is None else of_up.add_merged_to(inner, x, weights, ep_group))
     out = merged_linear(inner, shares, down.flatten(1, 2), ep_group, chunk_bytes)
+    out = out if of_down is None else of_down.add_merged_to(out, inner, weights, ep_group)
     # The gate of the way down is not linear, so both products are summed over processes before it.
     out = reduce_from_tensor_model_parallel_region(out, tp_group)
     return out if down.size(1) == 1 else swiglu(out)

@@ -6,13 +6,19 @@ from steel_megatron.config import ModelConfig
 from steel_megatron.model.routing import routing_mode
 
 
-def training_flops_per_token(model: ModelConfig) -> float:
+def training_flops_per_token(model: ModelConfig, *, frozen: bool = False) -> float:
     """Floating-point operations of one token's forward and backward pass, at the model's sequence length.
 
     Counts the products of matrices (a multiplication and an addition each; the backward pass is twice the forward
-    pass) and causal attention at half its square; norms, softmax and the embedding are left out.
+    pass) and causal attention at half its square; norms, softmax and the embedding are left out. Frozen weights have no
+    gradients to be computed, and their adapters are left out.
+
+    Args:
+        model: the settings.
+        frozen: whether its weights are.
     """
-    return 3 * 2 * sum(multiplications_per_token(model).values())
+    passes = dict.fromkeys(("attention", "experts", "output"), 2) if frozen else {}
+    return 2 * sum(passes.get(name, 3) * count for name, count in multiplications_per_token(model).items())
 
 
 def multiplications_per_token(model: ModelConfig) -> dict[str, float]:

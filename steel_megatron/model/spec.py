@@ -23,12 +23,13 @@ from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from steel_megatron.config import ModelConfig, ParallelConfig, Precision
+from steel_megatron.config import LoraConfig, ModelConfig, ParallelConfig, Precision
 from steel_megatron.model.attention import Float32RotaryAttention
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.dropout import AFTER_ATTENTION, AFTER_FEED_FORWARD, Dropout, DropoutAdd, EmbeddingDropout
 from steel_megatron.model.embedding import add_gradients_by_row
 from steel_megatron.model.implementation import implementation_fields, layer_parts
+from steel_megatron.model.lora import Adapters, add_adapters
 from steel_megatron.model.megatron_fields import (
     check_recompute_modules,
     model_fields,
@@ -225,6 +226,7 @@ def build_chunks(
     *,
     seed: int | None = None,
     fp8: str | None = None,
+    lora: LoraConfig | None = None,
 ) -> list[GPTModel]:
     """This process's parts of the model: one, or several under the interleaved schedule.
 
@@ -236,6 +238,7 @@ def build_chunks(
         precision: type of the weights.
         seed: of the initial weights; None leaves the matrices uninitialised, to be loaded.
         fp8: format of matrix products in FP8; None for none.
+        lora: the adapters; None, or a rank of None, for none.
     """
     chosen = choose_implementation(model.implementation, fully_sharded=topology.parallel.fsdp)
     config = transformer_config(model, topology.parallel, precision, topology.device, chosen, fp8)
@@ -243,7 +246,15 @@ def build_chunks(
         _name_random_state()
     groups = topology.groups
     documents = PackedDocuments(slot_exchange_group(groups))
-    dropout = Dropout(model.hidden_dropout, model.attention_dropout, groups, sequence_parallel=config.sequence_parallel)
+    lora = lora or LoraConfig()
+    dropout = Dropout(
+        model.hidden_dropout,
+        model.attention_dropout,
+        groups,
+        sequence_parallel=config.sequence_parallel,
+        adapters=lora.dropout,
+    )
+    adapters = Adapters(lora, dropout)
     routing = topology.parallel.recompute == "routing"
     spec = layer_spec(model, groups, documents, dropout, recompute_routing=routing, chosen=chosen)
     # It warns of every feed-forward module that is not its own.
@@ -270,6 +281,9 @@ def build_chunks(
         _mark_split_weights(stage)
         compute_losses_in(stage, model.vocab_size, labels)
         add_gradients_by_row(stage)
+        stage.adapters = adapters
+        if lora.rank is not None:
+            add_adapters(stage, adapters)
         if seed is not None:
             initialize_weights(stage, model, seed)
         chunks.append(stage)

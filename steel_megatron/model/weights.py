@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt import GPTModel
 
 from steel_megatron.config import ModelConfig
+from steel_megatron.model.lora import initial_bound, is_adapter
 
 SHARDS = "shards"
 """Attribute of a stage whose weights are sharded over data-parallel processes: this process's shards, by name."""
@@ -57,7 +58,7 @@ def initialize_weights(stage: GPTModel, model: ModelConfig, seed: int) -> None:
     Matrices are normal with standard deviation ``init_method_std`` (the published model's way: no scaling by depth)
     or, in experts, ``expert_init_method_std``; norms are 1, the routing scale is ``routing_scale_init``, biases are 0.
     ``phi`` is only used by its direction. Rows of the padded vocabulary are 0. With ``identical_expert_init`` all
-    experts of a layer get the first one's.
+    experts of a layer get the first one's. Adapters begin as peft's do, and add nothing.
 
     Args:
         stage: this process's part of the model.
@@ -88,10 +89,15 @@ def _fill(sharded: ShardedTensor, name: str, model: ModelConfig, seed: int) -> N
     std = model.init_method_std
     if model.expert_init_method_std is not None and (".mlp.experts." in name or ".mlp.network." in name):
         std = model.expert_init_method_std
-    whole = torch.empty(sharded.global_shape[prepended:]).normal_(0.0, std, generator=generator)
-    if model.identical_expert_init and ".mlp.experts." in name:
+    whole = torch.empty(sharded.global_shape[prepended:])
+    if is_adapter(name):
+        bound = initial_bound(name, whole.shape)
+        whole.uniform_(-bound, bound, generator=generator)
+    else:
+        whole.normal_(0.0, std, generator=generator)
+    if model.identical_expert_init and not is_adapter(name) and ".mlp.experts." in name:
         whole[1:] = whole[0].clone()
-    if whole.size(0) == model.padded_vocab_size:
+    if whole.size(0) == model.padded_vocab_size and not is_adapter(name):
         whole[model.vocab_size :] = 0.0
     own = zip(sharded.global_offset[prepended:], sharded.local_shape, strict=True)
     weight.copy_(whole[tuple(slice(start, start + size) for start, size in own)])

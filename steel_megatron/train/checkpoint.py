@@ -9,13 +9,12 @@ Loading executes nothing: settings are JSON, and the one pickled index of torch'
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from steel_megatron.config import (
+    LoraConfig,
     ModelConfig,
     RunConfig,
     from_dict,
@@ -36,60 +36,38 @@ from steel_megatron.config import (
 from steel_megatron.errors import CheckpointError, ConfigError, SteelError
 from steel_megatron.files import disk_errors, sync_folder
 from steel_megatron.log import get_logger
+from steel_megatron.model.lora import is_adapter
 from steel_megatron.model.weights import sharded_weights, storable
 from steel_megatron.train import bad_steps, random_states
+from steel_megatron.train.checkpoint_adapters import MergedFiles, WeightFiles
 from steel_megatron.train.checkpoint_checksums import compare_checksums
+from steel_megatron.train.checkpoint_info import Base, CheckpointInfo, check_adapters, check_model
 from steel_megatron.train.checkpoint_manifest import check_manifest, check_metadata, content_errors
 from steel_megatron.train.checkpoint_reader import fill
+from steel_megatron.train.checkpoint_tensors import TensorFiles
 from steel_megatron.train.engine import Engine
 from steel_megatron.train.optimizer_state import MAIN_WEIGHTS, OptimizerState
 
 logger = get_logger(__name__)
 
-FORMAT = 2
-_READABLE = (1, 2)
-"""Formats that can be read; the first one has SHA-256 of each file."""
+FORMAT, FORMAT_OF_ADAPTERS = 2, 3
+_READABLE = (1, 2, 3)
+"""Formats that can be read; the first one has SHA-256 of each file, the last one adapters in place of a model."""
 MANIFEST = "steel.json"
-NOT_COMPUTED = {"sequence_length", "init_method_std", "expert_init_method_std", "routing_scale_init"}
-NOT_COMPUTED |= {"moe_aux_loss_coeff", "moe_router_load_balancing_type", "identical_expert_init"}
-NOT_COMPUTED |= {"hidden_dropout", "attention_dropout", "implementation"}
-"""Settings of a model that do not change what given weights compute: these may always differ from a checkpoint's."""
-ROUTING = {"routing_mode", "slot_input", "block_length", "moe_top_k"}
-"""How tokens reach experts: a new run may choose it anew for the weights it begins with."""
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What ``steel.json`` says.
-
-    Attributes:
-        path: the checkpoint's folder.
-        step: optimizer steps done.
-        consumed_samples: training sequences read so far.
-        model: the model's settings.
-        layout: the layout that saved it, such as ``TP2 PP1 EP1 DP1``.
-        world_size: number of processes that saved it.
-        has_optimizer: whether it can be resumed, or holds weights only.
-        has_main_weights: whether it holds float32 weights apart from the model's.
-        data_fingerprint: of what the ledger says of those samples; empty if there was no ledger.
-    """
-
-    path: Path
-    step: int
-    consumed_samples: int
-    model: ModelConfig
-    layout: str
-    world_size: int
-    has_optimizer: bool
-    has_main_weights: bool
-    data_fingerprint: str
 
 
 def sharded_engine(engine: Engine) -> dict[str, Any]:
     """All of an engine's state, where it lies in memory; every process calls it."""
     model = sharded_weights(*engine.chunks)
     state = OptimizerState(engine.optimizer, model)
-    return {"model": storable(model), "optimizer": state.sharded, "random": random_states.sharded()}
+    return {"model": storable(_saved(engine, model)), "optimizer": state.sharded, "random": random_states.sharded()}
+
+
+def _saved(engine: Engine, weights: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+    """The weights that a run's checkpoints hold: all, or its adapters, since all others are those of their base."""
+    if engine.run.lora.rank is None:
+        return weights
+    return {name: one for name, one in weights.items() if is_adapter(one.key)}
 
 
 def path_of(run: RunConfig, step: int) -> Path:
@@ -117,6 +95,7 @@ def read_info(path: Path) -> CheckpointInfo:
         ConfigError: its routing mode is code that has not been imported.
     """
     manifest = read_manifest(path)
+    base = manifest.get("base")
     for name, facts in manifest["files"].items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
@@ -128,7 +107,7 @@ def read_info(path: Path) -> CheckpointInfo:
         path=path,
         step=manifest["step"],
         consumed_samples=manifest["consumed_samples"],
-        model=_model_of(manifest, path / MANIFEST),
+        model=_settings_of(ModelConfig, manifest["model"], path / MANIFEST),
         layout=manifest["layout"],
         world_size=manifest["world_size"],
         has_optimizer=manifest["has_optimizer"],
@@ -137,16 +116,17 @@ def read_info(path: Path) -> CheckpointInfo:
         if manifest.get("has_main_weights") is None
         else manifest["has_main_weights"],
         data_fingerprint=manifest["data_fingerprint"],
+        lora=_settings_of(LoraConfig, manifest.get("lora") or {}, path / MANIFEST),
+        base=Base(Path(base["path"]), base["sha256"]) if base else None,
     )
 
 
-def _model_of(manifest: Mapping[str, Any], path: Path) -> ModelConfig:
+def _settings_of(kind: type, values: Mapping[str, Any], path: Path) -> Any:
     try:
         with content_errors(path):
-            model: ModelConfig = from_dict(ModelConfig, manifest["model"], "")
+            return from_dict(kind, dict(values), "")
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return model
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -168,10 +148,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_checksum(manifest):
         raise CheckpointError(f"{path / MANIFEST} is damaged: its checksum is not the one it was saved with")
     if manifest.get("format") not in _READABLE:
-        known = " and ".join(map(str, _READABLE))
+        known = ", ".join(map(str, _READABLE))
         raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this version reads formats {known}")
     check_manifest(manifest, path / MANIFEST)
     return manifest
+
+
+def base_at(path: Path) -> Base:
+    """A checkpoint as one to adapt.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    return Base(path.resolve(), read_manifest(path)["sha256"])
 
 
 def verify(path: Path, rank: int = 0, world_size: int = 1) -> None:
@@ -251,26 +240,6 @@ def _went_back_to(path: Path) -> int | None:
     return step
 
 
-def check_model(info: CheckpointInfo, model: ModelConfig, *, resumes: bool) -> None:
-    """Raise a CheckpointError that names the first setting of a checkpoint's model that ``model`` must share.
-
-    Args:
-        info: the checkpoint.
-        model: the settings that its weights are wanted for.
-        resumes: whether a run goes on, so that nothing it computes may change; weights that a new run begins with may
-            be routed in another way.
-    """
-    free = NOT_COMPUTED if resumes else NOT_COMPUTED | ROUTING
-    for field in dataclasses.fields(ModelConfig):
-        name = {"num_query_groups": "query_groups", "megatron": "megatron_computing"}.get(field.name, field.name)
-        saved, wanted = getattr(info.model, name), getattr(model, name)
-        if field.name not in free and saved != wanted:
-            raise CheckpointError(
-                f"{info.path} was saved with model.{field.name} = {saved}, this run has {wanted}; "
-                "use the checkpoint's settings or another checkpoint.directory"
-            )
-
-
 @contextmanager
 def _loading_errors(path: Path) -> Iterator[None]:
     try:
@@ -291,6 +260,7 @@ def load(engine: Engine, info: CheckpointInfo) -> None:
         CheckpointError: the checkpoint is of another model, or holds weights only.
     """
     check_model(info, engine.run.model, resumes=True)
+    check_adapters(info, engine.run.lora)
     if not info.has_optimizer:
         raise CheckpointError(f"{info.path} holds weights only and cannot be resumed; use checkpoint.init_from")
     engine.before_update()
@@ -299,7 +269,7 @@ def load(engine: Engine, info: CheckpointInfo) -> None:
     wanted: dict[str, Any] = {"optimizer": state.sharded}
     # Random states belong to processes; with another number of them there is nothing to give them back to.
     wanted["random"] = _saved_random_states(info) if info.world_size == dist.get_world_size() else {}
-    main, later, model = state.main_weights, {}, storable(model)
+    main, later, model = state.main_weights, {}, storable(_saved(engine, model))
     if info.has_main_weights and not main:  # saved by a run in bfloat16: its weights are rounded
         model = {name: replace(one, key=MAIN_WEIGHTS + one.key) for name, one in model.items()}
     elif main and not info.has_main_weights:  # saved by a run in float32, which needs no copies
@@ -342,8 +312,36 @@ def load_weights(stage: GPTModel, info: CheckpointInfo, model: ModelConfig) -> N
     weights = sharded_weights(stage)
     own = sum(getattr(one, "_local_tensor", one).numel() for one in stage.parameters())  # of sharded ones, the shard
     assert sum(one.data.numel() for one in weights.values()) == own
-    with _loading_errors(info.path):
-        fill({"model": storable(weights)}, info.path)
+    weights = storable({name: one for name, one in weights.items() if not is_adapter(one.key)})
+    if info.base is None:
+        with _loading_errors(info.path):
+            fill({"model": weights}, info.path)
+        return
+    files = weight_files(info)
+    with torch.no_grad():
+        for one in weights.values():
+            shape = (1,) * one.prepend_axis_num + tuple(one.local_shape)
+            one.data.copy_(files.read(one.key, (tuple(one.global_offset), shape)).view(one.data.shape))
+
+
+def weight_files(info: CheckpointInfo) -> WeightFiles:
+    """The weights of a checkpoint's model, with its adapters in them, to be read a part at a time.
+
+    Raises:
+        CheckpointError: it holds adapters, and what they were trained on is damaged, missing or another one by now.
+    """
+    files = TensorFiles(info.path)
+    if info.base is None:
+        return files
+    try:
+        info.base.check(base_at(info.base.path), info.path)
+        verify(info.base.path)
+        base = read_info(info.base.path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{info.path} holds adapters alone, and not the weights that they adapt: {error}"
+        ) from None
+    return MergedFiles(weight_files(base), files, info.lora, info.model)
 
 
 def tensor_names(info: CheckpointInfo) -> list[str]:
@@ -352,23 +350,28 @@ def tensor_names(info: CheckpointInfo) -> list[str]:
 
 
 def tensor_shapes(info: CheckpointInfo) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors of a checkpoint by name."""
+    """The shapes of all tensors of a checkpoint by name; of one with adapters, those of the model that it makes."""
+    if info.base is not None:
+        return {name: facts.shape for name, facts in weight_files(info).tensors.items()}
     with _loading_errors(info.path):
         found = dist_checkpointing.load_tensors_metadata(str(info.path))
         return {name: tuple(tensor.global_shape) for name, tensor in found.items()}
 
 
 def read_tensors(info: CheckpointInfo, keys: list[str]) -> dict[str, torch.Tensor]:
-    """Whole tensors of a checkpoint by name, on the CPU, without building the model.
+    """Whole tensors of a checkpoint's model by name, on the CPU, without building the model.
 
     Raises:
         CheckpointError: the checkpoint has no tensor of that name.
     """
+    files = weight_files(info) if info.base is not None else None
     with _loading_errors(info.path):
-        available = dist_checkpointing.load_tensors_metadata(str(info.path))
+        available = files.tensors if files else dist_checkpointing.load_tensors_metadata(str(info.path))
     missing = [key for key in keys if key not in available]
     if missing:
         raise CheckpointError(f"{info.path} has no tensor {missing[0]!r}")
+    if files:
+        return {key: files.read(key, ((0,) * len(shape := files.tensors[key].shape), shape)) for key in keys}
     wanted = {key: available[key] for key in keys}
     with _loading_errors(info.path):
         return dist_checkpointing.load(wanted, str(info.path), validate_access_integrity=False)

@@ -39,6 +39,10 @@ def _is_files(value: object) -> bool:
 
 _FILES = Rule(_is_files, "size (bytes) and checksum, in hex, by the names of files of this folder")
 _OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
+_BASE = Rule(
+    lambda value: isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("path", "sha256")),
+    "the path and the sha256 of a checkpoint",
+)
 _MAYBE = or_null(Rule(lambda value: isinstance(value, bool), "true or false"))
 _STEP = or_null(Rule(whole().holds, "a step's number"))
 BACKENDS = {
@@ -65,6 +69,8 @@ class _Manifest:
     has_main_weights: Annotated[bool | None, _MAYBE] = None
     norms: Annotated[Mapping[str, Any], _OBJECT] = field(default_factory=dict)
     resume_from: Annotated[int | None, _STEP] = None
+    lora: Annotated[Mapping[str, Any] | None, or_null(_OBJECT)] = None
+    base: Annotated[Mapping[str, Any] | None, or_null(_BASE)] = None
 
 
 @contextmanager

@@ -17,8 +17,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from steel_megatron.config import RunConfig
 from steel_megatron.errors import CheckpointError
+from steel_megatron.model.lora import is_adapter
+from steel_megatron.model.weights import sharded_weights, storable
 from steel_megatron.parallel.topology import simulated
-from steel_megatron.train.checkpoint import CheckpointInfo, check_model, sharded_engine
+from steel_megatron.train.checkpoint import sharded_engine, weight_files
+from steel_megatron.train.checkpoint_info import CheckpointInfo, check_adapters, check_model
 from steel_megatron.train.checkpoint_tensors import TensorFacts, TensorFiles
 from steel_megatron.train.engine import Engine
 from steel_megatron.train.optimizer_state import MAIN_WEIGHTS
@@ -81,18 +84,19 @@ def plan(info: CheckpointInfo, run: RunConfig, processes: int | None = None) -> 
     """
     world_size = info.world_size if processes is None else processes
     check_layout_of(info, run, world_size)
-    saved, stages = TensorFiles(info.path).tensors, run.parallel.pipeline_model_parallel_size
+    resumes, stages = _resumes(info, run), run.parallel.pipeline_model_parallel_size
+    saved = (TensorFiles(info.path) if resumes else weight_files(info)).tensors
     found = []
     for rank in range(0, world_size, world_size // stages):
         with simulated_engine(run, rank, world_size) as engine:
-            _check_tensors(info, saved, engine)
+            _check_tensors(info, saved, engine, resumes)
             found.append(memory_of(engine, rank))
     return Plan(
         info=info,
         layout=run.parallel.describe(world_size),
         processes=world_size,
-        resumes=info.has_optimizer,
-        keeps_random_states=info.has_optimizer and info.world_size == world_size,
+        resumes=resumes,
+        keeps_random_states=resumes and info.world_size == world_size,
         stages=found,
     )
 
@@ -109,8 +113,16 @@ def check_layout_of(info: CheckpointInfo, run: RunConfig, world_size: int) -> No
         CheckpointError: the checkpoint is of another model.
         ConfigError: the settings and the number of processes do not fit each other.
     """
-    check_model(info, run.model, resumes=info.has_optimizer)
+    resumes = _resumes(info, run)
+    check_model(info, run.model, resumes=resumes)
+    if resumes:
+        check_adapters(info, run.lora)
     run.num_micro_batches(world_size)
+
+
+def _resumes(info: CheckpointInfo, run: RunConfig) -> bool:
+    """Whether a run goes on where a checkpoint stands; else it begins with its weights."""
+    return info.has_optimizer and (info.base is not None) == (run.lora.rank is not None)
 
 
 @contextmanager
@@ -139,7 +151,7 @@ def memory_of(engine: Engine, rank: int) -> RankMemory:
         engine: of a run, or simulated.
         rank: of its process.
     """
-    parameters = [one.data for one in sharded_engine(engine)["model"].values()]
+    parameters = [one.data for one in storable(sharded_weights(*engine.chunks)).values()]
     held = _Bytes()
     weights = held.add(parameters)
     gradients = held.add(getattr(one, "main_grad", None) for one in parameters)
@@ -171,12 +183,13 @@ class _Bytes:
         return added
 
 
-def _check_tensors(info: CheckpointInfo, saved: Mapping[str, TensorFacts], engine: Engine) -> None:
+def _check_tensors(info: CheckpointInfo, saved: Mapping[str, TensorFacts], engine: Engine, resumes: bool) -> None:
     """Raise a CheckpointError for the first tensor of an engine that the checkpoint cannot fill."""
-    state = sharded_engine(engine)
-    wanted: list[ShardedTensor] = list(state["model"].values())
-    if info.has_optimizer:
-        wanted += state["optimizer"].values()
+    if resumes:
+        state = sharded_engine(engine)
+        wanted: list[ShardedTensor] = [*state["model"].values(), *state["optimizer"].values()]
+    else:
+        wanted = [one for one in sharded_weights(*engine.chunks).values() if not is_adapter(one.key)]
     for one in wanted:
         name = one.key
         if name not in saved and name.startswith(MAIN_WEIGHTS):  # saved by a run in float32, which needs no copies

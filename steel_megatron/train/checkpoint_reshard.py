@@ -29,7 +29,15 @@ from torch.distributed.checkpoint.metadata import (
 from steel_megatron.config import RunConfig, dump_yaml
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import exclusive_lock, replace_folder
-from steel_megatron.train.checkpoint import FORMAT, CheckpointInfo, read_info, read_manifest, reason, sharded_engine
+from steel_megatron.train.checkpoint import (
+    FORMAT,
+    FORMAT_OF_ADAPTERS,
+    read_info,
+    read_manifest,
+    reason,
+    sharded_engine,
+)
+from steel_megatron.train.checkpoint_info import CheckpointInfo, check_adapters
 from steel_megatron.train.checkpoint_plan import check_layout_of, simulated_engine
 from steel_megatron.train.checkpoint_save import write_manifest
 from steel_megatron.train.checkpoint_tensors import RANDOM, Box, TensorFiles
@@ -67,6 +75,7 @@ def reshard(info: CheckpointInfo, output: Path, run: RunConfig, processes: int |
     """
     world_size = info.world_size if processes is None else processes
     check_layout_of(info, run, world_size)
+    check_adapters(info, run.lora)
     source, output = info.path.resolve(), Path(os.path.abspath(output))
     if output.exists():
         raise CheckpointError(f"{output} is already there; choose another name")
@@ -137,7 +146,8 @@ def _write(
             shutil.copyfile(info.path / name, folder / name)
     (folder / "run.yaml").write_text(dump_yaml(run), encoding="utf-8")
     facts = {key: value for key, value in manifest.items() if key not in ("files", "norms", "sha256")}
-    layout = {"format": FORMAT, "layout": run.parallel.describe(world), "world_size": world}
+    number = FORMAT if info.base is None else FORMAT_OF_ADAPTERS
+    layout = {"format": number, "layout": run.parallel.describe(world), "world_size": world}
     write_manifest(folder, {**facts, **layout, "has_main_weights": info.has_main_weights}, written)
 
 

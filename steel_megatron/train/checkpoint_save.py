@@ -29,7 +29,15 @@ from steel_megatron.errors import CheckpointError
 from steel_megatron.files import replace_folder
 from steel_megatron.parallel.agreement import any_rank, on_rank0, raise_if_any_rank_failed
 from steel_megatron.train import bad_steps
-from steel_megatron.train.checkpoint import FORMAT, MANIFEST, manifest_checksum, path_of, reason, sharded_engine
+from steel_megatron.train.checkpoint import (
+    FORMAT,
+    FORMAT_OF_ADAPTERS,
+    MANIFEST,
+    manifest_checksum,
+    path_of,
+    reason,
+    sharded_engine,
+)
 from steel_megatron.train.checkpoint_checksums import ALGORITHM, checksum_of
 from steel_megatron.train.checkpoint_copy import Copy, HostMemory
 from steel_megatron.train.checkpoint_manifest import BACKENDS
@@ -88,6 +96,10 @@ class Saver:
         facts = _facts(run.model, engine.step_number, consumed_samples, engine.topology.describe())
         if history is not None:
             facts["data_fingerprint"] = history.fingerprint(consumed_samples)
+        if run.lora.rank is not None:
+            assert engine.base is not None, "its weights were loaded"
+            base = {"path": str(engine.base.path), "sha256": engine.base.sha256}
+            facts |= {"format": FORMAT_OF_ADAPTERS, "lora": to_dict(run.lora), "base": base}
         state = sharded_engine(engine)
         self._under_way = _begin_save(
             state,

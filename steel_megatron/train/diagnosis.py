@@ -50,7 +50,7 @@ def where_backward_fails(chunks: Sequence[GPTModel], weights: Weights) -> str:
     """
     found = []
     for number, name, parameter in _parameters(chunks, weights):
-        if not torch.isfinite(parameter.main_grad).all():
+        if parameter.requires_grad and not torch.isfinite(parameter.main_grad).all():
             found.append((-number, f"the gradient of {name}" + (f" (layer {number})" if number else "")))
     return _earliest(found) or "no single gradient: their norm overflows"
 

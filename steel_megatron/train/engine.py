@@ -24,6 +24,7 @@ from steel_megatron.model.megatron_fields import with_further_fields
 from steel_megatron.model.spec import DTYPES, build_chunks
 from steel_megatron.parallel.topology import Topology
 from steel_megatron.train.bad_steps import BadSteps, agreed
+from steel_megatron.train.checkpoint_info import Base
 from steel_megatron.train.data_parallel import Replicated
 from steel_megatron.train.diagnosis import where_backward_fails, where_forward_fails
 from steel_megatron.train.fully_sharded import FullySharded, reduce_over_all_ranks
@@ -88,6 +89,7 @@ class Engine:
         stage: this process's part of the model; None builds it with the run's seed.
 
     Attributes:
+        base: the checkpoint whose weights its adapters adapt, once they are loaded; None without adapters.
         before_update: called before anything changes weights or the optimizer's state, which a save may be copying.
         models: what :attr:`chunks` are, each with its gradients.
     """
@@ -99,12 +101,15 @@ class Engine:
         self._chunks = (
             [stage]
             if stage
-            else build_chunks(run.model, topology, training.precision, seed=training.seed, fp8=training.fp8)
+            else build_chunks(
+                run.model, topology, training.precision, seed=training.seed, fp8=training.fp8, lora=run.lora
+            )
         )
         self.config = self._chunks[0].config
         self.objective = objective_of(run).build(run, topology, self._chunks[0])
         self.step_number = 0
         self.before_update: Callable[[], None] = lambda: None
+        self.base: Base | None = None
         kind = FullySharded if topology.parallel.fsdp else Replicated
         self.models: list[Replicated | FullySharded] = [kind(chunk, topology) for chunk in self._chunks]
         self.optimizer = self._optimizer()

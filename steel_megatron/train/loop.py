@@ -33,6 +33,7 @@ from steel_megatron.train.callbacks import Callback, CopyFirst, RunView, callbac
 from steel_megatron.train.callbacks.base import EvaluatesTasks
 from steel_megatron.train.callbacks.events import EventLog
 from steel_megatron.train.checkpoint_checksums import verified_by_all
+from steel_megatron.train.checkpoint_info import CheckpointInfo, check_adapters
 from steel_megatron.train.checkpoint_save import Saver
 from steel_megatron.train.engine import Engine, minimised
 from steel_megatron.train.reference import check_reference, prepare_reference
@@ -321,6 +322,8 @@ def _start(
 
         own = session.ledger.history if session.ledger else None
         on_rank0(lambda: check(own))  # before anything large is read
+        if run.lora.rank is not None:  # the checkpoint has its adapters alone
+            _load_origin(run, engine, info)
         checkpoint.load(engine, info)
         session.start(step, info.consumed_samples, check)
         if prepare_reference(run, engine, batches, session):
@@ -329,13 +332,9 @@ def _start(
         return info.consumed_samples, path
     random_states.seed_all(run.training.seed, 0, topology)
     if run.checkpoint.init_from:
-        origin = Path(run.checkpoint.init_from)
-        info = raise_if_any_rank_failed(lambda: checkpoint.read_info(origin))
-        verified_by_all(lambda check: check(origin), checkpoint.verify)
-        for chunk in engine.chunks:
-            checkpoint.load_weights(chunk, info, run.model)
+        _load_origin(run, engine)
         engine.optimizer.reload_model_params()
-        logger.info(f"starting from the weights of {origin}")
+        logger.info(f"starting from the weights of {run.checkpoint.init_from}")
     session.start()
     path = Path(run.checkpoint.directory) / "run.yaml"
     text = dump_yaml(run).encode()
@@ -344,7 +343,22 @@ def _start(
     return 0, None
 
 
-def _find(run: RunConfig, check: Callable[[Path], None]) -> checkpoint.CheckpointInfo | None:
+def _load_origin(run: RunConfig, engine: Engine, resumed: CheckpointInfo | None = None) -> None:
+    """Load the weights of ``checkpoint.init_from``; those that the adapters of a checkpoint were trained on, if any."""
+    origin = Path(str(run.checkpoint.init_from))
+    info = raise_if_any_rank_failed(lambda: checkpoint.read_info(origin))
+    base = raise_if_any_rank_failed(lambda: checkpoint.base_at(origin))
+    if resumed is not None:
+        check_adapters(resumed, run.lora)
+        if resumed.base is not None:
+            resumed.base.check(base, resumed.path)
+    verified_by_all(lambda check: check(origin), checkpoint.verify)
+    for chunk in engine.chunks:
+        raise_if_any_rank_failed(lambda chunk=chunk: checkpoint.load_weights(chunk, info, run.model))  # type: ignore[misc]
+    engine.base = base if run.lora.rank is not None else None
+
+
+def _find(run: RunConfig, check: Callable[[Path], None]) -> CheckpointInfo | None:
     """The checkpoint to resume from: the newest whole one, unless an older one is asked for; None if there is none."""
     if run.checkpoint.resume_from is not None:
         return checkpoint.go_back(run, run.checkpoint.resume_from, check)

@@ -62,12 +62,14 @@ def prepare_reference(run: RunConfig, engine: Engine, batches: Batches, session:
         record = raise_if_any_rank_failed(lambda corpus=corpus: _record(corpus, fingerprint))  # type: ignore[misc]
         stored = raise_if_any_rank_failed(lambda path=path, record=record: _stored(path, record))  # type: ignore[misc]
         if stored is None:
-            if not computed:
+            if not computed and run.lora.rank is None:
                 for chunk in engine.chunks:
                     checkpoint.load_weights(chunk, info, run.model)
                 computed = True
             logger.info(f"computing the reference's log-probabilities of {corpus.documents:,} pairs of {corpus.prefix}")
-            stored = _computed(engine, batches, WholeSamples([corpus], run.model.sequence_length, number), number)
+            samples = WholeSamples([corpus], run.model.sequence_length, number)
+            with engine.chunks[0].adapters.disabled():  # without them the model is the reference
+                stored = _computed(engine, batches, samples, number)
             on_rank0(lambda path=path, record=record, stored=stored: _store(path, record, stored))  # type: ignore[misc]
         objective.reference[number] = stored
     return computed

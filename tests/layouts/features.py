@@ -107,6 +107,16 @@ FEATURES: dict[str, dict[str, Settings]] = {
     # Tokens of length 1 take large weights: the experts are cubic.
     "input": {"": {}, "normalized": {"model.slot_input": "normalized", "model.expert_init_method_std": 0.5}},
     "shared": {"": {}, "unshared": {"model.shared_expert_intermediate_size": 0}},
+    "adapters": {
+        "": {},
+        "LoRA": {"lora.rank": 4, "lora.alpha": 8.0, "checkpoint.init_from": "weights of the seed"},
+        "LoRAdrop": {
+            "lora.rank": 4,
+            "lora.dropout": 0.2,
+            "lora.targets": ["linear_qkv", "linear_proj"],
+            "checkpoint.init_from": "weights of the seed",
+        },
+    },
     "micro": {"": {}, "micro2": {"training.micro_batch_size": 2}},
 }
 MOVED = ("tensor", "sequence", "pipeline", "context", "expert", "expert_tensor", "data")

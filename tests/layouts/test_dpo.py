@@ -20,9 +20,12 @@ from tests.hf.launched import Pieces, pieces
 from tests.layouts.following import whole_tensors
 from tests.layouts.pool import Pool
 from tests.layouts.sft_runs import pretrained, run_of
-from tests.train.small_run import LAYOUTS, PROCESSES
+from tests.train import small_run
 
 ALONE = ParallelConfig()
+ALL = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, context_parallel_size=2)
+LAYOUTS = {**small_run.LAYOUTS, "tp2 pp2 cp2": ALL}
+PROCESSES = {**small_run.PROCESSES, "tp2 pp2 cp2": 8}
 SETTINGS = {
     "sigmoid": DpoConfig(beta=0.3, label_smoothing=0.1, sft_weight=0.2),
     "ipo": DpoConfig(loss="ipo", beta=0.5),
@@ -157,7 +160,8 @@ def test_packed_pairs_equal_the_formula_on_single_texts(kind: str, pool: Pool, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tp2 pp2", "cp2 dp2"])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("layout", ["tp2 pp2 cp2", "cp2 dp2"])
 def test_layouts_and_a_resumed_run_equal_one_process(layout: str, pool: Pool, tmp_path: Path) -> None:
     prefix = prepared(tmp_path)
     origin = origin_of(tmp_path, pool)

@@ -96,3 +96,9 @@ def test_more_experts_cost_more(mode: str) -> None:
         assert experts == [network * 4 / 48, network * 8 / 48]
     if mode == "block_causal":  # refreshes at 1, 2, 4, 8, 16, 24, 32, 40
         assert experts == [network * 8 * 4 / 48, network * 8 * 8 / 48]
+
+
+def test_frozen_weights_have_no_gradients_to_compute() -> None:
+    parts = multiplications_per_token(MODEL)
+    products = parts["attention"] + parts["experts"] + parts["output"]
+    assert training_flops_per_token(MODEL) - training_flops_per_token(MODEL, frozen=True) == 2 * products

@@ -173,6 +173,7 @@ def _gradient_inside(parameter: torch.Tensor, weight: torch.Tensor) -> torch.Ten
 
 def gradient_squares(engine: Any) -> dict[str, float]:
     """The sum of the squared gradient of each weight, or part of one, that this process holds."""
+    from steel_megatron.model.lora import is_adapter
     from steel_megatron.model.weights import sharded_weights
 
     for model in engine.models:
@@ -180,6 +181,8 @@ def gradient_squares(engine: Any) -> dict[str, float]:
     parameters = [parameter for model in engine.models for parameter in model.parameters()]
     squares = {}
     for sharded in sharded_weights(*engine.chunks).values():
+        if engine.run.lora.rank is not None and not is_adapter(sharded.key):
+            continue
         layer = sharded.global_offset[: sharded.prepend_axis_num]
         name = f"{sharded.key} of layer {layer[0] + 1}" if layer else sharded.key
         (gradient,) = (found for one in parameters if (found := _gradient_inside(one, sharded.data)) is not None)

@@ -181,8 +181,8 @@ def test_checkpoints_of_earlier_versions_have_sha256_of_each_file(checkpoints: P
 
     with pytest.raises(CheckpointError, match=r"run\.yaml has a checksum that this version does not know: bytes, md9"):
         checkpoint.verify(with_manifest(older, later))
-    with pytest.raises(CheckpointError, match="has format 3; this version reads formats 1 and 2"):
-        checkpoint.verify(with_manifest(older, lambda manifest: manifest.update(format=3)))
+    with pytest.raises(CheckpointError, match="has format 4; this version reads formats 1, 2, 3"):
+        checkpoint.verify(with_manifest(older, lambda manifest: manifest.update(format=4)))
 
 
 def test_a_file_that_cannot_be_read_is_passed_over(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,10 @@ import pytest
 
 from steel_megatron.config import ModelConfig
 from steel_megatron.errors import CheckpointError
-from steel_megatron.train import checkpoint
+from steel_megatron.train import checkpoint_info
 from tests.train.small_run import MODEL
 
-INFO = checkpoint.CheckpointInfo(
+INFO = checkpoint_info.CheckpointInfo(
     path=Path("step_00000004"),
     step=4,
     consumed_samples=32,
@@ -73,20 +73,20 @@ def test_another_model_is_refused_by_name(name: str) -> None:
     assert getattr(MODEL, name) != other
     model = dataclasses.replace(MODEL, **{name: other})
     for resumes, may in ((True, when == ALWAYS), (False, when != NEVER)):
-        checkpoint.check_model(INFO, MODEL, resumes=resumes)
+        checkpoint_info.check_model(INFO, MODEL, resumes=resumes)
         if may:
-            checkpoint.check_model(INFO, model, resumes=resumes)
+            checkpoint_info.check_model(INFO, model, resumes=resumes)
         else:
             said = rf"was saved with model.{name} = .*, this run has {re.escape(str(other))}"
             with pytest.raises(CheckpointError, match=said):
-                checkpoint.check_model(INFO, model, resumes=resumes)
+                checkpoint_info.check_model(INFO, model, resumes=resumes)
 
 
 def test_how_a_model_is_computed_may_differ() -> None:
     recomputing = dataclasses.replace(MODEL, megatron={"recompute_granularity": "full"})
-    checkpoint.check_model(INFO, recomputing, resumes=True)
+    checkpoint_info.check_model(INFO, recomputing, resumes=True)
 
 
 def test_query_groups_that_are_not_given_are_the_heads() -> None:
     said = dataclasses.replace(INFO, model=dataclasses.replace(MODEL, num_query_groups=4))
-    checkpoint.check_model(said, dataclasses.replace(MODEL, num_query_groups=None), resumes=True)
+    checkpoint_info.check_model(said, dataclasses.replace(MODEL, num_query_groups=None), resumes=True)

@@ -81,7 +81,7 @@ class Metrics(Callback):
         self._restart_clock()
         if not run.is_rank0:
             return
-        self._flops_per_token = training_flops_per_token(run.config.model)
+        self._flops_per_token = training_flops_per_token(run.config.model, frozen=run.config.lora.rank is not None)
         training = run.config.training
         logger.info(
             f"training {run.topology.describe()}, {training.precision}, {training.global_batch_size} sequences "
