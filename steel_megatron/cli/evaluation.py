@@ -113,7 +113,8 @@ def contamination(
         tasks: benchmarks (ceval, cmmlu, mmlu, gsm8k) or tasks of lm-eval.
         data: folder with the benchmarks as published, each in a folder of its name.
         corpora: corpus paths without .bin or .idx, or patterns such as data/corpus_text_document_*.
-        tokenizer_path: tokenizer folder or file of the corpora.
+        tokenizer_path: tokenizer of the corpora: its folder or file, or the folder of a run, checkpoint or exported
+            model trained on them.
         tokenizer_kind: kind of the tokenizer.
         ngram: words, or Chinese characters, that must stand in the same order to count as an overlap.
         json: file for all items that were found, with their documents.
@@ -122,8 +123,8 @@ def contamination(
     from json import dumps
     from pathlib import Path
 
-    from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
     from steel_megatron.files import write_atomically
+    from steel_megatron.hf.texts import tokenizer_named
 
     need_harness("contamination")
     if json and os.path.isdir(json):
@@ -133,7 +134,7 @@ def contamination(
 
     benchmarks = load_benchmarks(tasks, Path(data), 0, "answer")
     items = [item for one in benchmarks for item in one.items()]
-    found = find_overlaps(items, corpora, load_tokenizer(tokenizer_kind, tokenizer_path), ngram)
+    found = find_overlaps(items, corpora, tokenizer_named(tokenizer_kind, tokenizer_path), ngram)
     if json:
         text = dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n"
         write_atomically(json, text.encode("utf-8", "surrogatepass"), DataError)

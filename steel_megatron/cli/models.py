@@ -26,6 +26,7 @@ def pretrain(run: RunConfig) -> int:
     from steel_megatron.platform import prepare
 
     prepare()  # before megatron-core is imported
+    from steel_megatron.hf.starting import start_from_folders
     from steel_megatron.train.loop import pretrain as train
     from steel_megatron.train.stop_signal import ignore_stop_signals, stop_with_launcher
 
@@ -35,6 +36,7 @@ def pretrain(run: RunConfig) -> int:
         from steel_megatron.evaluation.in_loop import TaskScores
 
         callbacks.append(TaskScores(run))
+    start_from_folders()
     stop_with_launcher()
     try:
         summary = train(run, callbacks)
@@ -61,7 +63,7 @@ def export_hf(
     """Export a checkpoint as a Hugging Face folder: weights, config, tokenizer and model card.
 
     Args:
-        checkpoint: checkpoint folder (step_...).
+        checkpoint: checkpoint folder (step_...), or a run's (its newest checkpoint).
         output: folder to create.
         tokenizer_path: tokenizer folder or file, to export with the model.
         tokenizer_kind: kind of the tokenizer.
@@ -158,7 +160,7 @@ def generate(
     """Continue prompts with a checkpoint or an exported folder, or chat with it.
 
     Args:
-        model: checkpoint folder (step_...) or Hugging Face folder.
+        model: checkpoint folder (step_...), run folder (its newest checkpoint), or Hugging Face folder.
         prompts: texts to continue; with --chat, what the user says one after the other.
         prompts_file: file with further prompts: one a line, or in .jsonl objects with a "prompt".
         chat: hold a conversation in the model's chat template; without prompts, with the lines of stdin.
@@ -249,7 +251,8 @@ def audit(
     The exit code is 0 if the model is causal, 1 if it leaks or if its implementations disagree.
 
     Args:
-        path: checkpoint folder (step_...), Hugging Face folder, or YAML file with settings.
+        path: checkpoint folder (step_...), run folder (its newest checkpoint), Hugging Face folder, or YAML file with
+            settings.
         length: tokens of the random texts; default: two blocks and some more.
         positions: tokens to change; default: the first, the last, and those inside and at the edges of blocks.
         seed: seed of texts and replacements, and of the weights if settings are audited.

@@ -14,7 +14,7 @@ from steel_megatron.errors import DataError
 
 if TYPE_CHECKING:
     from steel_megatron.hf.compare import Agreement
-    from steel_megatron.train.checkpoint import CheckpointInfo
+    from steel_megatron.train.checkpoint_manifest import CheckpointInfo
 
 AUDIT = "audit.json"
 """The audit's report, in the run's folder (``steel-megatron audit ... --json``)."""

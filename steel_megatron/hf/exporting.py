@@ -31,9 +31,10 @@ from steel_megatron.hf.weights import Planned, write_weights
 from steel_megatron.log import get_logger, progress
 from steel_megatron.parallel.topology import Topology, alone
 from steel_megatron.platform import prepare
+from steel_megatron.train.model_path import find_checkpoint
 
 if TYPE_CHECKING:
-    from steel_megatron.train.checkpoint import CheckpointInfo
+    from steel_megatron.train.checkpoint_manifest import CheckpointInfo
     from steel_megatron.train.checkpoint_tensors import TensorFiles
 
 logger = get_logger(__name__)
@@ -77,7 +78,7 @@ def export_hf(
     """Turn a checkpoint into a folder that transformers loads.
 
     Args:
-        checkpoint_path: the checkpoint's folder.
+        checkpoint_path: the checkpoint's folder, or a run's, whose newest checkpoint is taken.
         output: the folder to make; it appears only when it is complete.
         tokenizer: kind and path of the tokenizer to export with it.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps the type it was trained in.
@@ -91,14 +92,14 @@ def export_hf(
         ConfigError: the launch has more than one process.
         DataError: the tokenizer cannot be loaded or exported.
     """
-    checkpoint_path, output = checkpoint_path.resolve(), output.resolve()
+    info = find_checkpoint(checkpoint_path.resolve())
+    checkpoint_path, output = info.path, output.resolve()
     check_output(output, overwrite, checkpoint_path, MARKS)
     loaded = load_tokenizer(*tokenizer) if tokenizer else None
     prepare()  # before megatron-core is imported
     from steel_megatron.train import checkpoint
     from steel_megatron.train.checkpoint_tensors import TensorFiles
 
-    info = checkpoint.read_info(checkpoint_path)
     try:
         architecture, reason = architecture_for(info.model)
     except CheckpointError as error:

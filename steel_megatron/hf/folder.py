@@ -20,25 +20,8 @@ from steel_megatron.hf.architectures import constant_shapes, read_source
 from steel_megatron.hf.weights import check_finite, stored_tensors
 from steel_megatron.log import progress
 
-CHECKPOINT_MARK = "steel.json"
 REPORT = "conversion.json"
 """What a conversion says of itself, next to the weights."""
-
-
-def is_exported(path: Path) -> bool:
-    """Whether a folder is an exported or published one; if not, it may be a checkpoint.
-
-    Raises:
-        CheckpointError: the folder is neither.
-    """
-    if (path / "config.json").is_file():
-        return True
-    if path.is_dir() and not (path / CHECKPOINT_MARK).exists():
-        raise CheckpointError(
-            f"{path} is neither a checkpoint (it has no {CHECKPOINT_MARK}) nor a Hugging Face folder (it has no "
-            "config.json); name a checkpoint's folder, step_..., or one that export-hf made"
-        )
-    return False
 
 
 def read_config(folder: Path) -> dict[str, Any]:

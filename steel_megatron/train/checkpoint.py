@@ -10,12 +10,10 @@ Loading executes nothing: settings are JSON, and the one pickled index of torch'
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,62 +25,43 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from steel_megatron.config import (
-    ModelConfig,
-    RunConfig,
-    from_dict,
-    refuse_unknown_routing_code,
-)
-from steel_megatron.errors import CheckpointError, ConfigError, SteelError
+from steel_megatron.config import ModelConfig, RunConfig
+from steel_megatron.errors import CheckpointError, SteelError
 from steel_megatron.files import disk_errors, sync_folder
 from steel_megatron.log import get_logger
 from steel_megatron.model.weights import sharded_weights, storable
 from steel_megatron.train import bad_steps, random_states
 from steel_megatron.train.checkpoint_checksums import compare_checksums
-from steel_megatron.train.checkpoint_manifest import check_manifest, check_metadata, content_errors
+from steel_megatron.train.checkpoint_index import check_metadata
+from steel_megatron.train.checkpoint_manifest import (
+    FORMAT,
+    MANIFEST,
+    CheckpointInfo,
+    manifest_checksum,
+    read_info,
+    read_manifest,
+)
 from steel_megatron.train.checkpoint_reader import fill
 from steel_megatron.train.engine import Engine
 from steel_megatron.train.optimizer_state import MAIN_WEIGHTS, OptimizerState
 
 logger = get_logger(__name__)
 
-FORMAT = 2
-_READABLE = (1, 2)
-"""Formats that can be read; the first one has SHA-256 of each file."""
-MANIFEST = "steel.json"
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "CheckpointInfo",
+    "manifest_checksum",
+    "read_info",
+    "read_manifest",
+]
+
 NOT_COMPUTED = {"sequence_length", "init_method_std", "expert_init_method_std", "routing_scale_init"}
 NOT_COMPUTED |= {"moe_aux_loss_coeff", "moe_router_load_balancing_type", "identical_expert_init"}
 NOT_COMPUTED |= {"hidden_dropout", "attention_dropout", "implementation"}
 """Settings of a model that do not change what given weights compute: these may always differ from a checkpoint's."""
 ROUTING = {"routing_mode", "slot_input", "block_length", "moe_top_k"}
 """How tokens reach experts: a new run may choose it anew for the weights it begins with."""
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What ``steel.json`` says.
-
-    Attributes:
-        path: the checkpoint's folder.
-        step: optimizer steps done.
-        consumed_samples: training sequences read so far.
-        model: the model's settings.
-        layout: the layout that saved it, such as ``TP2 PP1 EP1 DP1``.
-        world_size: number of processes that saved it.
-        has_optimizer: whether it can be resumed, or holds weights only.
-        has_main_weights: whether it holds float32 weights apart from the model's.
-        data_fingerprint: of what the ledger says of those samples; empty if there was no ledger.
-    """
-
-    path: Path
-    step: int
-    consumed_samples: int
-    model: ModelConfig
-    layout: str
-    world_size: int
-    has_optimizer: bool
-    has_main_weights: bool
-    data_fingerprint: str
 
 
 def sharded_engine(engine: Engine) -> dict[str, Any]:
@@ -101,77 +80,6 @@ def reason(error: BaseException) -> str:
     """The last line of an error: megatron-core's begin with the tracebacks of all processes."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
-
-
-def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """Over everything that a manifest says, but for the checksum itself."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def read_info(path: Path) -> CheckpointInfo:
-    """Read and check a checkpoint's manifest and the sizes of its files.
-
-    Raises:
-        CheckpointError: the folder is not a whole checkpoint.
-        ConfigError: its routing mode is code that has not been imported.
-    """
-    manifest = read_manifest(path)
-    for name, facts in manifest["files"].items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != facts["bytes"]:
-            there = "is missing" if size is None else f"has {size:,} bytes"
-            raise CheckpointError(f"{file} {there}; the checkpoint was saved with {facts['bytes']:,} bytes of it")
-    refuse_unknown_routing_code(manifest["model"].get("routing_mode"), str(path / MANIFEST))
-    return CheckpointInfo(
-        path=path,
-        step=manifest["step"],
-        consumed_samples=manifest["consumed_samples"],
-        model=_model_of(manifest, path / MANIFEST),
-        layout=manifest["layout"],
-        world_size=manifest["world_size"],
-        has_optimizer=manifest["has_optimizer"],
-        # Checkpoints of earlier versions do not say it, and always do.
-        has_main_weights=manifest["has_optimizer"]
-        if manifest.get("has_main_weights") is None
-        else manifest["has_main_weights"],
-        data_fingerprint=manifest["data_fingerprint"],
-    )
-
-
-def _model_of(manifest: Mapping[str, Any], path: Path) -> ModelConfig:
-    try:
-        with content_errors(path):
-            model: ModelConfig = from_dict(ModelConfig, manifest["model"], "")
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    return model
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """What a checkpoint's ``steel.json`` says, checked as far as it goes without the other files.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of an unknown format.
-    """
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint {path}")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} is not a checkpoint: its {MANIFEST} cannot be read ({error.strerror}); name a folder step_..."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is not JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_checksum(manifest):
-        raise CheckpointError(f"{path / MANIFEST} is damaged: its checksum is not the one it was saved with")
-    if manifest.get("format") not in _READABLE:
-        known = " and ".join(map(str, _READABLE))
-        raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this version reads formats {known}")
-    check_manifest(manifest, path / MANIFEST)
-    return manifest
 
 
 def verify(path: Path, rank: int = 0, world_size: int = 1) -> None:
@@ -260,13 +168,28 @@ def check_model(info: CheckpointInfo, model: ModelConfig, *, resumes: bool) -> N
         resumes: whether a run goes on, so that nothing it computes may change; weights that a new run begins with may
             be routed in another way.
     """
+    check_settings(info.model, model, str(info.path), resumes=resumes)
+
+
+def check_settings(found: ModelConfig, model: ModelConfig, origin: str, *, resumes: bool) -> None:
+    """As :func:`check_model`, of settings that came from anywhere.
+
+    Args:
+        found: the settings that weights were saved with.
+        model: the settings that they are wanted for.
+        origin: where the weights are, for the message.
+        resumes: as there.
+
+    Raises:
+        CheckpointError: a setting differs that must not.
+    """
     free = NOT_COMPUTED if resumes else NOT_COMPUTED | ROUTING
     for field in dataclasses.fields(ModelConfig):
         name = {"num_query_groups": "query_groups", "megatron": "megatron_computing"}.get(field.name, field.name)
-        saved, wanted = getattr(info.model, name), getattr(model, name)
+        saved, wanted = getattr(found, name), getattr(model, name)
         if field.name not in free and saved != wanted:
             raise CheckpointError(
-                f"{info.path} was saved with model.{field.name} = {saved}, this run has {wanted}; "
+                f"{origin} was saved with model.{field.name} = {saved}, this run has {wanted}; "
                 "use the checkpoint's settings or another checkpoint.directory"
             )
 

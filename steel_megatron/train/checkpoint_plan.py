@@ -18,7 +18,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from steel_megatron.config import RunConfig
 from steel_megatron.errors import CheckpointError
 from steel_megatron.parallel.topology import simulated
-from steel_megatron.train.checkpoint import CheckpointInfo, check_model, sharded_engine
+from steel_megatron.train.checkpoint import check_model, sharded_engine
+from steel_megatron.train.checkpoint_manifest import CheckpointInfo
 from steel_megatron.train.checkpoint_tensors import TensorFacts, TensorFiles
 from steel_megatron.train.engine import Engine
 from steel_megatron.train.optimizer_state import MAIN_WEIGHTS

@@ -34,6 +34,7 @@ from steel_megatron.train.callbacks.base import EvaluatesTasks
 from steel_megatron.train.checkpoint_checksums import verified_by_all
 from steel_megatron.train.checkpoint_save import Saver
 from steel_megatron.train.engine import Engine, minimised
+from steel_megatron.train.initial_weights import open_initial
 from steel_megatron.train.reference import check_reference, prepare_reference
 from steel_megatron.train.stop_signal import StopSignal
 
@@ -318,13 +319,12 @@ def _start(
         return info.consumed_samples, path
     random_states.seed_all(run.training.seed, 0, topology)
     if run.checkpoint.init_from:
-        origin = Path(run.checkpoint.init_from)
-        info = raise_if_any_rank_failed(lambda: checkpoint.read_info(origin))
-        verified_by_all(lambda check: check(origin), checkpoint.verify)
+        origin = open_initial(run.checkpoint.init_from)
+        origin.verify()
         for chunk in engine.chunks:
-            checkpoint.load_weights(chunk, info, run.model)
+            origin.load(chunk, run.model)
         engine.optimizer.reload_model_params()
-        logger.info(f"starting from the weights of {origin}")
+        logger.info(f"starting from the weights of {origin.path}")
     session.start()
     path = Path(run.checkpoint.directory) / "run.yaml"
     text = dump_yaml(run).encode()
