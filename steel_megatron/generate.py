@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from steel_megatron.config import ModelConfig, ParallelConfig, TokenizerKind
+from steel_megatron.config import ModelConfig, ParallelConfig, Sampling, TokenizerKind
 from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
 from steel_megatron.errors import ConfigError
 from steel_megatron.hf.convert import read_config
@@ -28,7 +28,7 @@ from steel_megatron.hf.texts import (
     tokenizer_of_folder,
     tokenizer_of_run,
 )
-from steel_megatron.ops.sampling import Sampling, choose
+from steel_megatron.ops.sampling import choose
 from steel_megatron.parallel.topology import initialize, initialize_alone
 from steel_megatron.platform import probe
 from steel_megatron.train.checkpoint_manifest import CheckpointInfo

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from steel_megatron.train.checkpoint import verify as check
-from steel_megatron.train.checkpoint_compare import Difference
+from typing import TYPE_CHECKING
+
 from steel_megatron.train.checkpoint_list import Listed
 from steel_megatron.train.checkpoint_manifest import CheckpointInfo
 from steel_megatron.train.model_path import find_checkpoint
+
+if TYPE_CHECKING:
+    from steel_megatron.train.checkpoint_compare import Difference
 
 
 def verified(path: str) -> CheckpointInfo:
@@ -16,7 +19,12 @@ def verified(path: str) -> CheckpointInfo:
         CheckpointError: it is not whole, or a file is damaged.
     """
     info = find_checkpoint(path)
-    check(info.path)
+    from steel_megatron.platform import prepare
+
+    prepare()  # before megatron-core is imported
+    from steel_megatron.train.checkpoint import verify
+
+    verify(info.path)
     return info
 
 

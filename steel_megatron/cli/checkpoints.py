@@ -62,7 +62,6 @@ def list_checkpoints(folder: str, json_output: bool = False) -> None:
         folder: run folder (checkpoint.directory).
         json_output: print JSON.
     """
-    _prepare()
     from steel_megatron.cli.checkpoint_text import table
     from steel_megatron.train.checkpoint_list import list_checkpoints as find
 
@@ -79,7 +78,6 @@ def verify(path: str) -> None:
     Args:
         path: checkpoint folder (step_...), or a run's (its newest checkpoint).
     """
-    _prepare()
     from steel_megatron.cli.checkpoint_text import saved_by, size_text, verified
 
     info = verified(path)
@@ -90,12 +88,13 @@ def verify(path: str) -> None:
 
 def plan(config: PlanConfig) -> None:
     """Say whether a checkpoint loads under a layout, and what memory each rank needs, before a job is queued."""
-    _prepare()
     from steel_megatron.cli.checkpoint_text import process_count, saved_by, size_text
-    from steel_megatron.train.checkpoint_plan import plan as run
     from steel_megatron.train.model_path import find_checkpoint
 
     info = find_checkpoint(config.path)
+    _prepare()
+    from steel_megatron.train.checkpoint_plan import plan as run
+
     found = run(info, _run_of(config), config.processes)
     if config.json_output:
         stages = [{**dataclasses.asdict(one), "total": one.total} for one in found.stages]
@@ -122,11 +121,11 @@ def reshard(config: ReshardConfig) -> None:
 
     A checkpoint loads under any layout as it is; its own layout only loads it faster.
     """
-    _prepare()
     from steel_megatron.cli.checkpoint_text import saved_by, verified
-    from steel_megatron.train.checkpoint_reshard import reshard as run
 
     info = verified(config.path)
+    from steel_megatron.train.checkpoint_reshard import reshard as run
+
     made = run(info, Path(config.output), _run_of(config), config.processes)
     sys.stdout.write(f"{config.output} has step {made.step} as saved by {saved_by(made)}\n")
 
@@ -144,11 +143,14 @@ def compare(a: str, b: str, tolerance: float = 0.0, json_output: bool = False) -
     """
     if not tolerance >= 0:
         raise ConfigError(f"tolerance is {tolerance}; it must be 0 or more")
-    _prepare()
     from steel_megatron.cli.checkpoint_text import difference_text, saved_by, verified
+    from steel_megatron.train.model_path import find_checkpoint
+
+    for path in (a, b):
+        find_checkpoint(path)  # neither is read if one is not there
+    infos = verified(a), verified(b)
     from steel_megatron.train.checkpoint_compare import compare as run
 
-    infos = verified(a), verified(b)
     found = run(infos[0].path, infos[1].path, tolerance)
     if json_output:
         _print_json({"tensors": found.tensors, "differences": [dataclasses.asdict(one) for one in found.differences]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Literal
 
+from steel_megatron.cli.early import check_report, check_run, check_tokenizer
 from steel_megatron.cli.evaluation import need_harness
 from steel_megatron.config import RunConfig, TokenizerKind, import_routing_code
 from steel_megatron.errors import ConfigError, DataError, ExitCode, LostRankError
@@ -21,6 +22,7 @@ def pretrain(run: RunConfig) -> int:
     """
     import os
 
+    check_run(run)
     # A lost process is told in a line; torch would warn of its connections with 20 lines of C++ each.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from steel_megatron.platform import prepare
@@ -74,17 +76,23 @@ def export_hf(
     """
     from pathlib import Path
 
+    from steel_megatron.hf.paths import MARKS, check_output, parse_size
+    from steel_megatron.train.model_path import find_checkpoint
+
+    max_shard_bytes = parse_size(max_shard_size)
+    source = find_checkpoint(checkpoint).path
+    check_output(Path(output).resolve(), overwrite, source.resolve(), MARKS)
+    check_tokenizer(tokenizer_path)
     from steel_megatron.hf.convert import export_hf as run
-    from steel_megatron.hf.convert import parse_size
 
     tokenizer = (tokenizer_kind, tokenizer_path) if tokenizer_path else None
     run(
-        Path(checkpoint),
+        source,
         Path(output),
         tokenizer,
         dtype,
         overwrite=overwrite,
-        max_shard_bytes=parse_size(max_shard_size),
+        max_shard_bytes=max_shard_bytes,
         allow_other_tokenizer=allow_other_tokenizer,
     )
 
@@ -116,8 +124,8 @@ def import_hf(
     """
     from pathlib import Path
 
-    from steel_megatron.hf.convert import Upcycling
-    from steel_megatron.hf.convert import import_hf as run
+    from steel_megatron.hf.paths import check_output, read_config
+    from steel_megatron.train.checkpoint_manifest import MANIFEST
 
     options = {
         "num_experts": num_experts,
@@ -132,6 +140,11 @@ def import_hf(
     without_effect = ("slots_per_expert", "block_length") if upcycle == "top_k_moe" else ("moe_top_k",)
     if unused := [name for name in without_effect if name in given]:
         raise ConfigError(f"{unused[0]} has no effect with upcycle {upcycle}; leave it out")
+    read_config(Path(folder))
+    check_output(Path(output).resolve(), overwrite, Path(folder).resolve(), (MANIFEST,))
+    from steel_megatron.hf.convert import Upcycling
+    from steel_megatron.hf.convert import import_hf as run
+
     upcycling = None if upcycle is None else Upcycling(to=upcycle, **given)
     run(Path(folder), Path(output), overwrite=overwrite, upcycling=upcycling)
 
@@ -186,15 +199,11 @@ def generate(
     from pathlib import Path
 
     from steel_megatron.cli.prompts import read_prompts, turns_of_stdin
-    from steel_megatron.config import ParallelConfig
-    from steel_megatron.generate import Sampling
-    from steel_megatron.generate import chat as converse
-    from steel_megatron.generate import generate as run
+    from steel_megatron.config import ParallelConfig, Sampling
     from steel_megatron.log import launched_rank
-    from steel_megatron.parallel.topology import read_launch
+    from steel_megatron.parallel.launch import read_launch
+    from steel_megatron.train.model_path import find_model
 
-    if routing_code:
-        import_routing_code(routing_code)
     if json_output and (chat or stream):
         raise ConfigError("--json_output prints whole results; leave out --chat and --stream")
     sampling = Sampling(
@@ -220,6 +229,12 @@ def generate(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
     )
+    check_tokenizer(tokenizer_path)
+    if routing_code:
+        import_routing_code(routing_code)
+    named = find_model(model).path
+    from steel_megatron.generate import chat as converse
+    from steel_megatron.generate import generate as run
 
     def show(text: str) -> None:
         if launched_rank() == 0:
@@ -227,11 +242,11 @@ def generate(
             sys.stdout.flush()
 
     if chat:
-        for _ in converse(Path(model), asked or turns_of_stdin(), sampling, tokenizer, parallel, show):
+        for _ in converse(named, asked or turns_of_stdin(), sampling, tokenizer, parallel, show):
             show("\n")
         return
     on_text = {"on_text": show} if stream else {}
-    for result in run(Path(model), asked, sampling, tokenizer, parallel, **on_text):
+    for result in run(named, asked, sampling, tokenizer, parallel, **on_text):
         line = json.dumps(dataclasses.asdict(result), ensure_ascii=False) if json_output else result.text + "\n"
         show("" if stream else line + "\n")
 
@@ -266,16 +281,18 @@ def audit(
     from pathlib import Path
 
     from steel_megatron.files import write_atomically
-    from steel_megatron.platform import prepare
+    from steel_megatron.train.model_path import find_model
 
+    check_report(json)
     if routing_code:
         import_routing_code(routing_code)
-    if json and os.path.isdir(json):
-        raise DataError(f"the report {json} is a folder; name a file")
+    named = Path(path) if os.path.isfile(path) else find_model(path).path
+    from steel_megatron.platform import prepare
+
     prepare()  # before megatron-core is imported
     from steel_megatron.audit import audit as run
 
-    report = run(Path(path), length=length, positions=positions, seed=seed, tolerance=tolerance, layers=layers)
+    report = run(named, length=length, positions=positions, seed=seed, tolerance=tolerance, layers=layers)
     if json:
         write_atomically(json, (dumps(report.to_dict(), indent=1) + "\n").encode(), DataError)
     say(report.to_text().rstrip("\n"))

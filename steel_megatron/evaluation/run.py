@@ -18,8 +18,9 @@ from steel_megatron.config import ParallelConfig, TokenizerKind
 from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.evaluation.answers import Answers, default_path
+from steel_megatron.evaluation.protocol import Protocol
 from steel_megatron.evaluation.scores import BenchmarkScores, table
-from steel_megatron.evaluation.tasks import Benchmark, Scoring, load_benchmarks, quiet
+from steel_megatron.evaluation.tasks import Benchmark, load_benchmarks, quiet
 from steel_megatron.files import write_atomically
 from steel_megatron.generate import with_cache
 from steel_megatron.hf.convert import read_config
@@ -35,36 +36,6 @@ from steel_megatron.train.model_path import ModelPath, find_model
 if TYPE_CHECKING:
     from steel_megatron.evaluation.language_model import EvaluatedModel
     from steel_megatron.hf.modeling_steel import SteelForCausalLM
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How questions are put and scored.
-
-    Attributes:
-        tasks: benchmarks, or tasks of the harness.
-        data: folder with their data.
-        num_fewshot: examples before each question; None for the task's own number.
-        scoring: how multiple choice is scored.
-        chat: put each question as a turn of the user, in the model's chat template.
-        limit: questions of each subject at most; None for all.
-        max_new_tokens: of a generated reply, where the task names no number.
-        batch_size: texts that are computed together.
-    """
-
-    tasks: Sequence[str]
-    data: Path
-    num_fewshot: int | None = None
-    scoring: Scoring = "letter"
-    chat: bool = False
-    limit: int | None = None
-    max_new_tokens: int = 256
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "max_new_tokens", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} = {value} must be at least 1")
 
 
 @dataclass(frozen=True)

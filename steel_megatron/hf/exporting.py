@@ -25,7 +25,8 @@ from steel_megatron.files import exclusive_lock
 from steel_megatron.hf import mapping
 from steel_megatron.hf.architectures import CLASSES, STEEL, architecture_for, constant_shapes, stock_config
 from steel_megatron.hf.card import write_card
-from steel_megatron.hf.folder import REPORT, check_output, partial_folder, write_json
+from steel_megatron.hf.folder import partial_folder, write_json
+from steel_megatron.hf.paths import MARKS, REPORT, check_output
 from steel_megatron.hf.texts import finetuned
 from steel_megatron.hf.weights import Planned, write_weights
 from steel_megatron.log import get_logger, progress
@@ -42,27 +43,6 @@ logger = get_logger(__name__)
 CODE = ("configuration_steel.py", "modeling_steel.py")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_BYTES = 5 * 10**9
-MARKS = (REPORT, "modeling_steel.py")
-"""What shows that a folder is an earlier output, which may be replaced."""
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``5GB``, ``500MB``, ``2GiB``, or a plain number.
-
-    Raises:
-        CheckpointError: it is none.
-    """
-    upper = text.strip().upper()
-    unit = next((unit for unit in UNITS if upper.endswith(unit)), "")
-    number = upper.removesuffix(unit).strip()
-    try:
-        size = int(float(number) * UNITS.get(unit, 1))
-    except (ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise CheckpointError(f"max_shard_size is {text!r}; it must be a size such as 5GB, 500MB or 2GiB")
-    return size
 
 
 def export_hf(

@@ -17,7 +17,8 @@ from steel_megatron.config import ModelConfig
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import exclusive_lock
 from steel_megatron.hf import mapping
-from steel_megatron.hf.folder import REPORT, ModelFolder, check_output, partial_folder, write_json
+from steel_megatron.hf.folder import ModelFolder, partial_folder, write_json
+from steel_megatron.hf.paths import REPORT, check_output
 from steel_megatron.hf.upcycling import UpcycledFolder, Upcycling
 from steel_megatron.log import get_logger
 from steel_megatron.parallel.topology import Topology, alone

@@ -13,7 +13,8 @@ from steel_megatron.config import ModelConfig
 from steel_megatron.config.parallel import check_layout
 from steel_megatron.errors import CheckpointError
 from steel_megatron.hf import mapping
-from steel_megatron.hf.folder import read_config, read_weights
+from steel_megatron.hf.folder import read_weights
+from steel_megatron.hf.paths import read_config
 from steel_megatron.parallel.agreement import first_process_bytes, raise_if_any_rank_failed
 from steel_megatron.parallel.topology import Topology, alone
 from steel_megatron.platform import prepare
