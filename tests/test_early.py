@@ -43,6 +43,8 @@ CASES: list[tuple[list[str], str]] = [
     (["checkpoint compare", "folder", NONE], "is a Hugging Face folder"),
     (["pretrain", *RUN], "data.train is empty"),
     (["pretrain", *RUN, "--data.train", NONE], NONE),
+    (["pretrain", *RUN, "--data.train", "corpus", "--data.tokenizer_path", NONE], NONE),
+    (["pretrain", *RUN, "--parallel.tensor_model_parallel_size", "2"], "a launch of 1 processes does not fit"),
     (["pretrain", *RUN, "--data.train", "corpus", "--data.validation", NONE], NONE),
     (["pretrain", *RUN, "--data.train", "corpus", "--checkpoint.init_from", NONE], NONE),
     (["pretrain", *RUN, "--optimizer.lr", "-1"], "lr"),

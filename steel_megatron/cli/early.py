@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from steel_megatron.config import RunConfig
-from steel_megatron.errors import DataError
+from steel_megatron.errors import ConfigError, DataError
 
 
 def check_tokenizer(path: str | None) -> None:
@@ -23,12 +23,12 @@ def check_report(path: str | None) -> None:
 
 
 def check_run(run: RunConfig) -> None:
-    """Refuse a run of one process whose paths are not there.
+    """Refuse a run that does not fit its launch, or a run of one process whose paths are not there.
 
-    A launch finds the same later, and all its processes agree on it: not each of them may see the ledger.
+    Several processes find the latter later, and agree on it: not each of them may see the ledger.
 
     Raises:
-        SteelError: there is no ledger, no corpus, or no model to start from.
+        SteelError: the launch does not fit, or there is no tokenizer, no ledger, no corpus or no model to start from.
     """
     from steel_megatron.data.indexed.format import IDX
     from steel_megatron.data.ledger.session import read_ledger
@@ -36,8 +36,13 @@ def check_run(run: RunConfig) -> None:
     from steel_megatron.parallel.launch import read_launch
     from steel_megatron.train.model_path import find_model
 
-    if read_launch(os.environ).world_size > 1:
+    world_size = read_launch(os.environ).world_size
+    run.num_micro_batches(world_size)
+    if world_size > 1:
         return
+    named = run.data.tokenizer_path
+    if named is not None and not Path(named).exists() and not run.ledger_path.exists():  # else it may have been moved
+        raise ConfigError(f"data.tokenizer_path is {named}: the tokenizer {named} does not exist")
     is_new = read_ledger(run.ledger_path, run.model.sequence_length, run.data.train) is None
     for prefix in itertools.chain(run.data.train if is_new else (), *run.data.validation_sets.values()):
         if not with_suffix(prefix, IDX).exists():
