@@ -69,9 +69,15 @@ def find_checkpoint(path: str | Path) -> CheckpointInfo:
 
 
 def _newest(checkpoints: Path) -> ModelPath:
+    passed: list[str] = []
     for path in sorted(checkpoints.glob("step_*"), reverse=True):
         try:
-            return ModelPath(path, read_info(path))
+            found = ModelPath(path, read_info(path))
         except CheckpointError as error:
-            logger.warning(f"passing over {path.name}: {error}")
-    raise CheckpointError(f"{checkpoints} has no whole checkpoint (step_...)")
+            passed.append(f"{path.name}: {error}")
+            continue
+        for damage in passed:
+            logger.warning(f"passing over {damage}")
+        return found
+    why = f"; the newest is {passed[0]}" if passed else ""
+    raise CheckpointError(f"{checkpoints} has no whole checkpoint (step_...){why}")

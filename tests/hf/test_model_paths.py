@@ -17,7 +17,7 @@ from steel_megatron.config import ModelConfig, ParallelConfig
 from steel_megatron.errors import CheckpointError, ConfigError, SteelError
 from steel_megatron.hf.convert import Upcycling, export_hf, import_hf
 from steel_megatron.hf.folder import ModelFolder
-from steel_megatron.hf.texts import tokenizer_named
+from steel_megatron.hf.texts import texts_of_folder, tokenizer_named
 from steel_megatron.train.model_path import find_checkpoint, find_model
 from tests.evaluation.benchmarks import write_model
 from tests.hf.test_stock import make
@@ -81,13 +81,20 @@ def test_a_run_s_tokenizer_is_that_of_its_corpora(folder: Path, tmp_path: Path) 
     assert len(set(found)) == 1
 
 
+def test_a_damaged_tokenizer_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"hf cannot be read: EOF.*; name one with --tokenizer_path"):
+        texts_of_folder(tmp_path / "hf")
+
+
 def test_a_damaged_checkpoint_of_a_run_is_passed_over(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "run", tmp_path / "run")
     steps = tmp_path / "run" / "checkpoints"
     next((steps / "step_00000002").glob("*.distcp")).write_bytes(b"")
     assert find_model(tmp_path / "run").path == steps / "step_00000001"
     (steps / "step_00000001" / "steel.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"checkpoints has no whole checkpoint \(step_\.\.\.\)"):
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint .* the newest is step_00000002: .*distcp has 0"):
         find_model(tmp_path / "run")
 
 
