@@ -109,7 +109,13 @@ def build_settings() -> dict[str, object]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     cuda = with_cuda()
-    sources = ["csrc/bindings.cpp", "csrc/soft_moe_cpu.cpp", "csrc/combine_cpu.cpp", "csrc/rows.cpp"]
+    sources = [
+        "csrc/bindings.cpp",
+        "csrc/soft_moe_cpu.cpp",
+        "csrc/combine_cpu.cpp",
+        "csrc/cross_entropy.cpp",
+        "csrc/rows.cpp",
+    ]
     macros = [("Py_LIMITED_API", "0x{:02x}{:02x}0000".format(*OLDEST_PYTHON))]
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     # a * b + c in one rounding where the machine can, whatever the language standard's default

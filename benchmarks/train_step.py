@@ -114,8 +114,8 @@ SIZES: dict[str, dict[str, Any]] = {
 WIDE = {"layers": 2, "hidden": 256, "heads": 4, "inner": 64, "vocabulary": 151_936, "length": 512, "batch": 2}
 
 
-def ours(case: Case) -> tuple[Step, dict[str, torch.Tensor]]:
-    """The library's step, and its first weights by published name."""
+def ours(case: Case, copied: bool = True) -> tuple[Step, dict[str, torch.Tensor]]:
+    """The library's step, and its first weights by published name, if they are to be copied."""
     warnings.filterwarnings("ignore", module="megatron")  # optional packages that are not here
     from steel_megatron.parallel.topology import initialize_alone
 
@@ -126,14 +126,14 @@ def ours(case: Case) -> tuple[Step, dict[str, torch.Tensor]]:
     from steel_megatron.train.objective import NextToken
 
     engine, whole = Engine(case.run, topology), {}
-    for one in sharded_weights(*engine.chunks).values():
+    for one in sharded_weights(*engine.chunks).values() if copied else ():
         whole.setdefault(one.key, {})[one.global_offset[: one.prepend_axis_num]] = one.data.detach().clone()
     tensors = {
         key: next(iter(layers.values())) if () in layers else torch.stack([layers[place] for place in sorted(layers)])
         for key, layers in whole.items()
     }
     batch = NextToken.batch(case.tokens.numpy(), None, None, topology)
-    return lambda: engine.step([batch]).loss, to_hf(tensors, case.config)
+    return lambda: engine.step([batch]).loss, to_hf(tensors, case.config) if copied else {}
 
 
 def plain(case: Case, weights: dict[str, torch.Tensor] | None, kind: str) -> Step:
@@ -190,7 +190,7 @@ def peak_memory(case: Case, kind: str) -> float:
     for one in (tiny, case):
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest is now what it is at present
-        step = ours(one)[0] if kind == OURS else plain(one, None, kind)
+        step = ours(one, copied=False)[0] if kind == OURS else plain(one, None, kind)
         for _ in range(2):
             step()
     return resident("VmHWM") - before

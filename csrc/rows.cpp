@@ -142,10 +142,8 @@ STEEL_FLATTEN void mix_all(const Mix& mix) {
 // ---- exponentials: 2^n * exp(r) with |r| <= ln(2) / 2, exp(r) by a polynomial (that of Cephes' expf) ----
 
 template <int W>
-STEEL_FLATTEN void exponentials_block(float* values) {
+STEEL_FLATTEN void exponentiate(typename Vector<W>::type& x) {
   typedef int32_t Integers __attribute__((vector_size(W * sizeof(int32_t))));
-  typename Vector<W>::type x;
-  load<W>(x, values);
   const Integers nothing = x < -87.0f;
   x = x < -87.0f ? x - x - 87.0f : x;  // x - x keeps a NaN
   x = x > 88.0f ? x - x + 88.0f : x;
@@ -163,18 +161,79 @@ STEEL_FLATTEN void exponentials_block(float* values) {
   power = (power - 0x4b400000 + 127) << 23;
   typename Vector<W>::type scale;
   __builtin_memcpy(&scale, &power, sizeof(scale));
-  store<W>(values, nothing ? x - x : sum * scale);
+  x = nothing ? x - x : sum * scale;
+}
+
+// value -> factor * exp(value - shift) + offset
+template <int W>
+STEEL_FLATTEN void softmax(float* values, int64_t count, float shift, float factor, float offset) {
+  typename Vector<W>::type x;
+  int64_t at = 0;
+  for (; at + W <= count; at += W) {
+    load<W>(x, values + at);
+    x -= shift;
+    exponentiate<W>(x);
+    store<W>(values + at, x * factor + offset);
+  }
+  for (; at < count; ++at) {
+    x = typename Vector<W>::type{} + (values[at] - shift);
+    exponentiate<W>(x);
+    values[at] = x[0] * factor + offset;
+  }
 }
 
 template <int W>
-STEEL_FLATTEN void exponentials(float* values, int64_t count) {
+STEEL_FLATTEN float exponential_sum(const float* values, int64_t count, float shift) {
+  typename Vector<W>::type sums[2] = {}, x;
   int64_t at = 0;
-  for (; at + W <= count; at += W) exponentials_block<W>(values + at);
-  if (at == count) return;
-  float rest[W] = {};
-  for (int64_t i = 0; at + i < count; ++i) rest[i] = values[at + i];
-  exponentials_block<W>(rest);
-  for (int64_t i = 0; at + i < count; ++i) values[at + i] = rest[i];
+  for (; at + 2 * W <= count; at += 2 * W) {
+    for (int v = 0; v < 2; ++v) {
+      load<W>(x, values + at + v * W);
+      x -= shift;
+      exponentiate<W>(x);
+      sums[v] += x;
+    }
+  }
+  float sum = total<W>(sums[0] + sums[1]);
+  for (; at < count; ++at) {
+    x = typename Vector<W>::type{} + (values[at] - shift);
+    exponentiate<W>(x);
+    sum += x[0];
+  }
+  return sum;
+}
+
+template <int W>
+STEEL_FLATTEN float sum(const float* values, int64_t count) {
+  typename Vector<W>::type sums[2] = {}, x;
+  int64_t at = 0;
+  for (; at + 2 * W <= count; at += 2 * W) {
+    for (int v = 0; v < 2; ++v) {
+      load<W>(x, values + at + v * W);
+      sums[v] += x;
+    }
+  }
+  float result = total<W>(sums[0] + sums[1]);
+  for (; at < count; ++at) result += values[at];
+  return result;
+}
+
+STEEL_FLATTEN void add(const float* values, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += values[i];
+}
+
+template <int W>
+STEEL_FLATTEN float largest(const float* values, int64_t count) {
+  typename Vector<W>::type x, most = typename Vector<W>::type{} + values[0];
+  int64_t at = 0;
+  for (; at + W <= count; at += W) {
+    load<W>(x, values + at);
+    most = x > most ? x : most;
+  }
+  float result = values[0];
+  for (int lane = 0; lane < W; ++lane) result = most[lane] > result ? most[lane] : result;
+  for (; at < count; ++at) result = values[at] > result ? values[at] : result;
+  return result;
 }
 
 template <typename T>
@@ -195,13 +254,23 @@ STEEL_FLATTEN void narrow(const float* from, T* to, int64_t count) {
   }                                                                                                              \
   TARGET float run_sum_of_squares(const float* row, int64_t width) { return sum_of_squares<WIDTH>(row, width); } \
   TARGET void run_mix(const Mix& mix) { mix_all<WIDTH>(mix); }                                                   \
-  TARGET void run_exponentials(float* values, int64_t count) { exponentials<WIDTH>(values, count); }             \
+  TARGET void run_exponentials(float* values, int64_t count) { softmax<WIDTH>(values, count, 0, 1, 0); }         \
+  TARGET float run_sum(const float* values, int64_t count) { return sum<WIDTH>(values, count); }                 \
+  TARGET void run_add(const float* values, float* to, int64_t count) { add(values, to, count); }                 \
+  TARGET float run_largest(const float* values, int64_t count) { return largest<WIDTH>(values, count); }         \
+  TARGET float run_exponential_sum(const float* values, int64_t count, float shift) {                            \
+    return exponential_sum<WIDTH>(values, count, shift);                                                         \
+  }                                                                                                              \
+  TARGET void run_softmax(float* values, int64_t count, float shift, float factor, float offset) {               \
+    softmax<WIDTH>(values, count, shift, factor, offset);                                                        \
+  }                                                                                                              \
   TARGET void run_widen(const BFloat16* from, float* to, int64_t count) { widen(from, to, count); }              \
   TARGET void run_narrow(const float* from, BFloat16* to, int64_t count) { narrow(from, to, count); }            \
   TARGET void run_widen_half(const Float16* from, float* to, int64_t count) { widen(from, to, count); }          \
   TARGET void run_narrow_half(const float* from, Float16* to, int64_t count) { narrow(from, to, count); }        \
-  constexpr RowKernels kernels{run_dots,  run_sum_of_squares, run_mix,        run_exponentials,                  \
-                               run_widen, run_narrow,         run_widen_half, run_narrow_half};                  \
+  constexpr RowKernels kernels{run_dots,    run_sum_of_squares,  run_mix,     run_exponentials, run_sum,    run_add, \
+                               run_largest, run_exponential_sum, run_softmax, run_widen,        run_narrow,          \
+                               run_widen_half, run_narrow_half};                                                 \
   }
 
 STEEL_ROW_KERNELS(plain, 4, )

@@ -26,6 +26,12 @@ struct RowKernels {
   float (*sum_of_squares)(const float* row, int64_t width);
   void (*mix)(const Mix& mix);
   void (*exponentials)(float* values, int64_t count);  // in place; below exp(-87) is 0
+  float (*sum)(const float* values, int64_t count);
+  void (*add)(const float* values, float* to, int64_t count);
+  float (*largest)(const float* values, int64_t count);
+  float (*exponential_sum)(const float* values, int64_t count, float shift);  // of exp(value - shift)
+  // value -> factor * exp(value - shift) + offset, in place
+  void (*softmax)(float* values, int64_t count, float shift, float factor, float offset);
   void (*widen)(const BFloat16* from, float* to, int64_t count);
   void (*narrow)(const float* from, BFloat16* to, int64_t count);
   void (*widen_half)(const Float16* from, float* to, int64_t count);

@@ -2,8 +2,9 @@
 
 Logits of a micro batch are the largest tensor of a step: 10 GB in float32 for 8 sequences of 2,048 tokens and a
 vocabulary of 151,936. Their gradient is known as soon as they are, up to one factor, so the forward pass computes both
-for a chunk of tokens, in one buffer, and goes on to the next. Legend: N tokens, d hidden size, V vocabulary (padding
-included), R tensor-parallel processes, each with V / R rows of the matrix.
+for a chunk of tokens, in one buffer, and goes on to the next. The matrix's gradient is added to the sums of data
+parallelism (``main_grad``) where there are any, and is no tensor of its own then. Legend: N tokens, d hidden size, V
+vocabulary (padding included), R tensor-parallel processes, each with V / R rows of the matrix.
 """
 
 from __future__ import annotations
@@ -19,29 +20,32 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 
+from steel_megatron.ops import cross_entropy
+
 CHUNK_BYTES = 2**25
-"""Bound of the memory for logits in float32, on each process."""
-LEAST_TOKENS = 64
-"""Of a chunk: matrix products of fewer are slow."""
+"""Bound of the memory for logits, on each process."""
+LEAST_TOKENS = {4: 64, 2: 256}
+"""Of a chunk, by the bytes of a number: products of fewer are slow; those of two bytes are added in another pass."""
 
 
 class Labels:
     """What the output layer is to compute the loss of: set before a forward pass, for that pass alone."""
 
     def __init__(self) -> None:
-        self._own: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._own: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
-    def set(self, labels: torch.Tensor, weights: torch.Tensor) -> None:
+    def set(self, labels: torch.Tensor, weights: torch.Tensor, smoothing: float = 0.0) -> None:
         """The next forward pass gives a loss in place of logits.
 
         Args:
             labels: int64 [B, T].
             weights: float32 [B, T], what each label's cross entropy is multiplied by.
+            smoothing: share of each label's probability that is spread evenly over the vocabulary.
         """
-        self._own = labels, weights
+        self._own = labels, weights, smoothing
 
-    def take(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Labels and weights, once; None where logits are asked for."""
+    def take(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Labels, weights and smoothing, once; None where logits are asked for."""
         own, self._own = self._own, None
         return own
 
@@ -62,7 +66,7 @@ class OutputLayer(ColumnParallelLinear):
         given = self.labels.take()
         if given is None:
             return super().forward(input_, *args, **kwargs)
-        labels, weights = (tensor.t().flatten() for tensor in given)
+        labels, weights = (tensor.t().flatten() for tensor in given[:2])
         group = self.tp_group
         if self.sequence_parallel:
             input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=group)
@@ -78,6 +82,7 @@ class OutputLayer(ColumnParallelLinear):
             group,
             None if scale is None else scale(torch.ones(1, device=input_.device)),
             torch.is_grad_enabled(),
+            given[2],
         )
         return loss.view(1, 1), None
 
@@ -115,6 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup,
         scale: torch.Tensor | None,
         with_gradients: bool,
+        smoothing: float = 0.0,
     ) -> torch.Tensor:
         """The sum, float32 [].
 
@@ -128,38 +134,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
             group: processes that share the vocabulary.
             scale: the loss scale, [1]; None for 1.
             with_gradients: whether a backward pass will follow.
+            smoothing: share of a label's probability that all V tokens have together, evenly.
         """
         rows, rank = matrix.size(0), group.rank()
-        step = min(len(hidden), max(LEAST_TOKENS, CHUNK_BYTES // (4 * rows)))
-        own_rows = min(max(vocab_size - rows * rank, 0), rows)
-        buffer = torch.empty(step, rows, dtype=torch.float32, device=hidden.device)
+        size = hidden.element_size()
+        step = min(len(hidden), max(LEAST_TOKENS[size], CHUNK_BYTES // (size * rows)))
+        columns = min(max(vocab_size - rows * rank, 0), rows)
+        buffer = hidden.new_empty(step, rows)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         factors = weights if scale is None else weights * scale
-        to_hidden = torch.empty_like(hidden) if with_gradients else None
-        to_matrix = torch.empty_like(matrix, dtype=torch.float32) if with_gradients else None
+        to_hidden, to_matrix = (torch.empty_like(hidden) if with_gradients else None), None
+        ctx.summed = False
+        if with_gradients and ctx.needs_input_grad[1]:
+            to_matrix = getattr(matrix, "main_grad", None)
+            ctx.summed = to_matrix is not None
+            if to_matrix is None:
+                to_matrix = torch.zeros_like(matrix, dtype=torch.float32)
         for first in range(0, len(hidden), step):
             part = slice(first, first + step)
-            tokens, logits = hidden[part], buffer[: len(hidden[part])]
-            if hidden.dtype == torch.float32:
-                torch.mm(tokens, matrix.t(), out=logits)
-            else:
-                logits.copy_(tokens @ matrix.t())
-            logits[:, own_rows:] = torch.finfo(torch.float32).min
-            losses, probabilities, index, inside = _cross_entropy(logits, labels[part] - rows * rank, group)
+            tokens, own_labels = hidden[part], labels[part] - rows * rank
+            logits = torch.mm(tokens, matrix.t(), out=buffer[: len(tokens)])
+            lse, picked, sums = _statistics(logits, own_labels, columns, group)
+            losses = lse - (1 - smoothing) * picked
+            if smoothing:
+                losses -= smoothing / vocab_size * sums
             total += (losses * weights[part]).sum(dtype=torch.float64)
-            if to_hidden is None or to_matrix is None:
+            if to_hidden is None:
                 continue
-            # The gradient of logits: probabilities, minus 1 at the label, times the weight of the token.
-            gradient = probabilities.mul_(factors[part, None])
-            gradient.scatter_add_(1, index[:, None], -(factors[part] * inside)[:, None])
-            gradient = gradient.to(hidden.dtype)
-            torch.mm(gradient, matrix, out=to_hidden[part])
-            if hidden.dtype != torch.float32:  # a product is rounded once, their sum not at all
-                product = gradient.t() @ tokens
-                to_matrix.copy_(product) if first == 0 else to_matrix.add_(product)
-            else:
-                to_matrix.addmm_(gradient.t(), tokens, beta=0 if first == 0 else 1)
-        ctx.gradients, ctx.scale = (to_hidden, to_matrix), scale
+            cross_entropy.gradient_(logits, own_labels, columns, lse, factors[part], smoothing, vocab_size)
+            torch.mm(logits, matrix, out=to_hidden[part])
+            if to_matrix is None:
+                continue
+            if hidden.dtype == torch.float32:
+                to_matrix.addmm_(logits.t(), tokens)
+            else:  # a product is rounded once, their sum not at all
+                cross_entropy.add_(to_matrix, logits.t() @ tokens)
+        ctx.gradients, ctx.scale = (to_hidden, None if ctx.summed else to_matrix), scale
         return total.float()
 
     @staticmethod
@@ -167,31 +177,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """What the forward pass has computed, once."""
         (to_hidden, to_matrix), ctx.gradients = ctx.gradients, None
         factor = gradient if ctx.scale is None else gradient / ctx.scale
-        if factor.is_cuda or float(factor) != 1.0:
+        if ctx.summed:  # no factor can be applied to the matrix's any more
+            torch._assert_async((factor == 1.0).all())
+        elif factor.is_cuda or float(factor) != 1.0:
             to_hidden.mul_(factor)
-            to_matrix.mul_(factor)
-        return to_hidden, to_matrix, *[None] * 6
+            if to_matrix is not None:
+                to_matrix.mul_(factor)
+        return to_hidden, to_matrix, *[None] * 7
 
 
-def _cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses [n]; probabilities, in the memory of ``logits``; each label's column, and 1 where it is here, else 0.
+def _statistics(
+    logits: torch.Tensor, labels: torch.Tensor, columns: int, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, ...]:
+    """Of each token, over the columns of all processes: log-sum-exp, the label's logit and the sum; float32 [n] each.
 
     Args:
-        logits: float32 [n, V / R].
+        logits: [n, V / R].
         labels: int64 [n], counted from this process's first row; those of other processes are outside of its rows.
+        columns: how many of this process's are not padding.
         group: processes that share the vocabulary.
     """
-    inside = (labels >= 0) & (labels < logits.size(1))
-    index = labels.where(inside, 0)
+    own = cross_entropy.statistics(logits, labels, columns)
     if group.size() == 1:
-        losses = -torch.log_softmax(logits, -1, out=logits).gather(1, index[:, None]).squeeze(1)
-        return losses, logits.exp_(), index, inside
-    largest = logits.amax(-1)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    logits.sub_(largest[:, None])
-    predicted = logits.gather(1, index[:, None]).squeeze(1) * inside
-    sums = torch.stack((logits.exp_().sum(-1), predicted))
-    dist.all_reduce(sums, group=group)
-    return sums[0].log() - sums[1], logits.div_(sums[0][:, None]), index, inside
+        return own.unbind()
+    gathered = own.new_empty(3 * group.size(), len(labels))
+    dist.all_gather_into_tensor(gathered, own, group=group)
+    lse, picked, sums = gathered.view(group.size(), *own.shape).unbind(1)
+    return torch.logsumexp(lse, 0), picked.sum(0), sums.sum(0)

@@ -27,6 +27,7 @@ from steel_megatron.config import ModelConfig, ParallelConfig, Precision
 from steel_megatron.model.attention import Float32RotaryAttention
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.dropout import AFTER_ATTENTION, AFTER_FEED_FORWARD, Dropout, DropoutAdd, EmbeddingDropout
+from steel_megatron.model.embedding import add_gradients_by_row
 from steel_megatron.model.implementation import implementation_fields, layer_parts
 from steel_megatron.model.megatron_fields import (
     check_recompute_modules,
@@ -268,6 +269,7 @@ def build_chunks(
         _add_dropout(stage, dropout)
         _mark_split_weights(stage)
         compute_losses_in(stage, model.vocab_size, labels)
+        add_gradients_by_row(stage)
         if seed is not None:
             initialize_weights(stage, model, seed)
         chunks.append(stage)

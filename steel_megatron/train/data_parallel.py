@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.models.gpt import GPTModel
 
+from steel_megatron.ops.cross_entropy import add_
 from steel_megatron.parallel.topology import Topology
 
 
@@ -44,6 +48,21 @@ class Replicated(DistributedDataParallel):
                 group.__class__ = _WithoutTraffic
         if self.use_forward_hook:
             self.start_param_sync(force_sync=True)
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
+        """Adds a weight's gradient to the buffer, in one pass whatever its type.
+
+        A module that has added it there itself gives autograd none (:mod:`steel_megatron.model.output_layer`).
+        """
+
+        def hook(*_: object) -> None:
+            if param.grad is not None and not param.grad_added_to_main_grad:  # type: ignore[attr-defined]
+                add_(param.main_grad, param.grad)  # type: ignore[attr-defined]
+            param.grad = None
+            if self.ddp_config.overlap_grad_reduce:
+                self.param_to_bucket_group[param].register_grad_ready(param, self.force_all_reduce)
+
+        return hook
 
     @property
     def _bucket_groups(self) -> list[_ParamAndGradBucketGroup]:
