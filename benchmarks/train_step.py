@@ -1,15 +1,16 @@
 """A training step of the library against the same step written with transformers and torch: seconds and memory.
 
     python benchmarks/train_step.py [--sizes small large] [--models sequence merged dense] [--rounds 5] [--json FILE]
-    python benchmarks/train_step.py --growth        # over lengths, layers, vocabulary and micro batch
+    python benchmarks/train_step.py --growth        # over lengths, layers, vocabulary, micro batch; what fits in 8 GiB
     python benchmarks/train_step.py --command-line  # tokens/s in the log of `steel-megatron pretrain` as well
 
 A step is forward, backward, clipping and torch's fused AdamW (foreach off), on random tokens, in one process. The peer
 of ``sequence`` is the exported model in transformers, and that of ``merged`` and ``dense`` the stock Qwen2 of the same
-shape: what ``merged`` computes for each token costs as much. Weights, data and threads are the same. First the losses
-of three steps are held to be the same (of ``merged`` those of its exported model, because Qwen2 computes something
-else); then both sides train in turn, so that whatever else the machine does hits both, and the ratio is the median over
-the rounds' ratios, theirs / ours: above 1 the library is faster. With one thread it is the ratio of processor
+shape: what ``merged`` computes for each token costs as much. ``dense`` is also timed against the GPTModel of
+megatron-core with its local layers, which this library is built from. Weights, data and threads are the same. First the
+losses of three steps are held to be the same (of ``merged`` those of its exported model, because Qwen2 computes
+something else); then both sides train in turn, so that whatever else the machine does hits both, and the ratio is the
+median over the rounds' ratios, theirs / ours: above 1 the library is faster. With one thread it is that of processor
 time. Memory is what a process of its own has resident at most, beyond its libraries: weights, gradients and optimizer
 state included. In bfloat16 the library keeps float32 weights as well, and its peer does not.
 """
@@ -17,6 +18,7 @@ state included. In bfloat16 the library keeps float32 weights as well, and its p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -30,17 +32,26 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from steel_megatron.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig, dump_yaml
+from steel_megatron.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+    dump_yaml,
+)
 
 Step = Callable[[], float]
 """Trains on the batch and gives its loss."""
-OURS, EXPORTED, STOCK = "ours", "exported", "Qwen2"
+OURS, EXPORTED, STOCK, MEGATRON = "ours", "exported", "Qwen2", "GPTModel"
 START = "import sys; from steel_megatron.cli import main; sys.exit(main())"
 LR, WEIGHT_DECAY, CLIP = 1e-4, 0.1, 1.0
 
@@ -65,6 +76,7 @@ class Case:
     batch: int
     precision: str = "float32"
     threads: int = 1
+    recompute: bool = False
 
     @property
     def config(self) -> ModelConfig:
@@ -91,6 +103,7 @@ class Case:
             optimizer=OptimizerConfig(
                 lr=LR, warmup_steps=0, lr_schedule="constant", weight_decay=WEIGHT_DECAY, clip_grad=CLIP, epsilon=1e-8
             ),
+            parallel=ParallelConfig(recompute="full" if self.recompute else "none"),
             training=TrainingConfig(precision=self.precision, train_steps=10**6, **size),  # type: ignore[arg-type]
         )
 
@@ -148,28 +161,79 @@ def plain(case: Case, weights: dict[str, torch.Tensor] | None, kind: str) -> Ste
     torch.manual_seed(0)
     if kind == EXPORTED:
         model: Any = SteelForCausalLM(SteelConfig(**settings))
-    else:
+    elif kind == STOCK:
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings))
+    else:
+        model = megatrons(case)
     if weights is not None:
         model.load_state_dict(weights)
     model.to(getattr(torch, case.precision)).train()
+    if case.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = list(model.parameters())
     groups = [
         {"params": [one for one in parameters if one.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [one for one in parameters if one.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=_betas(case), eps=1e-8, foreach=False, fused=True)
-    ids, labels = case.tokens[:, :-1].contiguous(), case.tokens[:, 1:].flatten()
+    ids, labels = case.tokens[:, :-1].contiguous(), case.tokens[:, 1:].contiguous()
+
+    def loss_of_batch() -> torch.Tensor:
+        if kind != MEGATRON:
+            return F.cross_entropy(model(input_ids=ids).logits.flatten(0, 1).float(), labels.flatten())
+        positions = torch.arange(case.length).expand_as(ids)
+        later = torch.ones(1, 1, case.length, case.length, dtype=torch.bool).triu(1)
+        losses: torch.Tensor = model(ids, positions, later, labels=labels)
+        return losses.mean()
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(input_ids=ids).logits.flatten(0, 1).float(), labels)
+        loss = loss_of_batch()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP, foreach=False)
         optimizer.step()
         return loss.item()
 
     return step
+
+
+def megatrons(case: Case) -> torch.nn.Module:
+    """megatron-core's own model of a dense shape."""
+    from megatron.core import tensor_parallel
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    from steel_megatron.parallel.topology import initialize_alone
+
+    initialize_alone("this benchmark")
+    # Its attention keeps random numbers of a GPU for dropout, of which there is none here.
+    tensor_parallel.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=contextlib.nullcontext)
+    config = TransformerConfig(
+        num_layers=case.layers,
+        hidden_size=case.hidden,
+        num_attention_heads=case.heads,
+        ffn_hidden_size=case.config.ffn_hidden_size,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        bf16=case.precision == "bfloat16",
+        params_dtype=getattr(torch, case.precision),
+        gradient_accumulation_fusion=False,
+    )
+    return GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=case.vocabulary,
+        max_sequence_length=case.length,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+    )
 
 
 def _betas(case: Case) -> tuple[float, float]:
@@ -211,14 +275,15 @@ def hold_equal(case: Case, first: Step, second: Step) -> None:
             sys.exit(f"error: {case}: the loss of step {number + 1} is {own:.6f} here and {other:.6f} there")
 
 
-def measure(case: Case, rounds: int, memory: bool = True) -> dict[str, Any]:
-    """A row of the table."""
+def measure(case: Case, rounds: int, peer: str | None = None) -> dict[str, Any]:
+    """A row of the table, against the case's peer or another."""
     torch.set_num_threads(case.threads)
+    peer = peer or case.peer
     own, weights = ours(case)
     same = EXPORTED if case.model != "dense" else STOCK
     twin = plain(case, weights, same)
     hold_equal(case, own, twin)
-    theirs = twin if same == case.peer else plain(case, None, case.peer)
+    theirs = twin if same == peer else plain(case, None, peer)
     theirs()
     seconds: list[tuple[float, float]] = []
     clock = time.process_time if case.threads == 1 else time.perf_counter
@@ -229,13 +294,21 @@ def measure(case: Case, rounds: int, memory: bool = True) -> dict[str, Any]:
             step()
             pair.append(clock() - started)
         seconds.append((pair[0], pair[1]))
-    row = {**asdict(case), "peer": case.peer, "seconds": statistics.median(pair[0] for pair in seconds)}
+    row = {**asdict(case), "peer": peer, "seconds": statistics.median(pair[0] for pair in seconds)}
     row["peer_seconds"] = statistics.median(pair[1] for pair in seconds)
     row["ratio"] = statistics.median(pair[1] / pair[0] for pair in seconds)
     torch.distributed.destroy_process_group()
-    if memory:
-        row["mib"], row["peer_mib"] = (apart(peak_memory, case, kind) for kind in (OURS, case.peer))
+    row["mib"], row["peer_mib"] = (apart(peak_memory, case, kind) for kind in (OURS, peer))
     return row
+
+
+def longest(case: Case, kind: str, gib: int) -> str:
+    """How many tokens of one sequence fit, by what the second half of this case's length takes."""
+    half, whole = (apart(peak_memory, replace(case, length=length), kind) for length in (case.length // 2, case.length))
+    per_token = (whole - half) / (case.length - case.length // 2)
+    tokens = case.length + (gib * 1024 - whole) / per_token
+    how = f"{case.model}, {kind}{', recompute full' if case.recompute else ''}"
+    return f"{how}: {1024 * per_token:,.1f} KiB per token, {tokens:,.0f} tokens in {gib} GiB"
 
 
 def command_line(case: Case, steps: int) -> dict[str, Any]:
@@ -335,8 +408,13 @@ def main() -> None:
     print(f"{'':<56}{'seconds':>8} {'peer':>8} {'ratio':>6} {'MiB':>8} {'peer':>8} {'ratio':>6}")
     rows = []
     for case in cases:
-        rows.append(measure(case, arguments.rounds))
-        show(rows[-1])
+        for peer in (None, MEGATRON) if case.model == "dense" and not arguments.growth else (None,):
+            rows.append(measure(case, arguments.rounds, peer))
+            show(rows[-1])
+    for model in arguments.models if arguments.growth else ():
+        long = Case(model=model, **{**SIZES["small"], "length": arguments.longest})
+        for case, kind in ((long, OURS), (replace(long, recompute=True), OURS), (long, long.peer)):
+            print(longest(case, kind, 8), flush=True)
     if arguments.command_line:
         for model in arguments.models:
             small = {**SIZES["small"], "vocabulary": 8_000, "inner": 288}
