@@ -228,7 +228,7 @@ def test_bad_settings() -> None:
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     for use in (lambda: generate(tmp_path, ["a"], Sampling()), lambda: load_model(tmp_path), lambda: audit(tmp_path)):
-        with pytest.raises(CheckpointError, match=r"is neither a checkpoint .*steel\.json\) nor .*config\.json\)"):
+        with pytest.raises(CheckpointError, match=r"is neither a checkpoint .*steel\.json\), nor .*config\.json\)"):
             use()
 
 
