@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test test-fast test-lowest check mutants bench setup clean help
+.PHONY: demo demo-chat test test-fast test-lowest check mutants bench setup clean help
 
 help:
 	@echo "make demo         the whole pipeline on two cores: corpus, tokenizer, training, Hugging Face export, text"
+	@echo "make demo-chat    after make demo: SFT and DPO of its model, and replies"
 	@echo "make test         all tests"
 	@echo "make test-fast    those that are not marked slow: under two minutes on two cores"
 	@echo "make test-lowest  the same with the lowest version of every dependency, in .venv-lowest; for a clean clone"
@@ -20,6 +21,9 @@ help:
 
 demo: setup
 	$(BIN)/python examples/quickstart/demo.py
+
+demo-chat: setup
+	$(BIN)/python examples/quickstart/chat_demo.py
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -20,10 +20,14 @@ class ExitCode(IntEnum):
     """An error of the library, with a traceback; of ``audit``: the model leaks."""
     WRONG_INPUT = 2
     """A setting, a file or the data must be changed first: the same command would end the same way."""
+    NO_NODES = 69
+    """Of a batch script's step: too few nodes are healthy. EX_UNAVAILABLE of sysexits.h."""
     STOPPED = 75
     """A signal asked a run to stop, and it is saved. EX_TEMPFAIL of sysexits.h."""
     LOST = 76
     """A process of a run is gone or stands still, or did not come. EX_PROTOCOL of sysexits.h."""
+    GIVEN_UP = 93
+    """Of a batch script: too many crashes or lost nodes without a new checkpoint."""
     INTERRUPTED = 130
     """Ctrl-C, of a command that saves nothing."""
     NO_READER = 141

@@ -75,6 +75,7 @@ def test_recipes_raise_none(recipe: Path) -> None:
             {"train": ["a"], "validation": ["b"]},
             "has a, which",
         ),
+        ("training", {"objective": "sft"}, {"objective": "next_token"}, "init_from is not set, so sft begins with"),
     ],
 )
 def test_each_is_told_beyond_its_bound(
@@ -83,6 +84,12 @@ def test_each_is_told_beyond_its_bound(
     assert of(**{section: within}) == []
     (line,) = of(**{section: beyond})
     assert re.search(message, line), line
+
+
+def test_finetuning_from_a_checkpoint_raises_none() -> None:
+    start = {"init_from": "runs/a/checkpoints/step_00000001"}
+    assert of(training={"objective": "sft_per_sample"}, checkpoint=start) == []
+    assert len(of(training={"objective": "sft_per_sample"})) == 1
 
 
 def test_a_validation_that_never_comes_needs_something_to_validate_on() -> None:

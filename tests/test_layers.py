@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "steel_megatron"
 # From the bottom up. Parts of one layer do not know each other, but for the files within a folder.
 LAYERS = (
-    ("errors", "streams", "log", "config", "files", "signals"),
+    ("errors", "streams", "log", "config", "files", "signals", "events"),
     ("platform",),
     ("jobs",),
     ("data",),
@@ -21,11 +21,23 @@ LAYERS = (
     ("hf",),
     ("generate", "audit", "report"),
     ("evaluation",),
+    ("slurm",),
     ("cli",),
     ("__main__", "launch"),
 )
 # The same within data/.
-ROOMS = ("strict_json", "native", "reading", "tokenizing", "cleaning", "indexed", "preprocessing", "sampling", "ledger")
+ROOMS = (
+    "strict_json",
+    "native",
+    "reading",
+    "building",
+    "tokenizing",
+    "cleaning",
+    "indexed",
+    "preprocessing",
+    "sampling",
+    "ledger",
+)
 # At the bottom, everybody may use errors; the configuration and the log may not know each other.
 SIBLINGS = {
     ("streams", "errors"),
@@ -34,6 +46,7 @@ SIBLINGS = {
     ("config", "errors"),
     ("files", "errors"),
     ("files", "log"),
+    ("events", "log"),
 }
 # These travel in exported folders: they know nothing of the library.
 SELF_CONTAINED = {"hf.configuration_steel", "hf.modeling_steel"}

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +51,26 @@ for prompt in prompts:
 
 def main() -> int:
     os.chdir(ROOT)
+    with locked() as free:
+        if not free:
+            return 2
+        shutil.rmtree(RUN, ignore_errors=True)
+        RUN.mkdir(parents=True)
+        return demo(time.monotonic())
+
+
+@contextmanager
+def locked() -> Iterator[bool]:
+    """Whether no other demo is running in this folder; none begins until this one ends."""
     RUN.parent.mkdir(exist_ok=True)
     with (RUN.parent / ".quickstart.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             print("error: another demo is running in this folder; wait until it ends", file=sys.stderr)
-            return 2
-        shutil.rmtree(RUN, ignore_errors=True)
-        RUN.mkdir(parents=True)
-        return demo(time.monotonic())
+            yield False
+            return
+        yield True
 
 
 def demo(started: float) -> int:
@@ -111,9 +123,13 @@ def steel(*words: str, capture: bool = False) -> str:
     return run("-m", "steel_megatron", *words, capture=capture)
 
 
+def torchrun(*words: str) -> None:
+    """One of the library's commands on two processes."""
+    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "steel_megatron", *words)
+
+
 def pretrain(*overrides: str) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "steel_megatron"]
-    run(*launcher, "pretrain", "--config", CONFIG, "--training.train_steps", str(STEPS), *overrides)
+    torchrun("pretrain", "--config", CONFIG, "--training.train_steps", str(STEPS), *overrides)
 
 
 def copy_standard_library(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steel_megatron.cli import chat, checkpoints, corpora, evaluation, ledgers, models
+from steel_megatron.cli import chat, checkpoints, corpora, evaluation, ledgers, models, slurm
 from steel_megatron.cli.help import Command, command_help, completion, group_overview, overview, version
 from steel_megatron.cli.options import settings_of
 from steel_megatron.cli.suggestions import did_you_mean
@@ -48,6 +48,7 @@ COMMANDS = {
     "checkpoint reshard": Command(checkpoints.reshard, ("path", "output"), base=checkpoints.base_options),
     "checkpoint compare": Command(checkpoints.compare, ("a", "b")),
     "pretrain": Command(models.pretrain),
+    "sft build": Command(chat.sft_build, ("recipe",)),
     "sft prepare": Command(chat.sft_prepare),
     "sft inspect": Command(chat.sft_inspect, ("prefix",)),
     "sft train": Command(chat.sft),
@@ -59,12 +60,17 @@ COMMANDS = {
     "audit": Command(models.audit, ("path",)),
     "evaluate": Command(evaluation.evaluate, ("model",)),
     "contamination": Command(evaluation.contamination),
+    "slurm render": Command(slurm.render),
+    "slurm submit": Command(slurm.submit),
+    "slurm status": Command(slurm.status, ("run",)),
+    "slurm cancel": Command(slurm.cancel, ("run",)),
 }
 GROUPS = {
-    "sft": "Finetune on conversations: prepare and inspect a corpus with labels, train (sft --options: sft train).",
+    "sft": "Finetune on conversations: build a set, prepare and inspect a corpus, train (sft --options: sft train).",
     "dpo": "Optimize preferences: prepare a corpus of pairs, train (dpo --options: dpo train).",
     "data": "Create, change and show a run's ledger: its corpora, their mixture, the samples of a step.",
     "checkpoint": "List, verify and compare checkpoints, and plan the layout of the run that loads one.",
+    "slurm": "Run on a Slurm cluster: print or submit a batch script, show how a run is doing, stop it.",
 }
 """The first words of two-word commands, with their help."""
 TRAIN = "train"

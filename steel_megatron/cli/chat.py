@@ -4,9 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 
-from steel_megatron.config import PrepareConfig, RunConfig, TokenizerKind
+from steel_megatron.config import BadRowPolicy, PrepareConfig, RunConfig, TokenizerKind
 from steel_megatron.errors import ConfigError
 from steel_megatron.streams import say
+
+
+def sft_build(
+    recipe: str,
+    output: str,
+    sources: list[str] = [],  # noqa: B006 (read by the parser, never changed)
+    on_bad_row: BadRowPolicy = "stop",
+    overwrite: bool = False,
+) -> None:
+    """Make one file of conversations, or of pairs, from published sets: questions, languages, a ratio of languages.
+
+    Args:
+        recipe: YAML file, such as examples/steel_1b/sft/zh_en20.yaml.
+        output: file to write, .jsonl; OUTPUT.report.yaml says what became of each row.
+        sources: files, folders or patterns of the recipe's parts, as PART=PATTERN; default: the recipe's own.
+        on_bad_row: stop at a broken row, or skip it and list it in the report.
+        overwrite: replace an existing file.
+    """
+    from pathlib import Path
+
+    from steel_megatron.data.building.build import build
+    from steel_megatron.data.building.recipe import load_recipe
+
+    say(build(load_recipe(recipe, sources), Path(output), on_bad_row, overwrite).summary(Path(output)))
 
 
 def sft_prepare(config: PrepareConfig) -> None:

@@ -33,9 +33,10 @@ def check_run(run: RunConfig) -> None:
     from steel_megatron.data.indexed.format import IDX
     from steel_megatron.data.ledger.session import read_ledger
     from steel_megatron.files import with_suffix
-    from steel_megatron.parallel.launch import read_launch
+    from steel_megatron.parallel.launch import read_launch, refuse_without_srun
     from steel_megatron.train.model_path import find_model
 
+    refuse_without_srun(os.environ)
     world_size = read_launch(os.environ).world_size
     run.num_micro_batches(world_size)
     if world_size > 1:

@@ -25,6 +25,7 @@ TASKS = {
     "models": "Train and use a model",
     "chat": "Finetune a model",
     "evaluation": "Evaluate",
+    "slurm": "Run on a cluster",
 }
 """What the commands of a module are for."""
 OFTEN_USED = (
@@ -129,7 +130,7 @@ def command_help(name: str, command: Command, part: str) -> str:
     if part in sections:
         shown = {name: option for name, option in settings.items() if name.startswith(f"{part}.")}
     elif sections and not part:
-        shown = {name: settings[name] for name in OFTEN_USED}
+        shown = {name: option for name, option in settings.items() if "." not in name or name in OFTEN_USED}
     metavars = [_metavar(settings[one]) for one in command.positional]
     lines = [f"usage: {' '.join(['steel-megatron', name, '[--config FILE]', *metavars, '[--OPTION VALUE ...]'])}", ""]
     lines += _filled(" ".join((command.function.__doc__ or "").split("Args:")[0].split()))

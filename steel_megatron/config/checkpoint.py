@@ -13,7 +13,7 @@ class CheckpointConfig:
     """Where a run lives on disk."""
 
     directory: str = "runs/default"
-    """The run's folder: checkpoints/, tensorboard/, ledger.json, run.yaml."""
+    """The run's folder: checkpoints/, tensorboard/, ledger.json, run.yaml, events.jsonl."""
     save_interval: int = 1000
     """Steps between two checkpoints; the last step is always saved."""
     async_save: bool = True

@@ -12,7 +12,7 @@ from steel_megatron.config.run import RunConfig
 
 def doubts(run: RunConfig) -> list[str]:
     """What makes no sense in a run's settings, a line each."""
-    return [*_schedule(run), *_intervals(run), *_without_effect(run), *_data(run)]
+    return [*_schedule(run), *_intervals(run), *_without_effect(run), *_data(run), *_start(run)]
 
 
 def job_doubts(job: ExecutionConfig) -> list[str]:
@@ -91,6 +91,14 @@ def _data(run: RunConfig) -> Iterator[str]:
             if prefix in trained:
                 what = f"data.validation.{name}" if name else "data.validation"
                 yield f"{what} has {prefix}, which is in data.train as well: its loss is that of texts seen in training"
+
+
+def _start(run: RunConfig) -> Iterator[str]:
+    if run.training.objective in ("sft", "sft_per_sample") and run.checkpoint.init_from is None:
+        yield (
+            f"checkpoint.init_from is not set, so {run.training.objective} begins with random weights; name a "
+            "checkpoint of pretrain or import-hf"
+        )
 
 
 def _is_set(section: object, name: str) -> bool:

@@ -21,6 +21,8 @@ class EvaluationConfig:
     """Steps between two evaluations; the last step is always evaluated."""
     num_fewshot: int | None = None
     """Examples before each question; none for the task's own number."""
+    chat: bool = False
+    """Put each question as a turn of the user, in the chat template."""
     limit: int | None = None
     """Questions of each subject at most; none for all."""
     batch_size: int = 16

@@ -18,6 +18,8 @@ class TrainingConfig:
 
     objective: str = "next_token"
     """What is minimised."""
+    label_smoothing: float = 0.0
+    """Share of each label's probability that is spread evenly over the vocabulary, in [0, 1); validation has none."""
     train_steps: int = 100
     """Optimizer steps of the whole run."""
     stop_after_step: int | None = None
@@ -71,6 +73,8 @@ class TrainingConfig:
         at_least(1, self, "watchdog_seconds")
         at_least(0, self, "seed", "skip_non_finite_steps", "skip_spikes", "skip_spikes_in_a_row")
         at_least(2, self, "spike_window")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"TrainingConfig.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
         if self.stop_after_step is not None and self.stop_after_step > self.train_steps:
             raise ConfigError(
                 f"TrainingConfig.stop_after_step = {self.stop_after_step} is over train_steps = {self.train_steps}"

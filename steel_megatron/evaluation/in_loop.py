@@ -45,11 +45,12 @@ class TaskScores(EvaluatesTasks):
             tasks=settings.tasks,
             data=Path(settings.data),
             num_fewshot=settings.num_fewshot,
+            chat=settings.chat,
             limit=settings.limit,
             batch_size=settings.batch_size,
         )
         self._tokenizer = (data.tokenizer_kind, data.tokenizer_path)
-        self._tensorboard = TensorBoard()
+        self._tensorboard = TensorBoard(first=False)
 
     def start(self, run: RunView) -> None:
         """Read the questions.
@@ -58,7 +59,8 @@ class TaskScores(EvaluatesTasks):
             ConfigError: there is no such task.
             DataError: data are missing or wrong.
         """
-        self._texts = texts_of_tokenizer(load_tokenizer(*self._tokenizer))
+        finetunes = getattr(run.engine.objective, "labelled", False)
+        self._texts = texts_of_tokenizer(load_tokenizer(*self._tokenizer), self._protocol.chat, finetunes)
         protocol = self._protocol
         # Read once: an error in them comes before the first step, not after a thousand.
         load_benchmarks(protocol.tasks, protocol.data, protocol.num_fewshot)

@@ -809,6 +809,7 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
     """The model with its output matrix, and transformers' generation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (where the config ties them)
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012 (cut as the embedding is, which it may be tied to)
 
     def __init__(self, config: SteelConfig) -> None:
         super().__init__(config)

@@ -46,6 +46,20 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     return Launch(rank, world_size, local_rank, origin)
 
 
+def refuse_without_srun(environment: Mapping[str, str]) -> None:
+    """Raise a ConfigError for a process of a Slurm job with several tasks that knows of no other one.
+
+    Args:
+        environment: variables of this process.
+    """
+    tasks = environment_number(environment, "SLURM_NTASKS")
+    if read_launch(environment).origin == "alone" and tasks > 1:
+        raise ConfigError(
+            f"the Slurm job has {tasks} tasks (SLURM_NTASKS), but srun, which gives them their ranks, has not started "
+            "this process; put srun before the command, or unset SLURM_NTASKS to train in this process alone"
+        )
+
+
 def environment_number(environment: Mapping[str, str], name: str) -> int:
     """A number of the environment, 0 where it has none of that name.
 

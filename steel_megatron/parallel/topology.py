@@ -16,16 +16,17 @@ import torch.distributed as dist
 
 from steel_megatron.config import ParallelConfig
 from steel_megatron.errors import ConfigError
-from steel_megatron.parallel.launch import Launch, environment_number, read_launch
+from steel_megatron.parallel.launch import Launch, environment_number, read_launch, refuse_without_srun
 from steel_megatron.parallel.rendezvous import TIMEOUT, joining, meet
 from steel_megatron.platform import prepare
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-__all__ = ["Launch", "Topology", "alone", "first_host", "free_port", "initialize", "initialize_alone", "read_launch"]
-__all__ += ["shutdown", "simulated"]
+__all__ = ["Launch", "Topology", "alone", "first_host", "free_port", "initialize", "initialize_alone", "join"]
+__all__ += ["read_launch", "refuse_without_srun", "shutdown", "simulated"]
 
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 PORTS = range(20000, 32000)
 """Below those that the kernel hands out: none of them becomes the near end of somebody's connection meanwhile."""
 
@@ -40,7 +41,11 @@ def _timeout(environment: Mapping[str, str]) -> datetime.timedelta:
 
 
 def _rendezvous(launch: Launch) -> None:
-    """Set MASTER_ADDR and MASTER_PORT where the launcher has not."""
+    """Set MASTER_ADDR and MASTER_PORT where the launcher has not.
+
+    Raises:
+        ConfigError: MASTER_ADDR is the machine itself, but the launch has several.
+    """
     if launch.origin == "slurm":
         # The first node of the step's list; srun starts processes, but gives them no meeting point.
         nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "localhost"))
@@ -49,6 +54,12 @@ def _rendezvous(launch: Launch) -> None:
         number = environment_number(os.environ, "SLURM_JOB_ID") * 37 + environment_number(os.environ, "SLURM_STEP_ID")
         found["MASTER_PORT"] = str(PORTS[number % len(PORTS)])
         found = {name: value for name, value in found.items() if name not in os.environ}
+        address, machines = os.environ.get("MASTER_ADDR", nodes), environment_number(os.environ, "SLURM_STEP_NUM_NODES")
+        if machines > 1 and address in _THIS_MACHINE:
+            raise ConfigError(
+                f"MASTER_ADDR is {address}, which is another machine on each of the {machines} nodes of the step; "
+                "unset it, and the step's first node is taken"
+            )
     elif launch.origin == "alone":
         found = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     else:
@@ -98,7 +109,7 @@ def initialize(parallel: ParallelConfig, launch: Launch | None = None) -> Topolo
     platform = prepare()
     timeout = _timeout(os.environ)
     with joining():
-        _join(launch, platform.backend, timeout)
+        join(launch, platform.backend, timeout)
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -119,8 +130,17 @@ def initialize(parallel: ParallelConfig, launch: Launch | None = None) -> Topolo
     return Topology(parallel=parallel, launch=launch, device=platform.device)
 
 
-def _join(launch: Launch, backend: str, timeout: datetime.timedelta) -> None:
-    """Make the group of all processes, unless there is one."""
+def join(launch: Launch, backend: str, timeout: datetime.timedelta) -> None:
+    """Make the group of all processes, unless there is one.
+
+    Args:
+        launch: this process's.
+        backend: torch.distributed's.
+        timeout: how long to wait for the others.
+
+    Raises:
+        LostRankError: some did not come.
+    """
     if not dist.is_initialized():
         _rendezvous(launch)
         store = meet(launch.rank, launch.world_size, timeout)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ class Saver:
     Args:
         run: the run's settings.
         copies: whether to write from copies, so that training may go on; None for ``checkpoint.async_save``.
+
+    Attributes:
+        seconds: from the beginning to the end of the last save that is finished; None before the first.
+        longest_seconds: of the longest one.
     """
 
     def __init__(self, run: RunConfig, *, copies: bool | None = None) -> None:
@@ -49,6 +54,9 @@ class Saver:
         self._planner = Planner()
         self._memory = HostMemory() if (run.checkpoint.async_save if copies is None else copies) else None
         self._under_way: _Save | None = None
+        self._began = 0.0
+        self.seconds: float | None = None
+        self.longest_seconds: float | None = None
 
     @property
     def doing(self) -> str:
@@ -72,6 +80,7 @@ class Saver:
             CheckpointError: it cannot be written (disk full, folder read-only). What was there before stays.
         """
         earlier = self.finish()
+        self._began = time.monotonic()
         run = self._run
         final = path_of(run, engine.step_number)
         history = ledger.history if ledger else None  # later changes make a new one
@@ -122,6 +131,8 @@ class Saver:
             self._under_way = None
             raise
         self._under_way = None
+        self.seconds = time.monotonic() - self._began
+        self.longest_seconds = max(self.seconds, self.longest_seconds or 0.0)
         if dist.get_rank() == 0:
             _remove_old(self._run, save.final)
         return save.final

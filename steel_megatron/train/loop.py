@@ -23,7 +23,7 @@ from steel_megatron.log import get_logger
 from steel_megatron.parallel import agreement
 from steel_megatron.parallel.agreement import any_rank, broadcast_from_rank0, on_rank0, raise_if_any_rank_failed
 from steel_megatron.parallel.peers import Peers
-from steel_megatron.parallel.topology import Topology, initialize, read_launch, shutdown
+from steel_megatron.parallel.topology import Topology, initialize, read_launch, refuse_without_srun, shutdown
 from steel_megatron.platform import Implementation, choose_implementation
 from steel_megatron.platform.fp8 import missing_for_fp8
 from steel_megatron.train import checkpoint, random_states
@@ -31,12 +31,14 @@ from steel_megatron.train.bad_samples import naming_documents, note_skipped
 from steel_megatron.train.batches import Batches
 from steel_megatron.train.callbacks import Callback, CopyFirst, RunView, callbacks_of
 from steel_megatron.train.callbacks.base import EvaluatesTasks
+from steel_megatron.train.callbacks.events import EventLog
 from steel_megatron.train.checkpoint_checksums import verified_by_all
 from steel_megatron.train.checkpoint_save import Saver
 from steel_megatron.train.engine import Engine, minimised
 from steel_megatron.train.initial_weights import open_initial
 from steel_megatron.train.reference import check_reference, prepare_reference
 from steel_megatron.train.stop_signal import StopSignal
+from steel_megatron.train.time_limit import TimeLimit, job_end
 
 logger = get_logger(__name__)
 
@@ -96,6 +98,7 @@ def pretrain(run: RunConfig, callbacks: Sequence[Callback] = ()) -> TrainingSumm
         stack.callback(_UNDER_WAY.release)
         implementation = choose_implementation(run.model.implementation, fully_sharded=run.parallel.fsdp)
         _check_fp8(run, implementation)
+        refuse_without_srun(os.environ)
         run.num_micro_batches(read_launch(os.environ).world_size)  # checks the batch before anything is started
         topology = stack.enter_context(_process_groups(run))
         peers = stack.enter_context(Peers(Path(run.checkpoint.directory), run.training.watchdog_seconds))
@@ -180,6 +183,9 @@ def _train(run: RunConfig, topology: Topology, peers: Peers, callbacks: Sequence
     consumed, saved = _start(run, topology, engine, batches, session)
     view = RunView(run, topology, engine)
     saver = Saver(run)
+    log = EventLog(lambda: saver.seconds)
+    callbacks = [log, *callbacks]
+    limit = TimeLimit(job_end(os.environ) if topology.is_rank0 else None)
     validation: dict[str, float] = {}
     losses = array("d")
     stopping = False
@@ -210,7 +216,8 @@ def _train(run: RunConfig, topology: Topology, peers: Peers, callbacks: Sequence
                 callback.after_step(view, result)
             note(saver.poll())
             is_last = result.step == training.last_step
-            asked_to_stop = any_rank(signal.received)
+            time_is_up = limit.is_up(log.longest_step, saver.longest_seconds)
+            asked_to_stop = any_rank(signal.received or time_is_up)
             stopping = asked_to_stop and not is_last
             if not asked_to_stop and (result.step % training.eval_interval == 0 or is_last):
                 validation = _validate(engine, batches, callbacks, view)
@@ -222,10 +229,14 @@ def _train(run: RunConfig, topology: Topology, peers: Peers, callbacks: Sequence
                 if stopping or is_last or not run.checkpoint.async_save:
                     note(saver.finish())
             if stopping:
-                logger.warning(f"asked to stop: step {result.step} is saved; the same command resumes from there")
+                why = "the job's time is nearly up" if time_is_up else "asked to stop"
+                log.ended(view, "time limit" if time_is_up else "signal")
+                logger.warning(f"{why}: step {result.step} is saved; the same command resumes from there")
                 break
             if asked_to_stop and is_last:  # the save came first: who asks to stop may not wait for long
                 validation = _validate(engine, batches, callbacks, view)
+        if not stopping:
+            log.ended(view, "finished" if engine.step_number >= training.train_steps else "stop_after_step")
     assert saved is not None, "a run has at least one step, done now or before"
     return TrainingSummary(
         step=engine.step_number,

@@ -93,6 +93,9 @@ def ignore_stop_signals() -> None:
 
 
 def stop_with_launcher() -> None:
-    """Get SIGTERM when torchrun is gone: it dies of signals that it does not know, and leaves its processes."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    """Get SIGTERM when torchrun or Slurm's daemon of this step is gone: nobody else would end this process then.
+
+    torchrun dies of signals that it does not know. A step whose daemon was killed is started again meanwhile.
+    """
+    if ("TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

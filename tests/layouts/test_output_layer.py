@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steel_megatron.config import ParallelConfig, RunConfig
@@ -16,6 +17,7 @@ from tests.train.small_run import small_run
 
 TOKENS = 7
 """Of a chunk; a micro batch has 48."""
+SMOOTHING = 0.2
 LAYOUTS = {
     "alone": ({}, 1),
     "tp2": ({"tensor_model_parallel_size": 2}, 2),
@@ -102,3 +104,42 @@ def test_gradients_are_those_of_whole_logits(layout: str, pool: Pool) -> None:
         assert loss < 1e-6 and evaluation < 1e-6 and gradients < 2e-6
     if run.parallel.context_parallel_size == 1:
         assert max(rank[3] for rank in ranks) == TOKENS and max(rank[4] for rank in ranks) == 48
+
+
+def smoothed(run: RunConfig) -> tuple[float, float, float]:
+    """The relative errors of a step's loss to torch's smoothed one and of a validation to the plain one, from gathered
+    logits in float64; and the gradient's norm."""
+    from steel_megatron.parallel.topology import initialize
+
+    topology = initialize(run.parallel)
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from steel_megatron.train.engine import Engine, minimised
+    from tests.train.small_run import own_batches
+
+    engine = Engine(run, topology)
+    batches = own_batches(run, 1, topology)
+    losses = []
+    for batch in batches:
+        with torch.no_grad():
+            positions = torch.arange(batch.tokens.size(1)).expand_as(batch.tokens)
+            logits = engine.stage(batch.tokens, positions, None)
+            logits = gather_from_tensor_model_parallel_region(logits, group=topology.groups.tp)
+        counted = batch.loss_mask > 0
+        logits = logits[..., : run.model.vocab_size][counted].double()
+        losses += [[cross_entropy(logits, batch.labels[counted], label_smoothing=share) for share in (SMOOTHING, 0.0)]]
+    smooth, plain = torch.tensor(losses, dtype=torch.float64).mean(dim=0).tolist()
+    validated, step = minimised(engine.evaluate(batches)).mean, engine.step(batches)
+    return abs(step.loss / smooth - 1), abs(validated / plain - 1), step.grad_norm
+
+
+def test_label_smoothing_is_torchs_and_in_training_alone(pool: Pool) -> None:
+    norms = []
+    for layout in ("alone", "tp2"):
+        options, processes = LAYOUTS[layout]
+        run = small_run(ParallelConfig(**options), num_layers=2, vocab_size=90, hidden_size=16)  # and 38 of padding
+        training = dataclasses.replace(run.training, precision="float32", label_smoothing=SMOOTHING)
+        for error, validated, norm in pool.run(smoothed, processes, dataclasses.replace(run, training=training)):
+            assert error < 1e-6 and validated < 1e-6
+            norms.append(norm)
+    assert norms == pytest.approx(norms[:1] * 3, rel=1e-5)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 
 import pytest
 
 from steel_megatron.errors import ConfigError, SteelError
-from steel_megatron.parallel.topology import PORTS, Launch, alone, first_host, read_launch, shutdown
+from steel_megatron.parallel.topology import (
+    PORTS,
+    Launch,
+    alone,
+    first_host,
+    join,
+    read_launch,
+    refuse_without_srun,
+    shutdown,
+)
 from tests.distributed import run_distributed
 
 
@@ -27,6 +37,14 @@ def test_a_step_may_be_smaller_than_its_job() -> None:
 
 def test_a_batch_script_outside_srun_is_alone() -> None:
     assert read_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "7"}).origin == "alone"
+
+
+def test_a_run_outside_srun_is_refused() -> None:
+    refuse_without_srun({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"})
+    refuse_without_srun({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "16"})
+    refuse_without_srun({"RANK": "0", "WORLD_SIZE": "4", "SLURM_NTASKS": "16"})  # torchrun in a batch script
+    with pytest.raises(ConfigError, match=r"has 16 tasks \(SLURM_NTASKS\), but srun, .* has not started this process"):
+        refuse_without_srun({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "0"})
 
 
 def test_nonsense_is_named() -> None:
@@ -87,3 +105,18 @@ def test_what_a_process_alone_sets_goes_with_its_groups(monkeypatch: pytest.Monk
     with alone("a test"):
         assert os.environ["MASTER_ADDR"] == "localhost" and int(os.environ["MASTER_PORT"]) in PORTS
     assert os.environ["MASTER_ADDR"] == "elsewhere" and "MASTER_PORT" not in os.environ
+
+
+@pytest.mark.parametrize("address", [None, "localhost", "127.0.0.1"])
+def test_a_step_on_several_nodes_does_not_meet_at_localhost(
+    address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
+    step |= {"MASTER_ADDR": address} if address else {}
+    for name in [name for name in os.environ if name.startswith(("SLURM", "MASTER", "RANK", "WORLD"))]:
+        monkeypatch.delenv(name)
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR is .*, which is another machine on each of the 2 nodes"):
+        join(read_launch(os.environ), "gloo", datetime.timedelta(seconds=1))
+    shutdown()

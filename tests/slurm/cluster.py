@@ -1,9 +1,10 @@
-"""A Slurm cluster of two nodes on this machine: its own controller, daemons and folder; nothing of the system's."""
+"""A Slurm cluster of a few nodes on this machine: its own controller, daemons and folder; nothing of the system's."""
 
 from __future__ import annotations
 
 import getpass
 import os
+import secrets
 import socket
 import subprocess
 import time
@@ -13,9 +14,11 @@ from pathlib import Path
 
 from steel_megatron.parallel.topology import free_port
 
+# Runs of jobs with the same number, of two clusters at once, would meet at the same port.
 # The processes of a job meet at the name of its first node, so that is this machine's own. Slurm takes no localhost.
 CONFIGURATION = """\
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost=localhost
 SlurmctldPort={controller}
 SlurmUser={user}
@@ -34,11 +37,12 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1
 SlurmdParameters=config_overrides
 AccountingStorageType=accounting_storage/none
 KillWait=60
+SlurmdTimeout=60
+ReturnToService=1
 MinJobAge=300
-NodeName={name} NodeHostname=this NodeAddr=127.0.0.1 Port={first} CPUs=2 RealMemory=16000
-NodeName={name}-2 NodeHostname=this NodeAddr=127.0.0.1 Port={second} CPUs=2 RealMemory=16000
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+NODE = "NodeName={node} NodeHostname=this NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=16000\n"
 
 
 class Cluster:
@@ -46,10 +50,15 @@ class Cluster:
 
     Args:
         folder: where its configuration and logs are.
+        nodes: names of its nodes; the first is this machine's own.
+
+    Attributes:
+        daemons: the nodes' slurmd.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, nodes: list[str]) -> None:
+        self.folder, self.nodes = folder, nodes
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "RANK", "WORLD"))},
             "SLURM_CONF": str(folder / "slurm.conf"),
@@ -84,41 +93,54 @@ class Cluster:
             assert time.monotonic() < deadline, f"job {job} is still {now} after {seconds:.0f} s"
             time.sleep(0.2)
 
+    def start(self, name: str, *words: str) -> None:
+        """Start a daemon."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(words, env=self.environment, stdout=log, stderr=log)
+
+    def start_node(self, node: str) -> None:
+        """Start the slurmd of a node."""
+        self.start(node, "slurmd", "-D", "-N", node)
+
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[Cluster]:
+def cluster(folder: Path, nodes: int = 2) -> Iterator[Cluster]:
     """A cluster for as long as the context lasts; its jobs end with it.
+
+    Args:
+        folder: where its configuration and logs are.
+        nodes: their number.
 
     Raises:
         AssertionError: it does not start within half a minute.
     """
-    controller, first, second = (free_port() for _ in range(3))
     (folder / "state").mkdir()
     name = socket.gethostname().partition(".")[0]
-    values = {"controller": controller, "first": first, "second": second, "folder": folder}
-    (folder / "slurm.conf").write_text(CONFIGURATION.format(**values, name=name, user=getpass.getuser()))
-    found = Cluster(folder)
-    daemons: list[subprocess.Popen[bytes]] = []
-
-    def start(name: str, *words: str) -> None:
-        with (folder / f"{name}.log").open("wb") as log:
-            daemons.append(subprocess.Popen(words, env=found.environment, stdout=log, stderr=log))
-
+    names = [name, *(f"{name}-{number}" for number in range(2, nodes + 1))]
+    values = {
+        "controller": free_port(),
+        "first_job": secrets.randbelow(50_000) + 1,
+        "folder": folder,
+        "user": getpass.getuser(),
+    }
+    lines = "".join(NODE.format(node=node, port=free_port()) for node in names)
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(**values).replace("PartitionName", lines + "PartitionName"))
+    found = Cluster(folder, names)
     try:
-        start("slurmctld", "slurmctld", "-D", "-c")
-        for node in (name, f"{name}-2"):
-            start(node, "slurmd", "-D", "-N", node)
+        found.start("slurmctld", "slurmctld", "-D", "-c")
+        for node in names:
+            found.start_node(node)
         deadline = time.monotonic() + 30
-        while _idle_nodes(found) < 2:
+        while _idle_nodes(found) < nodes:
             logs = {path.name: path.read_text()[-2000:] for path in folder.glob("*.log")}
             assert time.monotonic() < deadline, f"the cluster did not start: {logs}"
             time.sleep(0.2)
         yield found
     finally:
         _end_jobs(found)
-        for daemon in reversed(daemons):
+        for daemon in reversed(found.daemons.values()):
             daemon.terminate()
-        for daemon in daemons:
+        for daemon in found.daemons.values():
             try:
                 daemon.wait(20)
             except subprocess.TimeoutExpired:

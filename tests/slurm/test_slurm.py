@@ -1,14 +1,13 @@
-"""What runs over Slurm, on a real cluster of two nodes that this machine plays."""
+"""What runs over Slurm, on a real cluster of three nodes that this machine plays."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,27 +23,12 @@ from tests.data.cleaning.test_pipeline import content
 from tests.data.configured import clean_corpus, preprocess
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.jobs import files_in, mixed_inputs
-from tests.slurm.cluster import Cluster, cluster
+from tests.slurm.cluster import Cluster
 from tests.train.small_run import LAYOUTS
 from tests.train.test_loop import make_run, write_corpus
 
 pytestmark = [needs.slurm.mark, pytest.mark.timeout(280), pytest.mark.slow]
 PRETRAIN = Path(__file__).resolve().parents[2] / "examples/slurm/pretrain.sbatch"
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("slurm")) as found:
-        yield found
-
-
-@pytest.fixture
-def inside(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """The cluster, for commands of Slurm that this process gives."""
-    for name in [name for name in os.environ if name.startswith("SLURM")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
-    return slurm
 
 
 @pytest.fixture
@@ -77,10 +61,28 @@ def test_preprocess_gives_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(preprocess_step, "UNIT_BYTES", 1)
     inputs = mixed_inputs(tmp_path, 60)
-    options = {"slurm_partition": "cpu", "slurm_memory_gb": 1, "slurm_poll_seconds": 0.5, "workers": 2, "tasks": 2}
+    options = {"slurm_partition": "cpu", "slurm_memory_gb": 1, "slurm_poll_seconds": 0.5, "workers": 4, "tasks": 4}
     for name, where in {"local": {}, "over": {"executor": "slurm", **options}}.items():
         settings = {"on_bad_row": "skip", "valid_fraction": 0.2, "shard_size": 3000, **where}
         preprocess(inputs, tmp_path / name / "c", "sentencepiece", sp_model, **settings)
+    assert files_in(tmp_path / "over") == files_in(tmp_path / "local")
+
+
+def test_a_cancelled_array_is_submitted_again(
+    inside: Cluster, sp_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first task cancels the whole array; the second call does what is left, with the bytes of one process."""
+    monkeypatch.setattr(preprocess_step, "UNIT_BYTES", 1)
+    inputs = mixed_inputs(tmp_path, 40)
+    cancels = f'if mkdir {tmp_path}/cancelled; then scancel "$SLURM_ARRAY_JOB_ID"; sleep 60; fi; export PATH='
+    setup = f'{cancels}"{Path(sys.executable).parent}:$PATH"'
+    options = {"slurm_partition": "cpu", "slurm_memory_gb": 1, "slurm_poll_seconds": 0.3, "workers": 4, "tasks": 4}
+    settings = {"on_bad_row": "skip", "shard_size": 3000}
+    over = {**settings, **options, "executor": "slurm", "slurm_setup": setup}
+    with pytest.raises(DataError, match="run the same command again to resume"):
+        preprocess(inputs, tmp_path / "over" / "c", "sentencepiece", sp_model, **over)
+    preprocess(inputs, tmp_path / "over" / "c", "sentencepiece", sp_model, **over)
+    preprocess(inputs, tmp_path / "local" / "c", "sentencepiece", sp_model, **settings)
     assert files_in(tmp_path / "over") == files_in(tmp_path / "local")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,3 +224,18 @@ def test_a_decay_that_does_not_fit() -> None:
     settings = dataclasses.replace(base.optimizer, lr_schedule="wsd", wsd_decay_steps=9)
     with pytest.raises(ConfigError, match=r"warmup_steps = 2 and wsd_decay_steps = 9 are more than the 10 steps"):
         dataclasses.replace(base, optimizer=settings)
+
+
+@pytest.mark.parametrize(("name", "told"), [("dpo", "; set dpo.label_smoothing, of pairs"), ("sft", None)])
+def test_label_smoothing_that_would_change_nothing_is_refused(name: str, told: str | None) -> None:
+    from steel_megatron.train.objective import OBJECTIVES
+
+    run = small_run(ALONE)
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, objective=name, label_smoothing=0.1))
+    topology: Any = SimpleNamespace(groups=SimpleNamespace(tp=None, cp=None))
+    stage: Any = SimpleNamespace(documents=None, labels=None)
+    if told is None:
+        assert OBJECTIVES[name].build(run, topology, stage).label_smoothing == 0.1
+        return
+    with pytest.raises(ConfigError, match=f"label_smoothing is 0.1, but the objective {name} computes .*{told}"):
+        OBJECTIVES[name].build(run, topology, stage)

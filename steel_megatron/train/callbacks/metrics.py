@@ -18,16 +18,21 @@ from steel_megatron.model.causality import audit_model, stage_outputs
 from steel_megatron.model.flops import training_flops_per_token
 from steel_megatron.platform import probe
 from steel_megatron.train.callbacks.base import Callback, RunView
-from steel_megatron.train.engine import StepResult
+from steel_megatron.train.engine import StepResult, minimised
 
 logger = get_logger(__name__)
 GIB = 2**30
 
 
 class TensorBoard(Callback):
-    """The run's TensorBoard log, on rank 0. Curves are not worth a run: when they cannot be written, it trains on."""
+    """The run's TensorBoard log, on rank 0. Curves are not worth a run: when they cannot be written, it trains on.
 
-    def __init__(self) -> None:
+    Args:
+        first: whether it is the first of the run's writers to start; the others must drop nothing.
+    """
+
+    def __init__(self, first: bool = True) -> None:
+        self._first = first
         self._writer: SummaryWriter | None = None
 
     def start(self, run: RunView) -> None:
@@ -40,7 +45,7 @@ class TensorBoard(Callback):
         if run.is_rank0:
             folder = run.config.tensorboard_dir
             with disk_errors("write", folder, TrainingError):
-                self._writer = SummaryWriter(str(folder), purge_step=run.step + 1)
+                self._writer = SummaryWriter(str(folder), purge_step=run.step + 1 if self._first else None)
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
         """Write scalars of a step."""
@@ -94,7 +99,8 @@ class Metrics(Callback):
         if not run.is_rank0:
             return
         seconds = time.monotonic() - self._last_time
-        tokens_per_second = result.tokens / seconds
+        settings, items = run.config, getattr(run.engine.objective, "items", "tokens")
+        tokens_per_second = settings.training.global_batch_size * settings.model.sequence_length / seconds
         scalars = {f"train/{name}": term.mean for name, term in result.terms.items()} | {
             "train/lr": result.lr,
             "train/grad_norm": result.grad_norm,
@@ -106,14 +112,18 @@ class Metrics(Callback):
         if peak := probe().peak_flops:
             peak *= run.topology.launch.world_size
             scalars["speed/mfu"] = tokens_per_second * self._flops_per_token / peak
+        own = ""
+        if items != "tokens":  # such as labels, which are some of the tokens
+            per_second = scalars[f"speed/{items}_per_second"] = minimised(result.terms).items / seconds
+            own = f" ({per_second:,.1f} {items}/s)"
         self._tensorboard.write(scalars, result.step)
-        training = run.config.training
+        training = settings.training
         if result.step % training.log_interval == 0 or result.step == training.train_steps:
             mfu = f"  MFU {scalars['speed/mfu']:.1%}" if "speed/mfu" in scalars else ""
             terms = "  ".join(f"{name} {term.mean:.4f}" for name, term in result.terms.items())
             logger.info(
                 f"step {result.step:>6} of {training.train_steps}  {terms}  "
-                f"lr {result.lr:.2e}  grad norm {result.grad_norm:.3f}  {tokens_per_second:,.0f} tokens/s{mfu}"
+                f"lr {result.lr:.2e}  grad norm {result.grad_norm:.3f}  {tokens_per_second:,.0f} tokens/s{own}{mfu}"
             )
         self._restart_clock()
 

@@ -38,9 +38,11 @@ class Objective(Protocol):
 
     Attributes:
         terms: names of what is reported. The first is what is minimised.
+        items: what the mean that is minimised is over, for the log: labels, pairs, ...; ``tokens`` where it is missing.
     """
 
     terms: tuple[str, ...]
+    items: str
 
     @classmethod
     def build(cls, run: RunConfig, topology: Topology, stage: GPTModel) -> Self:

@@ -85,7 +85,7 @@ class Dpo(NextToken):
         recorded: in place of training, where those are written to; None while training.
     """
 
-    labelled, kind = True, "pairs"
+    labelled, kind, items = True, "pairs", "pairs"
     settings = DpoConfig()
     reference: dict[int, torch.Tensor]
     recorded: dict[int, torch.Tensor] | None = None

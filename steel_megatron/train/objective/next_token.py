@@ -12,6 +12,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from steel_megatron.config import RunConfig
+from steel_megatron.errors import ConfigError
 from steel_megatron.model.documents import PackedDocuments
 from steel_megatron.model.implementation import cross_entropy
 from steel_megatron.model.output_layer import Labels
@@ -108,7 +109,14 @@ class NextToken:
         documents: read by the stage's modules to keep packed documents apart.
         labels: read by the stage's output layer.
         implementation: what computes the cross entropy.
+
+    Attributes:
+        items: what the mean that is minimised is over.
+        label_smoothing: share of each label's probability that is spread evenly over the vocabulary, in training.
     """
+
+    items = "tokens"
+    label_smoothing = 0.0
 
     def __init__(
         self,
@@ -131,7 +139,15 @@ class NextToken:
         Args: as for :meth:`steel_megatron.train.objective.Objective.build`.
         """
         chosen = choose_implementation(run.model.implementation)
-        return cls(run.model.loss_name, run.model.vocab_size, topology.groups, stage.documents, stage.labels, chosen)
+        built = cls(run.model.loss_name, run.model.vocab_size, topology.groups, stage.documents, stage.labels, chosen)
+        built.label_smoothing = run.training.label_smoothing
+        if built.label_smoothing and built._reads_logits:
+            own = "; set dpo.label_smoothing, of pairs" if run.training.objective == "dpo" else ""
+            raise ConfigError(
+                f"training.label_smoothing is {built.label_smoothing}, but the objective {run.training.objective} "
+                f"computes another loss, which it would not change{own}"
+            )
+        return built
 
     @classmethod
     def batch(
@@ -162,7 +178,8 @@ class NextToken:
         self.documents.set(batch.document_starts)
         in_output_layer = not self._reads_logits
         if in_output_layer:
-            self.labels.set(batch.labels, batch.loss_mask)
+            # What is validated is not smoothed, so that it compares with other runs.
+            self.labels.set(batch.labels, batch.loss_mask, self.label_smoothing if model.training else 0.0)
         output = model(batch.tokens, positions, None)
         self.labels.take()  # no output layer has, on the other pipeline stages
         return output, partial(self._with_counts if in_output_layer else self.loss, batch)

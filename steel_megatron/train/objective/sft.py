@@ -14,7 +14,7 @@ from steel_megatron.train.objective.next_token import Batch, NextToken
 class Sft(NextToken):
     """The mean over the label tokens of the global batch, however it is cut into micro batches and processes."""
 
-    labelled, kind = True, "sft"
+    labelled, kind, items = True, "sft", "labels"
 
     @classmethod
     def batch(  # type: ignore[override]
@@ -56,6 +56,8 @@ class Sft(NextToken):
 
 class SftPerSample(Sft):
     """The mean over the conversations of the global batch of each one's mean over its label tokens."""
+
+    items = "conversations"
 
     @classmethod
     def weigh(cls, counted: torch.Tensor, documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

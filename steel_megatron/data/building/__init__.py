@@ -1,0 +1,1 @@
+"""Sets of conversations from published ones: questions, languages, mixtures."""
