@@ -34,6 +34,9 @@ def __getattr__(name: str) -> Any:
         from steel_megatron.platform import prepare
 
         prepare()  # before megatron-core is imported
+        from steel_megatron.hf.starting import start_from_folders
+
+        start_from_folders()
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 

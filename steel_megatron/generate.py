@@ -11,26 +11,28 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-import yaml
 
-from steel_megatron.config import ModelConfig, ParallelConfig, TokenizerKind, load_yaml
-from steel_megatron.config.parallel import check_layout
-from steel_megatron.data.ledger.ledger import Ledger
-from steel_megatron.data.tokenizing.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from steel_megatron.errors import CheckpointError, ConfigError, DataError
-from steel_megatron.hf.convert import is_exported, read_config
-from steel_megatron.hf.loading import load_model
-from steel_megatron.hf.mapping import FFN_TYPES, config_from_hf, to_hf, why_not_exportable
-from steel_megatron.hf.texts import Texts, finetuned, texts_of_folder, texts_of_tokenizer
-from steel_megatron.ops.sampling import Sampling, choose
+from steel_megatron.config import ModelConfig, ParallelConfig, Sampling, TokenizerKind
+from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
+from steel_megatron.errors import ConfigError
+from steel_megatron.hf.convert import read_config
+from steel_megatron.hf.loading import load_model, load_parts
+from steel_megatron.hf.mapping import config_from_hf, why_not_exportable
+from steel_megatron.hf.texts import (
+    Texts,
+    finetuned,
+    texts_of_folder,
+    texts_of_tokenizer,
+    tokenizer_of_folder,
+    tokenizer_of_run,
+)
+from steel_megatron.ops.sampling import choose
 from steel_megatron.parallel.topology import initialize, initialize_alone
-from steel_megatron.platform import prepare, probe
-
-if TYPE_CHECKING:
-    from steel_megatron.train.checkpoint_info import CheckpointInfo
+from steel_megatron.platform import probe
+from steel_megatron.train.checkpoint_info import CheckpointInfo
+from steel_megatron.train.model_path import find_model
 
 NextLogits = Callable[[torch.Tensor], torch.Tensor]
 OnText = Callable[[str], None]
@@ -63,7 +65,7 @@ def generate(
     """Continue prompts; under a launch, every process calls it and gets the same.
 
     Args:
-        model: checkpoint folder (``step_...``) or exported Hugging Face folder.
+        model: a run's folder, whose newest checkpoint is taken; a checkpoint's (``step_...``); or an exported one.
         prompts: non-empty texts.
         sampling: how tokens are sampled.
         tokenizer: kind and path; None for the tokenizer that the model was trained or exported with.
@@ -71,7 +73,7 @@ def generate(
         on_text: gets each prompt, and its continuation as it is made; a line break at the end.
 
     Raises:
-        CheckpointError: the folder is neither a checkpoint nor an exported model.
+        CheckpointError: the folder is none of these.
         ConfigError: a prompt has no tokens, or prompt and new tokens exceed the model's sequence length.
     """
     # Check everything before loading the model.
@@ -126,7 +128,9 @@ def _opened(
     model: Path, tokenizer: tuple[TokenizerKind, str] | None, parallel: ParallelConfig | None, *, chat: bool
 ) -> tuple[ModelConfig, Texts, Callable[[], NextLogits]]:
     """A model's settings and tokenizer, and what loads it."""
-    if is_exported(model):
+    found = find_model(model)
+    model, info = found.path, found.info
+    if info is None:
         if parallel not in (None, ParallelConfig()):
             raise ConfigError(f"{model} is an exported folder, which one process decodes; cut its checkpoint instead")
         settings = config_from_hf(read_config(model), str(model / "config.json"))
@@ -134,7 +138,6 @@ def _opened(
             return settings, texts_of_folder(model, chat=True), partial(_load_exported, model)
         loaded = load_tokenizer(*(tokenizer or tokenizer_of_folder(model)))
         return settings, texts_of_tokenizer(loaded, chat), partial(_load_exported, model)
-    info = _read_checkpoint(model)
     loaded = load_tokenizer(*tokenizer) if tokenizer else tokenizer_of_run(model)
     texts = texts_of_tokenizer(loaded, chat, finetuned(model))
     return info.model, texts, partial(_load_checkpoint, info, parallel or ParallelConfig())
@@ -228,74 +231,21 @@ def _continue(
     return new
 
 
-def _read_checkpoint(path: Path) -> CheckpointInfo:
-    prepare()  # before megatron-core is imported
-    from steel_megatron.train import checkpoint
-
-    return checkpoint.read_info(path)
-
-
 def _load_checkpoint(info: CheckpointInfo, parallel: ParallelConfig) -> NextLogits:
-    """Cut over the processes of a launch; or in this one, by the exported code where that computes it, else the
-    library's own."""
-    if parallel == ParallelConfig() and why_not_exportable(info.model) is None:
+    """In this process by the exported code where that computes it; else by the library's own model, of which every
+    process of the launch holds a part."""
+    alone = parallel == ParallelConfig()
+    if alone and why_not_exportable(info.model) is None:
         return _load_exported(info.path)
-    from steel_megatron.model.megatron_fields import without_ineffective_fields
-    from steel_megatron.model.spec import build_model
-    from steel_megatron.train import checkpoint
-
-    checkpoint.verify(info.path)
-    _check_shapes(info)
-    model = without_ineffective_fields(info.model)
-    if parallel != ParallelConfig():
-        return _load_launched(info, model, parallel)
-    topology = initialize_alone("generate")
-    stage = build_model(model, topology)
-    checkpoint.load_weights(stage, info, model)
-    stage.eval()
-
-    @torch.no_grad()
-    def next_logits(tokens: torch.Tensor) -> torch.Tensor:
-        tokens = tokens.to(topology.device)
-        positions = torch.arange(tokens.size(1), device=topology.device).unsqueeze(0)
-        return stage(tokens, positions, None)[0, -1]
-
-    return next_logits
-
-
-def _load_launched(info: CheckpointInfo, model: ModelConfig, parallel: ParallelConfig) -> NextLogits:
-    """The library's own model, of which every process holds a part."""
     from steel_megatron.model.forward import launched_forward, next_logits_of
-    from steel_megatron.model.spec import build_model
-    from steel_megatron.train import checkpoint
 
-    check_layout(model, parallel)
-    topology = initialize(parallel)
+    topology = initialize_alone("generate") if alone else initialize(parallel)
     if topology.data_parallel_size > 1:
         raise ConfigError(
             f"generate needs {topology.launch.world_size // topology.data_parallel_size} processes for this layout; "
             f"this launch has {topology.launch.world_size}"
         )
-    stage = build_model(model, topology)
-    checkpoint.load_weights(stage, info, model)
-    return next_logits_of(launched_forward([stage.eval()], model, topology))
-
-
-def _check_shapes(info: CheckpointInfo) -> None:
-    """Compare a checkpoint's tensors with its settings, before a model of these takes memory.
-
-    Raises:
-        CheckpointError: a tensor is missing or has another shape.
-    """
-    from steel_megatron.train import checkpoint
-
-    shapes = checkpoint.tensor_shapes(info)
-    if info.model.ffn in FFN_TYPES.values():
-        to_hf({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, info.model)
-        return
-    name, wanted = "embedding.word_embeddings.weight", (info.model.padded_vocab_size, info.model.hidden_size)
-    if shapes.get(name) != wanted:
-        raise CheckpointError(f"{info.path}: {name} has shape {shapes.get(name)}; its settings say {wanted}")
+    return next_logits_of(launched_forward(*load_parts(info, topology), topology))
 
 
 def _load_exported(path: Path) -> NextLogits:
@@ -325,33 +275,3 @@ def with_cache(exported: torch.nn.Module) -> NextLogits:
         return out.logits[0, -1]
 
     return next_logits
-
-
-def tokenizer_of_folder(path: Path) -> tuple[TokenizerKind, str]:
-    """The tokenizer that was exported with a model."""
-    if not any((path / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
-        raise CheckpointError(f"{path} was exported without a tokenizer; name it with --tokenizer_path")
-    return "huggingface", str(path)
-
-
-def tokenizer_of_run(path: Path) -> Tokenizer:
-    """The tokenizer named in the run.yaml of a checkpoint."""
-    try:
-        data = load_yaml((path / "run.yaml").read_text(encoding="utf-8"))["data"]
-        kind, tokenizer_path = data["tokenizer_kind"], data["tokenizer_path"]
-    except (OSError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError):
-        kind = tokenizer_path = None
-    if not isinstance(kind, str) or not isinstance(tokenizer_path, str):
-        raise CheckpointError(
-            f"{path / 'run.yaml'} does not say which tokenizer the model was trained with; name it with "
-            "--tokenizer_path"
-        )
-    try:
-        ledger = path / "ledger.json"
-        fingerprint = Ledger.load(ledger).history.tokenizer if ledger.exists() else None
-        return find_tokenizer(kind, tokenizer_path, path, fingerprint)  # type: ignore[arg-type]
-    except DataError as error:
-        raise DataError(
-            f"{error} (named in {path / 'run.yaml'}, relative to where the run was started; name it with "
-            "--tokenizer_path)"
-        ) from None

@@ -169,7 +169,10 @@ def test_a_mode_must_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
         (["preproces"], "there is no command preproces; did you mean preprocess?"),
         (["data", "apend"], "there is no command data apend; did you mean data append?"),
         (["--workers", "3"], "--workers stands before a command"),
-        (["generate", "--prompts", "a"], "not given: --model (checkpoint folder (step_...) or Hugging Face folder)"),
+        (
+            ["generate", "--prompts", "a"],
+            "not given: --model (checkpoint folder (step_...), run folder (its newest checkpoint), or Hugging Face",
+        ),
         (["preprocess", "--inputs", "a"], "not given: --output_prefix ("),
         (["clean"], "not given: RECIPE (YAML file of the recipe, such as examples/steel_1b/clean_text.yaml)"),
         (["verify", "--prefixes"], "--prefixes has no value; it must be one or several"),

@@ -175,7 +175,18 @@ def test_a_text_ends_with_its_end_or_when_it_is_long_enough() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_the_command_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths that commands find before they look into them: m, a model, and t, a tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").touch()
+    (tmp_path / "t").touch()
+
+
+def test_the_command_passes_its_options_on(
+    named: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     given: list[object] = []
 
     def generated(*arguments: object) -> list[Generation]:
@@ -217,7 +228,7 @@ def test_bad_settings() -> None:
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     for use in (lambda: generate(tmp_path, ["a"], Sampling()), lambda: load_model(tmp_path), lambda: audit(tmp_path)):
-        with pytest.raises(CheckpointError, match=r"is neither a checkpoint .*steel\.json\) nor .*config\.json\)"):
+        with pytest.raises(CheckpointError, match=r"is neither a checkpoint .*steel\.json\), nor .*config\.json\)"):
             use()
 
 
@@ -306,7 +317,9 @@ def test_a_conversation(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
         list(chat(hf, ["word " * 600], sampling))
 
 
-def test_prompts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_of_a_file(
+    named: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked: list[object] = []
     monkeypatch.setattr("steel_megatron.generate.generate", lambda model, prompts, *rest: asked.append(prompts) or [])
     (tmp_path / "a.txt").write_text("one\n\n二\n", encoding="utf-8")

@@ -196,7 +196,8 @@ def loaded_model(run: RunConfig, checkpoint: Path) -> Any:
     """The trained model in this process: the stage, and a function from tokens [B, T] to logits [B, T, V]."""
     from steel_megatron.model.spec import build_model
     from steel_megatron.parallel.topology import initialize_alone, shutdown
-    from steel_megatron.train.checkpoint import load_weights, read_info
+    from steel_megatron.train.checkpoint import load_weights
+    from steel_megatron.train.checkpoint_manifest import read_info
 
     stage = build_model(run.model, initialize_alone("the ablation"))
     load_weights(stage, read_info(checkpoint), run.model)

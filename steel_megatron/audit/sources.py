@@ -17,7 +17,7 @@ from steel_megatron.audit.report import Kind
 from steel_megatron.config import ModelConfig, from_dict, load_yaml
 from steel_megatron.errors import CheckpointError, ConfigError
 from steel_megatron.files import disk_errors
-from steel_megatron.hf.convert import is_exported, read_config, read_weights
+from steel_megatron.hf.convert import read_config, read_weights
 from steel_megatron.hf.mapping import (
     Tensors,
     check_tensors,
@@ -30,6 +30,7 @@ from steel_megatron.hf.mapping import (
 from steel_megatron.model.megatron_fields import without_ineffective_fields
 from steel_megatron.model.weights import initialize_weights
 from steel_megatron.train import checkpoint
+from steel_megatron.train.model_path import find_model
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def open_subject(path: Path, seed: int) -> Subject:
     """Read the settings of a folder or file, but no weights yet.
 
     Args:
-        path: a checkpoint's folder, a Hugging Face folder, or a YAML file.
+        path: a run's folder, a checkpoint's, a Hugging Face folder, or a YAML file.
         seed: of random weights, where the file has settings alone.
 
     Raises:
@@ -69,7 +70,9 @@ def open_subject(path: Path, seed: int) -> Subject:
             load=lambda: _random_weights(model, seed),
             fill=lambda stage: initialize_weights(stage, unscaled, seed),
         )
-    if is_exported(path):
+    found = find_model(path)
+    path, info = found.path, found.info
+    if info is None:
         model = config_from_hf(read_config(path), str(path / "config.json"))
         lacks = why_not_exportable(model)
         if lacks is not None:
@@ -81,7 +84,6 @@ def open_subject(path: Path, seed: int) -> Subject:
             return weights
 
         return Subject("Hugging Face folder", model, load, fill=_never)
-    info = checkpoint.read_info(path)
     model = without_ineffective_fields(info.model)
 
     def load_checkpoint() -> Tensors:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from steel_megatron.train.checkpoint import read_info
-from steel_megatron.train.checkpoint import verify as check
-from steel_megatron.train.checkpoint_compare import Difference
 from steel_megatron.train.checkpoint_info import CheckpointInfo
 from steel_megatron.train.checkpoint_list import Listed
+from steel_megatron.train.model_path import find_checkpoint
+
+if TYPE_CHECKING:
+    from steel_megatron.train.checkpoint_compare import Difference
 
 
 def verified(path: str) -> CheckpointInfo:
-    """A checkpoint whose files have all been compared with their checksums.
+    """The checkpoint that a path names, whose files have all been compared with their checksums.
 
     Raises:
         CheckpointError: it is not whole, or a file is damaged.
     """
-    info = read_info(Path(path))
-    check(Path(path))
+    info = find_checkpoint(path)
+    from steel_megatron.platform import prepare
+
+    prepare()  # before megatron-core is imported
+    from steel_megatron.train.checkpoint import verify
+
+    verify(info.path)
     return info
 
 

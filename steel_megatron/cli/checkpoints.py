@@ -19,7 +19,8 @@ class PlanConfig(RunConfig):
     """A run that is to load a checkpoint."""
 
     path: str
-    """Checkpoint folder (step_...); its run.yaml is the run, unless --config names another."""
+    """Checkpoint folder (step_...), or a run's (its newest checkpoint); its run.yaml is the run, unless --config names
+    another."""
     processes: int | None = None
     """Processes of the launch; default: as many as saved the checkpoint."""
     json_output: bool = False
@@ -35,7 +36,8 @@ class ReshardConfig(RunConfig):
     """A run for whose layout a checkpoint is written anew."""
 
     path: str
-    """Checkpoint folder (step_...); its run.yaml is the run, unless --config names another."""
+    """Checkpoint folder (step_...), or a run's (its newest checkpoint); its run.yaml is the run, unless --config names
+    another."""
     output: str
     """Checkpoint to create."""
     processes: int | None = None
@@ -60,7 +62,6 @@ def list_checkpoints(folder: str, json_output: bool = False) -> None:
         folder: run folder (checkpoint.directory).
         json_output: print JSON.
     """
-    _prepare()
     from steel_megatron.cli.checkpoint_text import table
     from steel_megatron.train.checkpoint_list import list_checkpoints as find
 
@@ -75,25 +76,25 @@ def verify(path: str) -> None:
     """Compare all files of a checkpoint with their checksums.
 
     Args:
-        path: checkpoint folder (step_...).
+        path: checkpoint folder (step_...), or a run's (its newest checkpoint).
     """
-    _prepare()
     from steel_megatron.cli.checkpoint_text import saved_by, size_text, verified
 
     info = verified(path)
     size = sum(file.stat().st_size for file in info.path.iterdir())
     what = "weights and optimizer" if info.has_optimizer else "weights only"
-    sys.stdout.write(f"{path} is whole: step {info.step}, {what}, {size_text(size)}, saved by {saved_by(info)}\n")
+    sys.stdout.write(f"{info.path} is whole: step {info.step}, {what}, {size_text(size)}, saved by {saved_by(info)}\n")
 
 
 def plan(config: PlanConfig) -> None:
     """Say whether a checkpoint loads under a layout, and what memory each rank needs, before a job is queued."""
-    _prepare()
     from steel_megatron.cli.checkpoint_text import process_count, saved_by, size_text
-    from steel_megatron.train.checkpoint import read_info
+    from steel_megatron.train.model_path import find_checkpoint
+
+    info = find_checkpoint(config.path)
+    _prepare()
     from steel_megatron.train.checkpoint_plan import plan as run
 
-    info = read_info(Path(config.path))
     found = run(info, _run_of(config), config.processes)
     if config.json_output:
         stages = [{**dataclasses.asdict(one), "total": one.total} for one in found.stages]
@@ -103,7 +104,7 @@ def plan(config: PlanConfig) -> None:
     how = "resumes" if found.resumes else "holds weights only: a run begins with them (checkpoint.init_from)"
     anew = "" if found.keeps_random_states or not found.resumes else " Random generators are seeded anew."
     lines = [
-        f"{config.path}, saved by {saved_by(info)}, loads under {found.layout}, {process_count(found.processes)}",
+        f"{info.path}, saved by {saved_by(info)}, loads under {found.layout}, {process_count(found.processes)}",
         f"and {how}.{anew}",
         "",
         f"{'stage':<8}{'rank':>6}{'weights':>14}{'gradients':>14}{'optimizer':>14}{'total':>14}",
@@ -120,11 +121,11 @@ def reshard(config: ReshardConfig) -> None:
 
     A checkpoint loads under any layout as it is; its own layout only loads it faster.
     """
-    _prepare()
     from steel_megatron.cli.checkpoint_text import saved_by, verified
-    from steel_megatron.train.checkpoint_reshard import reshard as run
 
     info = verified(config.path)
+    from steel_megatron.train.checkpoint_reshard import reshard as run
+
     made = run(info, Path(config.output), _run_of(config), config.processes)
     sys.stdout.write(f"{config.output} has step {made.step} as saved by {saved_by(made)}\n")
 
@@ -135,26 +136,26 @@ def compare(a: str, b: str, tolerance: float = 0.0, json_output: bool = False) -
     The exit code is 0 if weights and optimizer state are equal, 1 if not.
 
     Args:
-        a: checkpoint folder (step_...).
+        a: checkpoint folder (step_...), or a run's (its newest checkpoint).
         b: another one.
         tolerance: count a tensor as equal whose largest difference is at most this part of its largest magnitude.
         json_output: print JSON.
     """
     if not tolerance >= 0:
         raise ConfigError(f"tolerance is {tolerance}; it must be 0 or more")
-    _prepare()
     from steel_megatron.cli.checkpoint_text import difference_text, saved_by, verified
+    from steel_megatron.train.model_path import find_checkpoint
+
+    for path in (a, b):
+        find_checkpoint(path)  # neither is read if one is not there
+    infos = verified(a), verified(b)
     from steel_megatron.train.checkpoint_compare import compare as run
 
-    infos = verified(a), verified(b)
     found = run(infos[0].path, infos[1].path, tolerance)
     if json_output:
         _print_json({"tensors": found.tensors, "differences": [dataclasses.asdict(one) for one in found.differences]})
         return 1 if found.differences else 0
-    lines = [
-        f"{name}: {path}, step {info.step}, {saved_by(info)}"
-        for name, path, info in zip("AB", (a, b), infos, strict=True)
-    ]
+    lines = [f"{name}: {info.path}, step {info.step}, {saved_by(info)}" for name, info in zip("AB", infos, strict=True)]
     for one in found.differences:
         lines += [one.name, f"    {difference_text(one)}"]
     lines.append(f"{len(found.differences):,} of {found.tensors:,} tensors differ")
@@ -182,12 +183,11 @@ def base_options(path: Path) -> dict[str, Any]:
     """
     import yaml
 
-    _prepare()
     from steel_megatron.config import from_dict, to_dict
-    from steel_megatron.train.checkpoint import read_info
+    from steel_megatron.train.model_path import find_checkpoint
 
-    info = read_info(path)  # refuses to import what comes with weights
-    file = path / "run.yaml"
+    info = find_checkpoint(path)  # refuses to import what comes with weights
+    file = info.path / "run.yaml"
     if not file.is_file():
         return {"model": to_dict(info.model)}
     try:

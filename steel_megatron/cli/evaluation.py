@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Literal
 
+from steel_megatron.cli.early import check_report, check_tokenizer
 from steel_megatron.config import TokenizerKind, import_routing_code
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.streams import say
@@ -54,34 +55,41 @@ def evaluate(
     from pathlib import Path
 
     from steel_megatron.config import ParallelConfig
-    from steel_megatron.parallel.topology import read_launch
-    from steel_megatron.platform import prepare
+    from steel_megatron.evaluation.protocol import Protocol, check_request
+    from steel_megatron.parallel.launch import read_launch
+    from steel_megatron.train.model_path import find_model
 
     need_harness("evaluate")
+    protocol = Protocol(
+        tasks=tasks,
+        data=Path(data),
+        num_fewshot=num_fewshot,
+        scoring=scoring,
+        chat=chat,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    check_request(tasks, Path(data), num_fewshot, scoring)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+    )
+    check_report(json)
+    check_tokenizer(tokenizer_path)
     if routing_code:
         import_routing_code(routing_code)
-    if json and os.path.isdir(json):
-        raise DataError(f"the report {json} is a folder; name a file")
+    named = find_model(model).path
+    from steel_megatron.platform import prepare
+
     prepare()  # before megatron-core is imported
-    from steel_megatron.evaluation.run import Protocol, write_summary
     from steel_megatron.evaluation.run import evaluate as run
+    from steel_megatron.evaluation.run import write_summary
 
     found = run(
-        Path(model),
-        Protocol(
-            tasks=tasks,
-            data=Path(data),
-            num_fewshot=num_fewshot,
-            scoring=scoring,
-            chat=chat,
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-        ),
-        ParallelConfig(
-            tensor_model_parallel_size=tensor_model_parallel_size,
-            pipeline_model_parallel_size=pipeline_model_parallel_size,
-        ),
+        named,
+        protocol,
+        parallel,
         tokenizer=(tokenizer_kind, tokenizer_path) if tokenizer_path else None,
         cache=Path(cache) if cache else None,
         show=show,
@@ -113,27 +121,30 @@ def contamination(
         tasks: benchmarks (ceval, cmmlu, mmlu, gsm8k) or tasks of lm-eval.
         data: folder with the benchmarks as published, each in a folder of its name.
         corpora: corpus paths without .bin or .idx, or patterns such as data/corpus_text_document_*.
-        tokenizer_path: tokenizer folder or file of the corpora.
+        tokenizer_path: tokenizer of the corpora: its folder or file, or the folder of a run, checkpoint or exported
+            model trained on them.
         tokenizer_kind: kind of the tokenizer.
         ngram: words, or Chinese characters, that must stand in the same order to count as an overlap.
         json: file for all items that were found, with their documents.
     """
-    import os
     from json import dumps
     from pathlib import Path
 
-    from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
+    from steel_megatron.evaluation.contamination import find_overlaps, open_corpora
+    from steel_megatron.evaluation.protocol import check_request
     from steel_megatron.files import write_atomically
+    from steel_megatron.hf.texts import tokenizer_named
 
     need_harness("contamination")
-    if json and os.path.isdir(json):
-        raise DataError(f"the report {json} is a folder; name a file")
-    from steel_megatron.evaluation.contamination import find_overlaps
+    check_report(json)
+    check_request(tasks, Path(data), 0, "answer")
+    tokenizer = tokenizer_named(tokenizer_kind, tokenizer_path)
+    open_corpora(corpora, tokenizer, ngram)  # found out before the harness is there
     from steel_megatron.evaluation.tasks import load_benchmarks
 
     benchmarks = load_benchmarks(tasks, Path(data), 0, "answer")
     items = [item for one in benchmarks for item in one.items()]
-    found = find_overlaps(items, corpora, load_tokenizer(tokenizer_kind, tokenizer_path), ngram)
+    found = find_overlaps(items, corpora, tokenizer, ngram)
     if json:
         text = dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n"
         write_atomically(json, text.encode("utf-8", "surrogatepass"), DataError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Literal
 
+from steel_megatron.cli.early import check_report, check_run, check_tokenizer
 from steel_megatron.cli.evaluation import need_harness
 from steel_megatron.config import RunConfig, TokenizerKind, import_routing_code
 from steel_megatron.errors import ConfigError, DataError, ExitCode, LostRankError
@@ -21,11 +22,13 @@ def pretrain(run: RunConfig) -> int:
     """
     import os
 
+    check_run(run)
     # A lost process is told in a line; torch would warn of its connections with 20 lines of C++ each.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from steel_megatron.platform import prepare
 
     prepare()  # before megatron-core is imported
+    from steel_megatron.hf.starting import start_from_folders
     from steel_megatron.train.loop import pretrain as train
     from steel_megatron.train.stop_signal import ignore_stop_signals, stop_with_launcher
 
@@ -35,6 +38,7 @@ def pretrain(run: RunConfig) -> int:
         from steel_megatron.evaluation.in_loop import TaskScores
 
         callbacks.append(TaskScores(run))
+    start_from_folders()
     stop_with_launcher()
     try:
         summary = train(run, callbacks)
@@ -62,7 +66,7 @@ def export_hf(
     """Export a checkpoint as a Hugging Face folder: weights, config, tokenizer and model card.
 
     Args:
-        checkpoint: checkpoint folder (step_...).
+        checkpoint: checkpoint folder (step_...), or a run's (its newest checkpoint).
         output: folder to create.
         tokenizer_path: tokenizer folder or file, to export with the model.
         tokenizer_kind: kind of the tokenizer.
@@ -74,17 +78,23 @@ def export_hf(
     """
     from pathlib import Path
 
+    from steel_megatron.hf.paths import MARKS, check_output, parse_size
+    from steel_megatron.train.model_path import find_checkpoint
+
+    max_shard_bytes = parse_size(max_shard_size)
+    source = find_checkpoint(checkpoint).path
+    check_output(Path(output).resolve(), overwrite, source.resolve(), MARKS)
+    check_tokenizer(tokenizer_path)
     from steel_megatron.hf.convert import export_hf as run
-    from steel_megatron.hf.convert import parse_size
 
     tokenizer = (tokenizer_kind, tokenizer_path) if tokenizer_path else None
     run(
-        Path(checkpoint),
+        source,
         Path(output),
         tokenizer,
         dtype,
         overwrite=overwrite,
-        max_shard_bytes=parse_size(max_shard_size),
+        max_shard_bytes=max_shard_bytes,
         allow_other_tokenizer=allow_other_tokenizer,
         separate_adapters=adapters == "separate",
     )
@@ -117,8 +127,8 @@ def import_hf(
     """
     from pathlib import Path
 
-    from steel_megatron.hf.convert import Upcycling
-    from steel_megatron.hf.convert import import_hf as run
+    from steel_megatron.hf.paths import check_output, read_config
+    from steel_megatron.train.checkpoint_manifest import MANIFEST
 
     options = {
         "num_experts": num_experts,
@@ -133,6 +143,11 @@ def import_hf(
     without_effect = ("slots_per_expert", "block_length") if upcycle == "top_k_moe" else ("moe_top_k",)
     if unused := [name for name in without_effect if name in given]:
         raise ConfigError(f"{unused[0]} has no effect with upcycle {upcycle}; leave it out")
+    read_config(Path(folder))
+    check_output(Path(output).resolve(), overwrite, Path(folder).resolve(), (MANIFEST,))
+    from steel_megatron.hf.convert import Upcycling
+    from steel_megatron.hf.convert import import_hf as run
+
     upcycling = None if upcycle is None else Upcycling(to=upcycle, **given)
     run(Path(folder), Path(output), overwrite=overwrite, upcycling=upcycling)
 
@@ -161,7 +176,7 @@ def generate(
     """Continue prompts with a checkpoint or an exported folder, or chat with it.
 
     Args:
-        model: checkpoint folder (step_...) or Hugging Face folder.
+        model: checkpoint folder (step_...), run folder (its newest checkpoint), or Hugging Face folder.
         prompts: texts to continue; with --chat, what the user says one after the other.
         prompts_file: file with further prompts: one a line, or in .jsonl objects with a "prompt".
         chat: hold a conversation in the model's chat template; without prompts, with the lines of stdin.
@@ -187,15 +202,11 @@ def generate(
     from pathlib import Path
 
     from steel_megatron.cli.prompts import read_prompts, turns_of_stdin
-    from steel_megatron.config import ParallelConfig
-    from steel_megatron.generate import Sampling
-    from steel_megatron.generate import chat as converse
-    from steel_megatron.generate import generate as run
+    from steel_megatron.config import ParallelConfig, Sampling
     from steel_megatron.log import launched_rank
-    from steel_megatron.parallel.topology import read_launch
+    from steel_megatron.parallel.launch import read_launch
+    from steel_megatron.train.model_path import find_model
 
-    if routing_code:
-        import_routing_code(routing_code)
     if json_output and (chat or stream):
         raise ConfigError("--json_output prints whole results; leave out --chat and --stream")
     sampling = Sampling(
@@ -221,6 +232,12 @@ def generate(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
     )
+    check_tokenizer(tokenizer_path)
+    if routing_code:
+        import_routing_code(routing_code)
+    named = find_model(model).path
+    from steel_megatron.generate import chat as converse
+    from steel_megatron.generate import generate as run
 
     def show(text: str) -> None:
         if launched_rank() == 0:
@@ -228,11 +245,11 @@ def generate(
             sys.stdout.flush()
 
     if chat:
-        for _ in converse(Path(model), asked or turns_of_stdin(), sampling, tokenizer, parallel, show):
+        for _ in converse(named, asked or turns_of_stdin(), sampling, tokenizer, parallel, show):
             show("\n")
         return
     on_text = {"on_text": show} if stream else {}
-    for result in run(Path(model), asked, sampling, tokenizer, parallel, **on_text):
+    for result in run(named, asked, sampling, tokenizer, parallel, **on_text):
         line = json.dumps(dataclasses.asdict(result), ensure_ascii=False) if json_output else result.text + "\n"
         show("" if stream else line + "\n")
 
@@ -252,7 +269,8 @@ def audit(
     The exit code is 0 if the model is causal, 1 if it leaks or if its implementations disagree.
 
     Args:
-        path: checkpoint folder (step_...), Hugging Face folder, or YAML file with settings.
+        path: checkpoint folder (step_...), run folder (its newest checkpoint), Hugging Face folder, or YAML file with
+            settings.
         length: tokens of the random texts; default: two blocks and some more.
         positions: tokens to change; default: the first, the last, and those inside and at the edges of blocks.
         seed: seed of texts and replacements, and of the weights if settings are audited.
@@ -266,16 +284,18 @@ def audit(
     from pathlib import Path
 
     from steel_megatron.files import write_atomically
-    from steel_megatron.platform import prepare
+    from steel_megatron.train.model_path import find_model
 
+    check_report(json)
     if routing_code:
         import_routing_code(routing_code)
-    if json and os.path.isdir(json):
-        raise DataError(f"the report {json} is a folder; name a file")
+    named = Path(path) if os.path.isfile(path) else find_model(path).path
+    from steel_megatron.platform import prepare
+
     prepare()  # before megatron-core is imported
     from steel_megatron.audit import audit as run
 
-    report = run(Path(path), length=length, positions=positions, seed=seed, tolerance=tolerance, layers=layers)
+    report = run(named, length=length, positions=positions, seed=seed, tolerance=tolerance, layers=layers)
     if json:
         write_atomically(json, (dumps(report.to_dict(), indent=1) + "\n").encode(), DataError)
     say(report.to_text().rstrip("\n"))

@@ -43,6 +43,7 @@ from steel_megatron.config.routing import (
     routing_mode_names,
 )
 from steel_megatron.config.run import RunConfig
+from steel_megatron.config.sampling import Sampling
 from steel_megatron.config.training import Precision, TrainingConfig
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "PreprocessConfig",
     "RoutingModeFacts",
     "RunConfig",
+    "Sampling",
     "SlotInput",
     "TokenizerEngine",
     "TokenizerKind",

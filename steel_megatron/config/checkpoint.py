@@ -27,8 +27,8 @@ class CheckpointConfig:
     """Go back to the checkpoint of this step; later ones are moved to checkpoints/set_aside. Once the run has saved
     again, the same command resumes from its newest checkpoint."""
     init_from: str | None = None
-    """A checkpoint to take the weights from (only the weights) when the run starts anew, and with lora.rank at each
-    start; it may route tokens in another way."""
+    """A checkpoint, a run (its newest checkpoint) or a Hugging Face folder to take the weights from (only the weights)
+    when the run starts anew, and with lora.rank at each start; it may route tokens in another way."""
 
     def __post_init__(self) -> None:
         typed(self)

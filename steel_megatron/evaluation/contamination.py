@@ -225,9 +225,7 @@ def find_overlaps(items: Sequence[Item], prefixes: Sequence[str], tokenizer: Tok
         ConfigError: n is below 2.
         DataError: a corpus is damaged, or was made with another tokenizer.
     """
-    if n < 2:
-        raise ConfigError(f"ngram = {n} must be at least 2")
-    corpora = [_opened(prefix, tokenizer) for prefix in expand_prefixes(prefixes)]
+    corpora = open_corpora(prefixes, tokenizer, n)
     ngrams = Ngrams(n)
     overlaps, too_short = {}, []
     owners: dict[int, list[Overlap]] = {}
@@ -250,10 +248,22 @@ def find_overlaps(items: Sequence[Item], prefixes: Sequence[str], tokenizer: Tok
     return Contamination(n, overlaps, too_short, prefixes, search.documents, search.text_bytes)
 
 
-def _opened(prefix: str, tokenizer: Tokenizer) -> IndexedCorpus:
-    corpus = open_indexed(prefix, tokenizer.vocab_size)
-    refuse_other_tokenizer(corpus, tokenizer.fingerprint)
-    return corpus
+def open_corpora(prefixes: Sequence[str], tokenizer: Tokenizer, n: int = 13) -> list[IndexedCorpus]:
+    """What :func:`find_overlaps` reads, opened.
+
+    Args:
+        prefixes, tokenizer, n: as there.
+
+    Raises:
+        ConfigError: n is below 2.
+        DataError: a corpus is damaged, or was made with another tokenizer.
+    """
+    if n < 2:
+        raise ConfigError(f"ngram = {n} must be at least 2")
+    corpora = [open_indexed(prefix, tokenizer.vocab_size) for prefix in expand_prefixes(prefixes)]
+    for corpus in corpora:
+        refuse_other_tokenizer(corpus, tokenizer.fingerprint)
+    return corpora
 
 
 def _batches(corpus: IndexedCorpus, tokenizer: Tokenizer) -> Iterator[list[tuple[int, str, list[str]]]]:

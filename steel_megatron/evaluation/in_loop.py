@@ -9,7 +9,8 @@ from steel_megatron.config import RunConfig
 from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
 from steel_megatron.errors import ConfigError
 from steel_megatron.evaluation.language_model import EvaluatedModel
-from steel_megatron.evaluation.run import Protocol, run_harness
+from steel_megatron.evaluation.protocol import Protocol
+from steel_megatron.evaluation.run import run_harness
 from steel_megatron.evaluation.scores import BenchmarkScores, macro
 from steel_megatron.evaluation.tasks import load_benchmarks
 from steel_megatron.hf.texts import texts_of_tokenizer

@@ -15,55 +15,28 @@ import torch.distributed as dist
 import xxhash
 
 from steel_megatron.config import ParallelConfig, TokenizerKind
-from steel_megatron.config.parallel import check_layout
 from steel_megatron.data.tokenizing.tokenizer import load_tokenizer
-from steel_megatron.errors import CheckpointError, ConfigError, DataError
+from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.evaluation.answers import Answers, default_path
+from steel_megatron.evaluation.protocol import Protocol
 from steel_megatron.evaluation.scores import BenchmarkScores, table
-from steel_megatron.evaluation.tasks import Benchmark, Scoring, load_benchmarks, quiet
+from steel_megatron.evaluation.tasks import Benchmark, load_benchmarks, quiet
 from steel_megatron.files import write_atomically
-from steel_megatron.generate import tokenizer_of_run, with_cache
-from steel_megatron.hf.convert import is_exported, read_config
+from steel_megatron.generate import with_cache
+from steel_megatron.hf.convert import read_config
+from steel_megatron.hf.loading import load_model, load_parts
 from steel_megatron.hf.mapping import config_from_hf
-from steel_megatron.hf.texts import finetuned, texts_of_folder, texts_of_tokenizer
+from steel_megatron.hf.texts import finetuned, texts_of_folder, texts_of_tokenizer, tokenizer_of_run
 from steel_megatron.model.forward import Forward, indices_of, padded, replicas
 from steel_megatron.parallel.agreement import raise_if_any_rank_failed
-from steel_megatron.parallel.topology import initialize, read_launch, shutdown
-from steel_megatron.platform import prepare
+from steel_megatron.parallel.topology import Topology, initialize, read_launch, shutdown
+from steel_megatron.train.checkpoint_info import CheckpointInfo
+from steel_megatron.train.checkpoint_manifest import MANIFEST
+from steel_megatron.train.model_path import ModelPath, find_model
 
 if TYPE_CHECKING:
     from steel_megatron.evaluation.language_model import EvaluatedModel
     from steel_megatron.hf.modeling_steel import SteelForCausalLM
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How questions are put and scored.
-
-    Attributes:
-        tasks: benchmarks, or tasks of the harness.
-        data: folder with their data.
-        num_fewshot: examples before each question; None for the task's own number.
-        scoring: how multiple choice is scored.
-        chat: put each question as a turn of the user, in the model's chat template.
-        limit: questions of each subject at most; None for all.
-        max_new_tokens: of a generated reply, where the task names no number.
-        batch_size: texts that are computed together.
-    """
-
-    tasks: Sequence[str]
-    data: Path
-    num_fewshot: int | None = None
-    scoring: Scoring = "letter"
-    chat: bool = False
-    limit: int | None = None
-    max_new_tokens: int = 256
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "max_new_tokens", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} = {value} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -110,31 +83,18 @@ def evaluate(
         DataError: data are not there or wrong.
     """
     parallel = parallel or ParallelConfig()
-    path = model_folder(path)
+    found = find_model(path)
     benchmarks = load_benchmarks(
         protocol.tasks, protocol.data, protocol.num_fewshot, protocol.scoring, protocol.max_new_tokens
     )
     with ExitStack() as stack:
-        model = stack.enter_context(_opened(path, protocol, parallel, tokenizer))
+        model = stack.enter_context(_opened(found, protocol, parallel, tokenizer))
         first = not dist.is_initialized() or dist.get_rank() == 0
         if first:
             model.answers = Answers(cache or default_path())
             stack.callback(model.answers.close)
         scores, prompts = run_harness(model, benchmarks, protocol, show)
-    return Evaluation(scores, prompts, _summary(path, protocol, model, scores))
-
-
-def model_folder(path: Path) -> Path:
-    """The exported folder or the checkpoint that a path names; of a run, the newest checkpoint."""
-    if not (path / "checkpoints").is_dir():
-        return path
-    prepare()
-    from steel_megatron.train import checkpoint
-
-    info = checkpoint.newest(path / "checkpoints", lambda folder: None)
-    if info is None:
-        raise CheckpointError(f"{path / 'checkpoints'} has no whole checkpoint")
-    return info.path
+    return Evaluation(scores, prompts, _summary(found.path, protocol, model, scores))
 
 
 def run_harness(
@@ -182,30 +142,28 @@ def _shown(task: Any, count: int) -> list[str]:
 
 @contextmanager
 def _opened(
-    path: Path, protocol: Protocol, parallel: ParallelConfig, tokenizer: tuple[TokenizerKind, str] | None
+    found: ModelPath, protocol: Protocol, parallel: ParallelConfig, tokenizer: tuple[TokenizerKind, str] | None
 ) -> Iterator[EvaluatedModel]:
     """A model on disk, ready to be asked."""
-    exported = is_exported(path)
-    if exported and read_launch(os.environ).world_size == 1 and parallel == ParallelConfig():
-        yield _exported(path, protocol, tokenizer)
+    if found.info is None and read_launch(os.environ).world_size == 1 and parallel == ParallelConfig():
+        yield _exported(found.path, protocol, tokenizer)
         return
     there = dist.is_initialized()
     topology = initialize(parallel)
     try:
-        if exported:
-            yield _exported(path, protocol, tokenizer, topology)
+        if found.info is None:
+            yield _exported(found.path, protocol, tokenizer, topology)
         else:
-            yield _checkpoint(path, protocol, tokenizer, topology)
+            yield _checkpoint(found.info, protocol, tokenizer, topology)
     finally:
         if not there:
             shutdown()
 
 
 def _exported(
-    path: Path, protocol: Protocol, tokenizer: tuple[TokenizerKind, str] | None, topology: Any = None
+    path: Path, protocol: Protocol, tokenizer: tuple[TokenizerKind, str] | None, topology: Topology | None = None
 ) -> EvaluatedModel:
     from steel_megatron.evaluation.language_model import EvaluatedModel, Share
-    from steel_megatron.hf.loading import load_model
 
     if topology is not None and topology.data_parallel_size != topology.launch.world_size:
         raise ConfigError(
@@ -231,25 +189,15 @@ def _exported(
 
 
 def _checkpoint(
-    path: Path, protocol: Protocol, tokenizer: tuple[TokenizerKind, str] | None, topology: Any
+    info: CheckpointInfo, protocol: Protocol, tokenizer: tuple[TokenizerKind, str] | None, topology: Topology
 ) -> EvaluatedModel:
     from steel_megatron.evaluation.language_model import EvaluatedModel
-    from steel_megatron.model.megatron_fields import without_ineffective_fields
-    from steel_megatron.model.spec import build_chunks
-    from steel_megatron.train import checkpoint
-    from steel_megatron.train.checkpoint_checksums import verified_by_all
 
-    info = raise_if_any_rank_failed(lambda: checkpoint.read_info(path))
+    path = info.path
     own = raise_if_any_rank_failed(lambda: load_tokenizer(*tokenizer) if tokenizer else tokenizer_of_run(path))
     texts = raise_if_any_rank_failed(lambda: texts_of_tokenizer(own, protocol.chat, finetuned(path)))
-    verified_by_all(lambda check: check(path), checkpoint.verify)
-    check_layout(info.model, topology.parallel)
-    model = without_ineffective_fields(info.model)
-    chunks = build_chunks(model, topology)
-    for chunk in chunks:
-        checkpoint.load_weights(chunk, info, model)
-        chunk.eval()
-    fingerprint = _fingerprint([path / checkpoint.MANIFEST], texts.identity)
+    chunks, model = load_parts(info, topology)
+    fingerprint = _fingerprint([path / MANIFEST], texts.identity)
     return EvaluatedModel.launched(
         chunks, model, topology, texts, batch_size=protocol.batch_size, fingerprint=fingerprint
     )

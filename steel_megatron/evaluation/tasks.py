@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 from unittest.mock import patch
 
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.evaluation.contamination import Item
 from steel_megatron.evaluation.local_data import LETTERS, Row, find_split, read_rows
+from steel_megatron.evaluation.protocol import Scoring, check_request
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the libraries are imported that read them
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -31,9 +32,6 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import apply_template
 from lm_eval.utils import env as templates
 
-Scoring = Literal["letter", "answer", "generate"]
-"""How a multiple choice is scored: the likelihood of the options' letters, that of the options' texts (in full and
-per character), or the letter read from a generated reply."""
 _NAMES = {"ceval": "ceval-valid"}
 """Benchmarks whose group has another name in the harness."""
 _FOLDERS = {"ceval": ("ceval-exam",)}
@@ -101,14 +99,7 @@ def load_benchmarks(
         ConfigError: there is no such task, or it cannot be scored so.
         DataError: its data are not there, or wrong.
     """
-    if not data.is_dir():
-        raise DataError(f"there is no folder {data}; --data names the folder with the benchmarks")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ConfigError(f"num_fewshot = {num_fewshot} must be at least 0")
-    if scoring not in get_args(Scoring):
-        raise ConfigError(f"scoring is {scoring!r}; it must be one of {', '.join(get_args(Scoring))}")
-    if not names or len(set(names)) < len(names):
-        raise ConfigError(f"tasks are {', '.join(names) or 'none'}; name each once")
+    check_request(names, data, num_fewshot, scoring)
     with quiet():
         return [_load(name, data, num_fewshot, scoring, max_new_tokens) for name in names]
 

@@ -139,6 +139,23 @@ class SteelConfig(PretrainedConfig):
         return self.FFN_type != "raw" and ROUTING_MODES[self.routing_mode].running_sums
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override] # transformers reads it from the class too
+        """How transformers' tensor parallelism cuts the projections. Routing and norms are on every process, and so are
+        the experts of ``merged``, which mixes their whole matrices."""
+        plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
+        plan["layers.*.self_attn.o_proj"] = "rowwise"
+        networks = ["mlp"] if self.FFN_type == "raw" else ["mlp.experts.*"] if self.routing_mode != "merged" else []
+        if self.FFN_type != "raw" and self.shared_expert_intermediate_size:
+            networks.append("mlp.shared_expert")
+        up, down = (
+            (("gate_up", "up"), ("gate_down", "down")) if self.mlp_type == "senet" else (("gate", "up"), ("down",))
+        )
+        for network in networks:
+            plan |= {f"layers.*.{network}.{name}_proj": "colwise" for name in up}
+            plan |= {f"layers.*.{network}.{name}_proj": "rowwise" for name in down}
+        return plan
+
+    @property
     def routes_causally(self) -> bool:
         """Whether no token's output depends on a later token. (Attention is causal in every mode; transformers would
         read an ``is_causal`` here as its own.)"""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from steel_megatron.hf.exporting import DTYPES, export_hf, parse_size
-from steel_megatron.hf.folder import is_exported, read_config, read_weights
+from steel_megatron.hf.exporting import DTYPES, export_hf
+from steel_megatron.hf.folder import read_weights
 from steel_megatron.hf.importing import import_hf
+from steel_megatron.hf.paths import parse_size, read_config
 from steel_megatron.hf.upcycling import Upcycling
 
 __all__ = [
@@ -12,7 +13,6 @@ __all__ = [
     "Upcycling",
     "export_hf",
     "import_hf",
-    "is_exported",
     "parse_size",
     "read_config",
     "read_weights",

@@ -25,12 +25,14 @@ from steel_megatron.files import exclusive_lock
 from steel_megatron.hf import mapping
 from steel_megatron.hf.architectures import CLASSES, STEEL, architecture_for, constant_shapes, stock_config
 from steel_megatron.hf.card import write_card
-from steel_megatron.hf.folder import REPORT, check_output, partial_folder, write_json
+from steel_megatron.hf.folder import partial_folder, write_json
+from steel_megatron.hf.paths import MARKS, REPORT, check_output
 from steel_megatron.hf.texts import finetuned
 from steel_megatron.hf.weights import Planned, write_weights
 from steel_megatron.log import get_logger, progress
 from steel_megatron.parallel.topology import Topology, alone
 from steel_megatron.platform import prepare
+from steel_megatron.train.model_path import find_checkpoint
 
 if TYPE_CHECKING:
     from steel_megatron.train.checkpoint_adapters import WeightFiles
@@ -41,27 +43,6 @@ logger = get_logger(__name__)
 CODE = ("configuration_steel.py", "modeling_steel.py")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_BYTES = 5 * 10**9
-MARKS = (REPORT, "modeling_steel.py")
-"""What shows that a folder is an earlier output, which may be replaced."""
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``5GB``, ``500MB``, ``2GiB``, or a plain number.
-
-    Raises:
-        CheckpointError: it is none.
-    """
-    upper = text.strip().upper()
-    unit = next((unit for unit in UNITS if upper.endswith(unit)), "")
-    number = upper.removesuffix(unit).strip()
-    try:
-        size = int(float(number) * UNITS.get(unit, 1))
-    except (ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise CheckpointError(f"max_shard_size is {text!r}; it must be a size such as 5GB, 500MB or 2GiB")
-    return size
 
 
 def export_hf(
@@ -78,7 +59,7 @@ def export_hf(
     """Turn a checkpoint into a folder that transformers loads.
 
     Args:
-        checkpoint_path: the checkpoint's folder.
+        checkpoint_path: the checkpoint's folder, or a run's, whose newest checkpoint is taken.
         output: the folder to make; it appears only when it is complete.
         tokenizer: kind and path of the tokenizer to export with it.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps the type it was trained in.
@@ -95,13 +76,13 @@ def export_hf(
         ConfigError: the launch has more than one process.
         DataError: the tokenizer cannot be loaded or exported.
     """
-    checkpoint_path, output = checkpoint_path.resolve(), output.resolve()
+    info = find_checkpoint(checkpoint_path.resolve())
+    checkpoint_path, output = info.path, output.resolve()
     check_output(output, overwrite, checkpoint_path, MARKS)
     loaded = load_tokenizer(*tokenizer) if tokenizer else None
     prepare()  # before megatron-core is imported
     from steel_megatron.train import checkpoint
 
-    info = checkpoint.read_info(checkpoint_path)
     try:
         architecture, reason = architecture_for(info.model)
     except CheckpointError as error:

@@ -17,46 +17,9 @@ from steel_megatron.errors import CheckpointError
 from steel_megatron.files import replace_folder
 from steel_megatron.hf import mapping
 from steel_megatron.hf.architectures import constant_shapes, read_source
+from steel_megatron.hf.paths import read_config
 from steel_megatron.hf.weights import check_finite, stored_tensors
 from steel_megatron.log import progress
-
-CHECKPOINT_MARK = "steel.json"
-REPORT = "conversion.json"
-"""What a conversion says of itself, next to the weights."""
-
-
-def is_exported(path: Path) -> bool:
-    """Whether a folder is an exported or published one; if not, it may be a checkpoint.
-
-    Raises:
-        CheckpointError: the folder is neither.
-    """
-    if (path / "config.json").is_file():
-        return True
-    if path.is_dir() and not (path / CHECKPOINT_MARK).exists():
-        raise CheckpointError(
-            f"{path} is neither a checkpoint (it has no {CHECKPOINT_MARK}) nor a Hugging Face folder (it has no "
-            "config.json); name a checkpoint's folder, step_..., or one that export-hf made"
-        )
-    return False
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """What a model folder's config.json holds.
-
-    Raises:
-        CheckpointError: the file cannot be read, is not JSON or holds no object.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{folder} is not a model's folder: {path.name}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold an object; it holds a {type(config).__name__}")
-    return config
 
 
 class ModelFolder:
@@ -145,34 +108,6 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             tensors[name] = opened.read(name)
             bar.advance(1)
     return tensors
-
-
-def check_output(output: Path, overwrite: bool, source: Path, marks: tuple[str, ...]) -> None:
-    """Refuse an output that would change or replace what it must not.
-
-    Args:
-        output: the folder to make; a path without links, as is ``source``.
-        overwrite: whether an earlier output may be replaced.
-        source: the folder that is converted.
-        marks: files of which every earlier output of this kind holds one.
-
-    Raises:
-        CheckpointError: the output lies in the source or around it, is there already, or is something else.
-    """
-    if source == output or source in output.parents:
-        raise CheckpointError(f"the output {output} lies inside {source}, which it would change; choose another")
-    if output in source.parents:
-        raise CheckpointError(f"the output {output} holds {source}, which it would replace; choose another")
-    if not output.exists():
-        return
-    if not overwrite:
-        raise CheckpointError(f"{output} is already there; choose another name, or give --overwrite true")
-    known = output.is_dir() and (any((output / mark).is_file() for mark in marks) or not any(output.iterdir()))
-    if not known:
-        raise CheckpointError(
-            f"{output} is already there and is not an earlier output (it has no {' or '.join(marks)}), so it is not "
-            "replaced; choose another name, or remove it yourself"
-        )
 
 
 @contextmanager

@@ -17,11 +17,13 @@ from steel_megatron.config import ModelConfig
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import exclusive_lock
 from steel_megatron.hf import mapping
-from steel_megatron.hf.folder import CHECKPOINT_MARK, REPORT, ModelFolder, check_output, partial_folder, write_json
+from steel_megatron.hf.folder import ModelFolder, partial_folder, write_json
+from steel_megatron.hf.paths import REPORT, check_output
 from steel_megatron.hf.upcycling import UpcycledFolder, Upcycling
 from steel_megatron.log import get_logger
 from steel_megatron.parallel.topology import Topology, alone
 from steel_megatron.platform import prepare
+from steel_megatron.train.checkpoint_manifest import MANIFEST
 
 if TYPE_CHECKING:
     from steel_megatron.train.checkpoint_stream import Part
@@ -59,20 +61,25 @@ def import_hf(folder: Path, output: Path, *, overwrite: bool = False, upcycling:
     weights: _Weights = opened
     if upcycling is not None:
         weights = UpcycledFolder(opened, upcycling.model(opened.model, str(folder)), upcycling.seed)
-    check_output(output, overwrite, folder, (CHECKPOINT_MARK,))
+    check_output(output, overwrite, folder, (MANIFEST,))
 
     prepare()  # before megatron-core is imported
     with alone("a conversion") as topology, exclusive_lock(output, CheckpointError):
-        check_output(output, overwrite, folder, (CHECKPOINT_MARK,))  # another job may have been faster
+        check_output(output, overwrite, folder, (MANIFEST,))  # another job may have been faster
         with partial_folder(output) as made:
             _write(made, weights, opened, upcycling, topology, folder)
-    _tell(opened, upcycling)
+    tell_of_changes(opened, upcycling)
     logger.info(f"imported {opened.count} tensors, {_numbers(weights.model):,} numbers, to {output}")
     return output
 
 
-def _tell(opened: ModelFolder, upcycling: Upcycling | None) -> None:
-    """Say what of the model becomes otherwise in training."""
+def tell_of_changes(opened: ModelFolder, upcycling: Upcycling | None = None) -> None:
+    """Say in the log what of a model becomes otherwise in training.
+
+    Args:
+        opened: the model.
+        upcycling: what it becomes; None if it stays what it is.
+    """
     if opened.source.tied:
         logger.warning(
             "the folder's output matrix is its embedding; the checkpoint has two equal matrices, which training will "

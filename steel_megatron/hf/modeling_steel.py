@@ -674,7 +674,9 @@ class SteelModel(SteelPreTrainedModel):
 
         Args:
             input_ids: int64 [B, T].
-            attention_mask: [B, past + T], 0 for padding; None if there is none.
+            attention_mask: [B, past + T], 0 for padding; None if there is none. Where no token's routing depends on
+                others (dense, ``token``), also what each token sees, [B, 1 or heads, T, past + T], as bool or as what
+                is added to the scores.
             position_ids: int64 [B, T]; None counts real tokens of each document.
             past_key_values: the older name of ``cache``.
             inputs_embeds: [B, T, d], instead of ``input_ids``.
@@ -710,17 +712,18 @@ class SteelModel(SteelPreTrainedModel):
         batch, length = x.shape[:2]
         if length == 0:
             raise ValueError("a sequence needs at least one token")
-        real = self._real(attention_mask, (batch, past + length), x.device)
+        real, positions = self._real(attention_mask, x, past)
         documents = None
-        if length > 1 and not (position_ids is None and seq_idx is None and cu_seq_lens_q is None):
-            documents = documents_of(real[:, past:], position_ids, seq_idx, cu_seq_lens_q)
+        says_all = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4
+        if length > 1 and not says_all and not (position_ids is None and seq_idx is None and cu_seq_lens_q is None):
+            documents = documents_of(real, position_ids, seq_idx, cu_seq_lens_q)
         if documents is not None and (given is not None or use_cache):
             raise ValueError("packed documents cannot be decoded with a cache: call with use_cache=False")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and documents is None
         cache = self._cache(given, use_cache)
         if position_ids is None:
-            position_ids = (real.long().cumsum(1) - 1).clamp_min(0)[:, past:]
+            position_ids = positions
             if documents is not None:
                 first = torch.diff(documents, dim=1, prepend=documents[:, :1] - 1) != 0
                 position_ids = position_ids - torch.where(first, position_ids, 0).cummax(1).values
@@ -739,7 +742,7 @@ class SteelModel(SteelPreTrainedModel):
                     hook = attention.register_forward_hook(lambda *call: attentions.append(call[-1][1]))
                     stack.callback(hook.remove)
                 shown = {"output_attentions": output_attentions}
-                x = layer(x, angles, mask, real[:, past:], documents, cache=cache, **shown, **kwargs)
+                x = layer(x, angles, mask, real, documents, cache=cache, **shown, **kwargs)
             if output_hidden_states:
                 states.append(x)
         x = states[-1] = self.norm(x)
@@ -751,13 +754,21 @@ class SteelModel(SteelPreTrainedModel):
         }
         return BaseModelOutputWithPast(**outputs)
 
-    @staticmethod
-    def _real(mask: Any, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
-        """bool [B, past + T] of the tokens that are no padding."""
-        if mask is None:
-            return torch.ones(shape, dtype=torch.bool, device=device)
+    def _real(self, mask: Any, x: torch.Tensor, past: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """bool [B, T] of the tokens that are no padding, and their positions, int64 [B, T] or [1, T]."""
+        batch, length = x.shape[:2]
+        if mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4):
+            if mask is not None and (self.config.has_running_sums or not self.config.routes_causally):
+                raise ValueError(
+                    f"attention_mask has four axes; routing_mode {self.config.routing_mode!r} also routes by what is "
+                    "padding and where documents begin: give it two axes, and position_ids or seq_idx for documents"
+                )
+            positions = torch.arange(length, device=x.device)[None] + past
+            return torch.ones((batch, length), dtype=torch.bool, device=x.device), positions
+        shape = (batch, past + length)
         if isinstance(mask, torch.Tensor) and mask.shape == shape:
-            return mask.bool()
+            real = mask.bool()
+            return real[:, past:], (real.long().cumsum(1) - 1).clamp_min(0)[:, past:]
         found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask must be {list(shape)}, since the routing reads it too; it is {found}")
 
@@ -798,6 +809,7 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
     """The model with its output matrix, and transformers' generation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (where the config ties them)
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012 (cut as the embedding is, which it may be tied to)
 
     def __init__(self, config: SteelConfig) -> None:
         super().__init__(config)
@@ -860,6 +872,14 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
         assisted = generation_config.prompt_lookup_num_tokens or model_kwargs.get("assistant_model") is not None
         if assisted and self.config.has_running_sums:
             raise ValueError("assisted generation takes tokens back, which a routing state cannot: decode without it")
+        named = generation_config.cache_implementation
+        if named is not None and named.startswith("dynamic"):  # the kind that it gets anyway
+            named = generation_config.cache_implementation = None
+        if named is not None and self.config.has_running_sums:
+            raise ValueError(
+                f"cache_implementation {named!r} has no place for the routing of routing_mode "
+                f"{self.config.routing_mode!r}, which is in a SteelCache: leave it out"
+            )
         if not self.config.routes_causally:
             if model_kwargs.get("inputs_embeds") is not None:
                 raise ValueError(
@@ -868,7 +888,7 @@ class SteelForCausalLM(SteelPreTrainedModel, GenerationMixin):
                 )
             generation_config.use_cache = False
             model_kwargs["use_cache"] = False
-        elif generation_config.use_cache and model_kwargs.get(CACHE) is None:
+        elif generation_config.use_cache and model_kwargs.get(CACHE) is None and named is None:
             model_kwargs[CACHE] = SteelCache(self.config)
         prepare: Any = GenerationMixin._prepare_cache_for_generation
         return prepare(self, generation_config, model_kwargs, *args, **kwargs)

@@ -9,13 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from steel_megatron.config import TokenizerKind, load_yaml
 from steel_megatron.data.ledger.ledger import Ledger
 from steel_megatron.data.reading.chunks import BadRow
 from steel_megatron.data.reading.conversations import Turn
 from steel_megatron.data.reading.sources import MARKS, SYSTEM_PROMPT
 from steel_megatron.data.tokenizing.chat_template import ChatTemplate
-from steel_megatron.data.tokenizing.tokenizer import Tokenizer, encode_dialogue
-from steel_megatron.errors import CheckpointError, ConfigError
+from steel_megatron.data.tokenizing.tokenizer import Tokenizer, encode_dialogue, find_tokenizer, load_tokenizer
+from steel_megatron.errors import CheckpointError, ConfigError, DataError
+from steel_megatron.train.checkpoint_manifest import MANIFEST
+from steel_megatron.train.model_path import find_checkpoint
 
 Messages = list[dict[str, str]]
 """A conversation: each turn's ``role`` (system, user, assistant) and ``content``."""
@@ -150,7 +155,7 @@ def texts_of_folder(path: Path, chat: bool = False) -> Texts:
         # transformers then knows the settings, and asks nobody on stdin whether it may run the folder's own code.
         AutoConfig.register("steel", SteelConfig, exist_ok=True)
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers' own are nothing more special
         raise CheckpointError(
             f"the tokenizer of {path} cannot be read: {error}; name one with --tokenizer_path"
         ) from None
@@ -182,3 +187,49 @@ def texts_of_folder(path: Path, chat: bool = False) -> Texts:
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     identity = f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.chat_template if chat else ''}"
     return Texts(encode, decode, render, frozenset(ends), first, identity)
+
+
+def tokenizer_of_folder(path: Path) -> tuple[TokenizerKind, str]:
+    """The tokenizer that was exported with a model."""
+    if not any((path / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
+        raise CheckpointError(f"{path} was exported without a tokenizer; name it with --tokenizer_path")
+    return "huggingface", str(path)
+
+
+def tokenizer_of_run(path: Path) -> Tokenizer:
+    """The tokenizer named in the run.yaml of a checkpoint."""
+    try:
+        data = load_yaml((path / "run.yaml").read_text(encoding="utf-8"))["data"]
+        kind, tokenizer_path = data["tokenizer_kind"], data["tokenizer_path"]
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError):
+        kind = tokenizer_path = None
+    if not isinstance(kind, str) or not isinstance(tokenizer_path, str):
+        raise CheckpointError(
+            f"{path / 'run.yaml'} does not say which tokenizer the model was trained with; name it with "
+            "--tokenizer_path"
+        )
+    try:
+        ledger = path / "ledger.json"
+        fingerprint = Ledger.load(ledger).history.tokenizer if ledger.exists() else None
+        return find_tokenizer(kind, tokenizer_path, path, fingerprint)  # type: ignore[arg-type]
+    except DataError as error:
+        raise DataError(
+            f"{error} (named in {path / 'run.yaml'}, relative to where the run was started; name it with "
+            "--tokenizer_path)"
+        ) from None
+
+
+def tokenizer_named(kind: TokenizerKind, path: str) -> Tokenizer:
+    """The tokenizer that a path names: its own folder or file, or a model's that has one.
+
+    Args:
+        kind: of a tokenizer's folder or file; a run and a checkpoint say theirs.
+        path: a tokenizer, an exported folder, a checkpoint, or a run's folder, whose newest checkpoint is taken.
+
+    Raises:
+        CheckpointError: the run has no whole checkpoint, or does not say which tokenizer it was trained with.
+        DataError: the tokenizer cannot be loaded.
+    """
+    if (Path(path) / "checkpoints").is_dir() or (Path(path) / MANIFEST).is_file():
+        return tokenizer_of_run(find_checkpoint(path).path)
+    return load_tokenizer(kind, path)

@@ -184,9 +184,9 @@ def check_finite(name: str, tensor: torch.Tensor, origin: object) -> None:
         tensor: of any shape.
         origin: where it came from, for the message.
     """
-    for part in tensor.flatten().split(CHUNK):
-        # A finite norm is the quickest proof; large values may have an infinite one.
-        if not torch.linalg.vector_norm(part, dtype=torch.float32).isfinite() and not part.isfinite().all():
+    # The extremes are not finite if any value is not, and in bfloat16 they cost a tenth of a norm.
+    for part in tensor.flatten().split(CHUNK) if tensor.numel() else ():
+        if not torch.stack(part.aminmax()).isfinite().all():
             raise CheckpointError(f"{origin}: {name} holds values that are not finite")
 
 

@@ -16,12 +16,15 @@ import torch.distributed as dist
 
 from steel_megatron.config import ParallelConfig
 from steel_megatron.errors import ConfigError
+from steel_megatron.parallel.launch import Launch, environment_number, read_launch, refuse_without_srun
 from steel_megatron.parallel.rendezvous import TIMEOUT, joining, meet
 from steel_megatron.platform import prepare
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+__all__ = ["Launch", "Topology", "alone", "first_host", "free_port", "initialize", "initialize_alone", "join"]
+__all__ += ["read_launch", "refuse_without_srun", "shutdown", "simulated"]
 
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 PORTS = range(20000, 32000)
@@ -32,68 +35,9 @@ _BEFORE: dict[str, str | None] = {}
 are started later must not inherit that."""
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How this process was started.
-
-    Attributes:
-        rank: its number among all processes.
-        world_size: number of processes.
-        local_rank: its number on this machine.
-        origin: where this was read from: ``torchrun``, ``slurm`` or ``alone``.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    origin: str
-
-
-def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Rank and size from torchrun's variables, else Slurm's (inside srun), else one process alone.
-
-    Raises:
-        ConfigError: a variable is there but is not a number, or they contradict each other.
-    """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        origin, names = "torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-        # Inside an sbatch script, but outside srun, there is a PROCID too: only a step of srun has a STEP_ID. The job's
-        # NTASKS may be another number than the step's.
-        size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
-        origin, names = "slurm", ("SLURM_PROCID", size, "SLURM_LOCALID")
-    else:
-        return Launch(0, 1, 0, "alone")
-    rank, world_size, local_rank = (_number(environment, name) for name in names)
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"{names[0]}={rank} of the environment is not below {names[1]}={world_size}")
-    return Launch(rank, world_size, local_rank, origin)
-
-
-def refuse_without_srun(environment: Mapping[str, str]) -> None:
-    """Raise a ConfigError for a process of a Slurm job with several tasks that knows of no other one.
-
-    Args:
-        environment: variables of this process.
-    """
-    tasks = _number(environment, "SLURM_NTASKS")
-    if read_launch(environment).origin == "alone" and tasks > 1:
-        raise ConfigError(
-            f"the Slurm job has {tasks} tasks (SLURM_NTASKS), but srun, which gives them their ranks, has not started "
-            "this process; put srun before the command, or unset SLURM_NTASKS to train in this process alone"
-        )
-
-
-def _number(environment: Mapping[str, str], name: str) -> int:
-    text = environment.get(name, "0")
-    if not text.isdecimal():
-        raise ConfigError(f"{name}={text!r} of the environment must be a number")
-    return int(text)
-
-
 def _timeout(environment: Mapping[str, str]) -> datetime.timedelta:
     """How long a process waits for the others."""
-    return datetime.timedelta(minutes=_number(environment, TIMEOUT) or 30)
+    return datetime.timedelta(minutes=environment_number(environment, TIMEOUT) or 30)
 
 
 def _rendezvous(launch: Launch) -> None:
@@ -107,10 +51,10 @@ def _rendezvous(launch: Launch) -> None:
         nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "localhost"))
         found = {"MASTER_ADDR": first_host(nodes)}
         # Steps of jobs that share a node get different ports.
-        number = _number(os.environ, "SLURM_JOB_ID") * 37 + _number(os.environ, "SLURM_STEP_ID")
+        number = environment_number(os.environ, "SLURM_JOB_ID") * 37 + environment_number(os.environ, "SLURM_STEP_ID")
         found["MASTER_PORT"] = str(PORTS[number % len(PORTS)])
         found = {name: value for name, value in found.items() if name not in os.environ}
-        address, machines = os.environ.get("MASTER_ADDR", nodes), _number(os.environ, "SLURM_STEP_NUM_NODES")
+        address, machines = os.environ.get("MASTER_ADDR", nodes), environment_number(os.environ, "SLURM_STEP_NUM_NODES")
         if machines > 1 and address in _THIS_MACHINE:
             raise ConfigError(
                 f"MASTER_ADDR is {address}, which is another machine on each of the {machines} nodes of the step; "

@@ -9,10 +9,8 @@ Loading executes nothing: settings are JSON, and the one pickled index of torch'
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +24,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from steel_megatron.config import (
-    LoraConfig,
-    ModelConfig,
-    RunConfig,
-    from_dict,
-    refuse_unknown_routing_code,
-)
-from steel_megatron.errors import CheckpointError, ConfigError, SteelError
+from steel_megatron.config import ModelConfig, RunConfig
+from steel_megatron.errors import CheckpointError, SteelError
 from steel_megatron.files import disk_errors, sync_folder
 from steel_megatron.log import get_logger
 from steel_megatron.model.lora import is_adapter
@@ -41,19 +33,33 @@ from steel_megatron.model.weights import sharded_weights, storable
 from steel_megatron.train import bad_steps, random_states
 from steel_megatron.train.checkpoint_adapters import MergedFiles, WeightFiles
 from steel_megatron.train.checkpoint_checksums import compare_checksums
-from steel_megatron.train.checkpoint_info import Base, CheckpointInfo, check_adapters, check_model
-from steel_megatron.train.checkpoint_manifest import check_manifest, check_metadata, content_errors
+from steel_megatron.train.checkpoint_index import check_metadata
+from steel_megatron.train.checkpoint_info import CheckpointInfo, check_adapters, check_model
+from steel_megatron.train.checkpoint_manifest import (
+    FORMAT,
+    FORMAT_OF_ADAPTERS,
+    MANIFEST,
+    manifest_checksum,
+    read_info,
+    read_manifest,
+)
 from steel_megatron.train.checkpoint_reader import fill
 from steel_megatron.train.checkpoint_tensors import TensorFiles
 from steel_megatron.train.engine import Engine
+from steel_megatron.train.model_path import base_at
 from steel_megatron.train.optimizer_state import MAIN_WEIGHTS, OptimizerState
 
 logger = get_logger(__name__)
 
-FORMAT, FORMAT_OF_ADAPTERS = 2, 3
-_READABLE = (1, 2, 3)
-"""Formats that can be read; the first one has SHA-256 of each file, the last one adapters in place of a model."""
-MANIFEST = "steel.json"
+__all__ = [
+    "FORMAT",
+    "FORMAT_OF_ADAPTERS",
+    "MANIFEST",
+    "CheckpointInfo",
+    "manifest_checksum",
+    "read_info",
+    "read_manifest",
+]
 
 
 def sharded_engine(engine: Engine) -> dict[str, Any]:
@@ -79,88 +85,6 @@ def reason(error: BaseException) -> str:
     """The last line of an error: megatron-core's begin with the tracebacks of all processes."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
-
-
-def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """Over everything that a manifest says, but for the checksum itself."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def read_info(path: Path) -> CheckpointInfo:
-    """Read and check a checkpoint's manifest and the sizes of its files.
-
-    Raises:
-        CheckpointError: the folder is not a whole checkpoint.
-        ConfigError: its routing mode is code that has not been imported.
-    """
-    manifest = read_manifest(path)
-    base = manifest.get("base")
-    for name, facts in manifest["files"].items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != facts["bytes"]:
-            there = "is missing" if size is None else f"has {size:,} bytes"
-            raise CheckpointError(f"{file} {there}; the checkpoint was saved with {facts['bytes']:,} bytes of it")
-    refuse_unknown_routing_code(manifest["model"].get("routing_mode"), str(path / MANIFEST))
-    return CheckpointInfo(
-        path=path,
-        step=manifest["step"],
-        consumed_samples=manifest["consumed_samples"],
-        model=_settings_of(ModelConfig, manifest["model"], path / MANIFEST),
-        layout=manifest["layout"],
-        world_size=manifest["world_size"],
-        has_optimizer=manifest["has_optimizer"],
-        # Checkpoints of earlier versions do not say it, and always do.
-        has_main_weights=manifest["has_optimizer"]
-        if manifest.get("has_main_weights") is None
-        else manifest["has_main_weights"],
-        data_fingerprint=manifest["data_fingerprint"],
-        lora=_settings_of(LoraConfig, manifest.get("lora") or {}, path / MANIFEST),
-        base=Base(Path(base["path"]), base["sha256"]) if base else None,
-    )
-
-
-def _settings_of(kind: type, values: Mapping[str, Any], path: Path) -> Any:
-    try:
-        with content_errors(path):
-            return from_dict(kind, dict(values), "")
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """What a checkpoint's ``steel.json`` says, checked as far as it goes without the other files.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of an unknown format.
-    """
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint {path}")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} is not a checkpoint: its {MANIFEST} cannot be read ({error.strerror}); name a folder step_..."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is not JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_checksum(manifest):
-        raise CheckpointError(f"{path / MANIFEST} is damaged: its checksum is not the one it was saved with")
-    if manifest.get("format") not in _READABLE:
-        known = ", ".join(map(str, _READABLE))
-        raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this version reads formats {known}")
-    check_manifest(manifest, path / MANIFEST)
-    return manifest
-
-
-def base_at(path: Path) -> Base:
-    """A checkpoint as one to adapt.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    return Base(path.resolve(), read_manifest(path)["sha256"])
 
 
 def verify(path: Path, rank: int = 0, world_size: int = 1) -> None:

@@ -84,13 +84,28 @@ def check_model(info: CheckpointInfo, model: ModelConfig, *, resumes: bool) -> N
         resumes: whether a run goes on, so that nothing it computes may change; weights that a new run begins with may
             be routed in another way.
     """
+    check_settings(info.model, model, str(info.path), resumes=resumes)
+
+
+def check_settings(found: ModelConfig, model: ModelConfig, origin: str, *, resumes: bool) -> None:
+    """As :func:`check_model`, of settings that came from anywhere.
+
+    Args:
+        found: the settings that weights were saved with.
+        model: the settings that they are wanted for.
+        origin: where the weights are, for the message.
+        resumes: as there.
+
+    Raises:
+        CheckpointError: a setting differs that must not.
+    """
     free = NOT_COMPUTED if resumes else NOT_COMPUTED | ROUTING
     for one in dataclasses.fields(ModelConfig):
         name = {"num_query_groups": "query_groups", "megatron": "megatron_computing"}.get(one.name, one.name)
-        saved, wanted = getattr(info.model, name), getattr(model, name)
+        saved, wanted = getattr(found, name), getattr(model, name)
         if one.name not in free and saved != wanted:
             raise CheckpointError(
-                f"{info.path} was saved with model.{one.name} = {saved}, this run has {wanted}; "
+                f"{origin} was saved with model.{one.name} = {saved}, this run has {wanted}; "
                 "use the checkpoint's settings or another checkpoint.directory"
             )
 

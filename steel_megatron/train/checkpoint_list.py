@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steel_megatron.errors import CheckpointError, SteelError
-from steel_megatron.train.checkpoint import MANIFEST, read_info, read_manifest
+from steel_megatron.train.checkpoint_manifest import MANIFEST, read_info, read_manifest
 
 _NAME = re.compile(r"step_(\d+)(?:\.\d+)?|\.step_(\d+)\.(?:partial|old)")
 _UNFINISHED = {

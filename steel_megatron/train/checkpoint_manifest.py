@@ -1,4 +1,4 @@
-"""What the small files of a checkpoint must hold: its manifest, and what megatron-core expects next to the tensors.
+"""What the manifest of a checkpoint says, read without torch.
 
 A right checksum says that a file is what was written, not who wrote it. All of this is checked before anything is
 loaded, so that a resume may still take an older checkpoint.
@@ -6,22 +6,24 @@ loaded, so that a resume may still take an older checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-
+from steel_megatron.config import LoraConfig, ModelConfig, from_dict, refuse_unknown_routing_code
 from steel_megatron.data.strict_json import Rule, from_json, or_null, whole
-from steel_megatron.errors import CheckpointError, DataError, SteelError
-from steel_megatron.train.checkpoint_index import read_index
+from steel_megatron.errors import CheckpointError, ConfigError, DataError, SteelError
+from steel_megatron.train.checkpoint_info import Base, CheckpointInfo
 
+FORMAT, FORMAT_OF_ADAPTERS = 2, 3
+_READABLE = (1, 2, 3)
+"""Formats that can be read; the first one has SHA-256 of each file, the last one adapters in place of a model."""
+MANIFEST = "steel.json"
 _HEX = re.compile("[0-9a-f]+")
 
 
@@ -101,49 +103,74 @@ def check_manifest(manifest: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(str(error)) from None
 
 
-def check_metadata(folder: Path, tensors: Collection[str]) -> None:
-    """Read the index of a checkpoint and what megatron-core expects next to it, without executing anything.
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """Over everything that a manifest says, but for the checksum itself."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
-    Args:
-        folder: the checkpoint.
-        tensors: names that the index must have.
+
+def read_info(path: Path) -> CheckpointInfo:
+    """Read and check a checkpoint's manifest and the sizes of its files.
 
     Raises:
-        CheckpointError: one of the files is not what the library writes.
+        CheckpointError: the folder is not a whole checkpoint.
+        ConfigError: its routing mode is code that has not been imported.
     """
-    _check_index(read_index(folder / ".metadata"), folder, tensors)
-    path = folder / "metadata.json"
-    with content_errors(path):
-        backends = json.loads(path.read_text(encoding="utf-8"))
-    if backends != BACKENDS:
-        raise CheckpointError(f"{path} names the backends {str(backends)[:80]}; they must be {BACKENDS}")
-    path = folder / "common.pt"
-    with content_errors(path):
-        common = torch.load(path, map_location="cpu", weights_only=True)
-    if common != {}:
-        raise CheckpointError(f"{path} holds {str(common)[:80]!r}; the library writes an empty dictionary")
+    manifest = read_manifest(path)
+    base = manifest.get("base")
+    for name, facts in manifest["files"].items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != facts["bytes"]:
+            there = "is missing" if size is None else f"has {size:,} bytes"
+            raise CheckpointError(f"{file} {there}; the checkpoint was saved with {facts['bytes']:,} bytes of it")
+    refuse_unknown_routing_code(manifest["model"].get("routing_mode"), str(path / MANIFEST))
+    return CheckpointInfo(
+        path=path,
+        step=manifest["step"],
+        consumed_samples=manifest["consumed_samples"],
+        model=_settings_of(ModelConfig, manifest["model"], path / MANIFEST),
+        layout=manifest["layout"],
+        world_size=manifest["world_size"],
+        has_optimizer=manifest["has_optimizer"],
+        # Checkpoints of earlier versions do not say it, and always do.
+        has_main_weights=manifest["has_optimizer"]
+        if manifest.get("has_main_weights") is None
+        else manifest["has_main_weights"],
+        data_fingerprint=manifest["data_fingerprint"],
+        lora=_settings_of(LoraConfig, manifest.get("lora") or {}, path / MANIFEST),
+        base=Base(Path(base["path"]), base["sha256"]) if base else None,
+    )
 
 
-def _check_index(index: object, folder: Path, tensors: Collection[str]) -> None:
-    """An index of tensors that are in the folder's files, and not larger than these."""
-    path = folder / ".metadata"
-    with content_errors(path):
-        if not isinstance(index, Metadata) or not isinstance(index.state_dict_metadata, dict):
-            raise CheckpointError(f"{path} is no index of a checkpoint, but holds a {type(index).__name__}")
-        names = {info.relative_path for info in index.storage_data.values()}
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise CheckpointError(f"{path} names the file {name!r}, which is not in its folder")
-        missing = sorted(set(tensors) - set(index.state_dict_metadata))
-        if missing:
-            raise CheckpointError(f"{path} does not list {missing[0]}, which the checkpoint was saved with")
-        room = sum((folder / name).stat().st_size for name in names)
-        for name, tensor in index.state_dict_metadata.items():
-            if not isinstance(name, str) or not isinstance(tensor, TensorStorageMetadata):
-                raise CheckpointError(f"{path} says of {name!r} that it is a {type(tensor).__name__}, not a tensor")
-            needed = math.prod(tensor.size) * tensor.properties.dtype.itemsize
-            if needed > room:
-                raise CheckpointError(
-                    f"{path} says that {name} has the shape {list(tensor.size)}, {needed:,} bytes; all files together "
-                    f"have {room:,}"
-                )
+def _settings_of(kind: type, values: Mapping[str, Any], path: Path) -> Any:
+    try:
+        with content_errors(path):
+            return from_dict(kind, dict(values), "")
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint's ``steel.json`` says, checked as far as it goes without the other files.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of an unknown format.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint: its {MANIFEST} cannot be read ({error.strerror}); name a folder step_..."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is not JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("sha256") != manifest_checksum(manifest):
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its checksum is not the one it was saved with")
+    if manifest.get("format") not in _READABLE:
+        known = ", ".join(map(str, _READABLE))
+        raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this version reads formats {known}")
+    check_manifest(manifest, path / MANIFEST)
+    return manifest

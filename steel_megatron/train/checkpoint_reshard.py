@@ -29,15 +29,9 @@ from torch.distributed.checkpoint.metadata import (
 from steel_megatron.config import RunConfig, dump_yaml
 from steel_megatron.errors import CheckpointError
 from steel_megatron.files import exclusive_lock, replace_folder
-from steel_megatron.train.checkpoint import (
-    FORMAT,
-    FORMAT_OF_ADAPTERS,
-    read_info,
-    read_manifest,
-    reason,
-    sharded_engine,
-)
+from steel_megatron.train.checkpoint import reason, sharded_engine
 from steel_megatron.train.checkpoint_info import CheckpointInfo, check_adapters
+from steel_megatron.train.checkpoint_manifest import FORMAT, FORMAT_OF_ADAPTERS, read_info, read_manifest
 from steel_megatron.train.checkpoint_plan import check_layout_of, simulated_engine
 from steel_megatron.train.checkpoint_save import write_manifest
 from steel_megatron.train.checkpoint_tensors import RANDOM, Box, TensorFiles

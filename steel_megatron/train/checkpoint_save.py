@@ -29,18 +29,16 @@ from steel_megatron.errors import CheckpointError
 from steel_megatron.files import replace_folder
 from steel_megatron.parallel.agreement import any_rank, on_rank0, raise_if_any_rank_failed
 from steel_megatron.train import bad_steps
-from steel_megatron.train.checkpoint import (
+from steel_megatron.train.checkpoint import path_of, reason, sharded_engine
+from steel_megatron.train.checkpoint_checksums import ALGORITHM, checksum_of
+from steel_megatron.train.checkpoint_copy import Copy, HostMemory
+from steel_megatron.train.checkpoint_manifest import (
+    BACKENDS,
     FORMAT,
     FORMAT_OF_ADAPTERS,
     MANIFEST,
     manifest_checksum,
-    path_of,
-    reason,
-    sharded_engine,
 )
-from steel_megatron.train.checkpoint_checksums import ALGORITHM, checksum_of
-from steel_megatron.train.checkpoint_copy import Copy, HostMemory
-from steel_megatron.train.checkpoint_manifest import BACKENDS
 from steel_megatron.train.checkpoint_writer import Planner, ShardWriter, Written, write_index
 from steel_megatron.train.engine import Engine
 

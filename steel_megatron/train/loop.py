@@ -36,6 +36,8 @@ from steel_megatron.train.checkpoint_checksums import verified_by_all
 from steel_megatron.train.checkpoint_info import CheckpointInfo, check_adapters
 from steel_megatron.train.checkpoint_save import Saver
 from steel_megatron.train.engine import Engine, minimised
+from steel_megatron.train.initial_weights import open_initial
+from steel_megatron.train.model_path import base_at
 from steel_megatron.train.reference import check_reference, prepare_reference
 from steel_megatron.train.stop_signal import StopSignal
 from steel_megatron.train.time_limit import TimeLimit, job_end
@@ -334,7 +336,6 @@ def _start(
     if run.checkpoint.init_from:
         _load_origin(run, engine)
         engine.optimizer.reload_model_params()
-        logger.info(f"starting from the weights of {run.checkpoint.init_from}")
     session.start()
     path = Path(run.checkpoint.directory) / "run.yaml"
     text = dump_yaml(run).encode()
@@ -345,17 +346,16 @@ def _start(
 
 def _load_origin(run: RunConfig, engine: Engine, resumed: CheckpointInfo | None = None) -> None:
     """Load the weights of ``checkpoint.init_from``; those that the adapters of a checkpoint were trained on, if any."""
-    origin = Path(str(run.checkpoint.init_from))
-    info = raise_if_any_rank_failed(lambda: checkpoint.read_info(origin))
-    base = raise_if_any_rank_failed(lambda: checkpoint.base_at(origin))
+    origin = open_initial(str(run.checkpoint.init_from))
+    base = None if run.lora.rank is None else raise_if_any_rank_failed(lambda: base_at(origin.path))
     if resumed is not None:
         check_adapters(resumed, run.lora)
-        if resumed.base is not None:
+        if resumed.base is not None and base is not None:
             resumed.base.check(base, resumed.path)
-    verified_by_all(lambda check: check(origin), checkpoint.verify)
+    origin.verify()
     for chunk in engine.chunks:
-        raise_if_any_rank_failed(lambda chunk=chunk: checkpoint.load_weights(chunk, info, run.model))  # type: ignore[misc]
-    engine.base = base if run.lora.rank is not None else None
+        origin.load(chunk, run.model)
+    engine.base = base
 
 
 def _find(run: RunConfig, check: Callable[[Path], None]) -> CheckpointInfo | None:

@@ -21,9 +21,9 @@ from steel_megatron.errors import CheckpointError, ConfigError, DataError
 from steel_megatron.files import disk_errors, sha256_of, write_atomically
 from steel_megatron.log import get_logger
 from steel_megatron.parallel.agreement import on_rank0, raise_if_any_rank_failed
-from steel_megatron.train import checkpoint
 from steel_megatron.train.batches import Batches
 from steel_megatron.train.engine import Engine
+from steel_megatron.train.initial_weights import open_initial
 from steel_megatron.train.objective.dpo import Dpo
 
 logger = get_logger(__name__)
@@ -53,9 +53,8 @@ def prepare_reference(run: RunConfig, engine: Engine, batches: Batches, session:
         return False
     if run.checkpoint.init_from is None:
         raise ConfigError("training.objective dpo needs checkpoint.init_from, the model to start from and to refer to")
-    origin = Path(run.checkpoint.init_from)
-    info = raise_if_any_rank_failed(lambda: checkpoint.read_info(origin))
-    fingerprint = raise_if_any_rank_failed(lambda: checkpoint.manifest_checksum(checkpoint.read_manifest(origin)))
+    origin = open_initial(run.checkpoint.init_from)
+    fingerprint = origin.fingerprint()
     computed = False
     for number, corpus in raise_if_any_rank_failed(lambda: _corpora(batches, session)).items():
         path = Path(run.checkpoint.directory) / "reference" / f"{number}.npy"
@@ -64,7 +63,7 @@ def prepare_reference(run: RunConfig, engine: Engine, batches: Batches, session:
         if stored is None:
             if not computed and run.lora.rank is None:
                 for chunk in engine.chunks:
-                    checkpoint.load_weights(chunk, info, run.model)
+                    origin.load(chunk, run.model)
                 computed = True
             logger.info(f"computing the reference's log-probabilities of {corpus.documents:,} pairs of {corpus.prefix}")
             samples = WholeSamples([corpus], run.model.sequence_length, number)

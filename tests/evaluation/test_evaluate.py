@@ -16,10 +16,11 @@ from steel_megatron.cli import main
 from steel_megatron.config import ParallelConfig
 from steel_megatron.errors import ConfigError, DataError
 from steel_megatron.evaluation.answers import Answers, key_of
-from steel_megatron.evaluation.run import Evaluation, Protocol, evaluate
+from steel_megatron.evaluation.protocol import Protocol, Scoring
+from steel_megatron.evaluation.run import Evaluation, evaluate
 from steel_megatron.evaluation.scores import Score, macro, micro
 from steel_megatron.evaluation.subjects import CATEGORIES
-from steel_megatron.evaluation.tasks import Scoring, load_benchmarks, quiet, read_letter
+from steel_megatron.evaluation.tasks import load_benchmarks, quiet, read_letter
 from steel_megatron.hf.convert import import_hf
 from tests.distributed import run_distributed
 from tests.evaluation.benchmarks import write_benchmarks, write_model

@@ -58,7 +58,6 @@ LEFT_OUT = {
     "test_vision_axial_rope": "no images",
     "test_resize_position_vector_embeddings": "positions have no embedding matrix",
     "test_sliding_window_mask": "attention has no window",
-    "test_tp_plan_matches_params": "there is no tensor-parallel plan",
     "test_encoder_decoder_loss_no_double_shift": "no encoder",
     "test_attn_implementation_composite_models": "one model, not several in one",
     "test_can_set_attention_dynamically_composite_model": "one model, not several in one",

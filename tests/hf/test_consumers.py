@@ -235,3 +235,48 @@ def test_documents_without_positions_begin_at_0(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(modeling_steel, "rotary_angles", note)
     model_of("dense")(tokens(1), **in_one_row("seq_idx"))
     assert seen[0].equal(in_one_row("position_ids")["position_ids"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+def test_masks_of_four_axes(mode: str) -> None:
+    """They say what each token sees, where routing does not depend on it as well."""
+    model, ids = model_of(mode), tokens()
+    length = ids.size(1)
+    sees = torch.ones(length, length, dtype=torch.bool).tril()
+    sees[10:, 4] = False
+    if mode not in ("dense", "token"):
+        with pytest.raises(ValueError, match=rf"four axes; routing_mode '{mode}' also routes by what is padding"):
+            model(ids, attention_mask=sees.expand(2, 1, -1, -1), use_cache=False)
+        return
+    changed = ids.clone()
+    changed[:, 4] = (ids[:, 4] + 1) % 50
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        added = torch.where(sees, 0.0, float("-inf")).to(torch.float64)
+        given = {"attention_mask": (added if attention == "eager" else sees).expand(2, 1, -1, -1), "use_cache": False}
+        found, other = (model(text, **given).logits for text in (ids, changed))
+        plain = model(ids, use_cache=False).logits
+        # Up to there it is the causal mask; of a text's first layer, later tokens do not see token 4.
+        torch.testing.assert_close(found[:, :10], plain[:, :10], atol=1e-10, rtol=0)
+        assert (found[:, 10:] - plain[:, 10:]).abs().max() > 0.01
+        first, second = (model(text, **given, output_hidden_states=True).hidden_states[1] for text in (ids, changed))
+        torch.testing.assert_close(first[:, 10:], second[:, 10:], atol=1e-10, rtol=0)
+        assert (found[:, 4:10] - other[:, 4:10]).abs().max() > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+def test_a_static_cache(mode: str) -> None:
+    model, ids = model_of(mode), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    if mode in ("block_causal", "merged"):
+        with pytest.raises(ValueError, match=f"'static' has no place for the routing of routing_mode '{mode}'"):
+            model.generate(ids, **settings, cache_implementation="static")
+    else:
+        expected = model.generate(ids, **settings, use_cache=False)
+        assert model.generate(ids, **settings, cache_implementation="static").equal(expected)
+    again = model.generate(ids, **settings, cache_implementation="dynamic")
+    assert again.equal(model.generate(ids, **settings))

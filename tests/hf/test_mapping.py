@@ -10,7 +10,7 @@ import torch
 
 from steel_megatron.config import ModelConfig
 from steel_megatron.errors import CheckpointError
-from steel_megatron.hf import mapping
+from steel_megatron.hf import mapping, weights
 from steel_megatron.hf.configuration_steel import SteelConfig
 from steel_megatron.hf.modeling_steel import SteelForCausalLM
 from tests.hf import golden
@@ -185,3 +185,17 @@ def test_settings_that_the_exported_code_does_not_know() -> None:
     with pytest.raises(CheckpointError, match=r"code does not know model\.megatron\.softmax_scale = 0\.1"):
         mapping.config_to_hf(dataclasses.replace(BASE, megatron={"softmax_scale": 0.1}))
     mapping.config_to_hf(dataclasses.replace(BASE, megatron={"recompute_granularity": "full"}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_that_are_not_finite_are_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "CHUNK", 8)
+    largest = torch.finfo(dtype).max
+    for shape in ((4, 5), (0, 5)):
+        weights.check_finite("a", torch.full(shape, largest, dtype=dtype), "here")
+    for value in (float("nan"), float("inf"), float("-inf")):
+        for place in (0, 7, 19):
+            tensor = torch.zeros(4, 5, dtype=dtype)
+            tensor.view(-1)[place] = value
+            with pytest.raises(CheckpointError, match="here: a holds values that are not finite"):
+                weights.check_finite("a", tensor, "here")

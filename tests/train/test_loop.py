@@ -396,7 +396,7 @@ def test_runs_that_cannot_begin(corpora: DataConfig, tmp_path: Path) -> None:
 def test_an_initial_checkpoint_that_is_not_there(corpora: DataConfig, tmp_path: Path) -> None:
     run = make_run(corpora, tmp_path)
     run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, init_from="nowhere"))
-    assert one(run) == "there is no checkpoint nowhere"
+    assert one(run).startswith("there is no folder nowhere; name a run's folder")
 
 
 def warnings_of(run: RunConfig) -> list[str]:

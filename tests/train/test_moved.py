@@ -15,7 +15,7 @@ from steel_megatron.data.ledger.ledger import Ledger
 from steel_megatron.data.tokenizing.sentencepiece_training import train_sentencepiece
 from steel_megatron.data.tokenizing.tokenizer import SentencePieceTokenizer
 from steel_megatron.errors import DataError, SteelError
-from steel_megatron.generate import tokenizer_of_run
+from steel_megatron.hf.texts import tokenizer_of_run
 from steel_megatron.log import setup_logging
 from tests.data.corpora import write
 from tests.distributed import run_distributed
