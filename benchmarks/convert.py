@@ -5,7 +5,7 @@
 The model has the shape of the 1.12B one (18 layers of width 1792, 6 experts) with random weights. All ways write to the
 same disk and sync. A conversion also verifies checksums and compares logits of both sides, which its seconds include.
 ``memory`` is by how much the process grew at most, mapped files included. Each way runs in turn, and the median of the
-rounds is printed.
+rounds is printed, of seconds and of processor seconds.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ def status(name: str) -> int:
     return int(found[1]) * 1024
 
 
-def measured(action: Callable[[], object]) -> tuple[float, int]:
-    """Seconds, and bytes by which the process grew at most."""
+def measured(action: Callable[[], object]) -> tuple[float, float, int]:
+    """Seconds, processor seconds of all threads, and bytes by which the process grew at most."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, begin = status("VmRSS"), time.perf_counter()
+    before, begin, used = status("VmRSS"), time.perf_counter(), time.process_time()
     action()
-    return time.perf_counter() - begin, status("VmHWM") - before
+    return time.perf_counter() - begin, time.process_time() - used, status("VmHWM") - before
 
 
 def main() -> None:
@@ -113,18 +113,22 @@ def main() -> None:
             "export-hf": lambda target: export_hf(saved, target),
             "transformers load and save": lambda target: load_and_save(source, target),
         }
-        results: dict[str, list[tuple[float, int]]] = {name: [] for name in ways}
+        results: dict[str, list[tuple[float, float, int]]] = {name: [] for name in ways}
         for _ in range(arguments.rounds):
             for name, way in ways.items():
                 target = Path(root, "out")
                 results[name].append(measured(lambda way=way, target=target: way(target)))  # type: ignore[misc]
                 shutil.rmtree(target)
-        copied = statistics.median(seconds for seconds, _ in results["copy the file"])
-        print(f"{'':<28}{'seconds':>9}{'x copy':>8}{'memory, MB':>12}")
-        for name, rounds in results.items():
-            seconds = statistics.median(one for one, _ in rounds)
-            memory = max(one for _, one in rounds)
-            print(f"{name:<28}{seconds:>9.2f}{seconds / copied:>8.2f}{memory / 1e6:>12.0f}")
+        print(f"{'':<28}{'seconds':>9}{'x copy':>8}{'CPU s':>8}{'x copy':>8}{'memory, MB':>12}")
+        middle = {
+            name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in results.items()
+        }
+        for name, rows in results.items():
+            cells = "".join(
+                f"{value:>{width}.2f}{value / copied:>8.2f}"
+                for value, copied, width in zip(middle[name][:2], middle["copy the file"][:2], (9, 8), strict=True)
+            )
+            print(f"{name:<28}{cells}{max(memory for _, _, memory in rows) / 1e6:>12.0f}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from steel_megatron import files
 from steel_megatron.errors import DataError
 from steel_megatron.files import (
     exclusive_lock,
@@ -247,3 +248,20 @@ def test_a_lease_that_is_renewed_refuses_others(tmp_path: Path) -> None:
         with lease(tmp_path / "run", DataError):
             assert lease_holder(tmp_path / "run")["process"] == os.getpid()
         assert not path.exists()
+
+
+def test_the_disk_begins_once_there_is_enough_and_goes_on_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_SYNC_BYTES", 8)
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        files, "_sync_file_range", lambda file, start, size, flags: begun.append((start.value, size.value))
+    )
+    with (tmp_path / "file").open("wb") as file:
+        at = 0
+        for expected, size in ((0, 0), (10, 10), (10, 10), (20, 20)):
+            file.write(b"12345")
+            at = files.begin_sync(file, at)
+            assert (at, (tmp_path / "file").stat().st_size) == (expected, size)
+    assert begun == [(0, 10), (10, 10)]

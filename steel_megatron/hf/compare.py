@@ -90,7 +90,7 @@ def checkpoint_logits(
         shape = files.tensors[key].shape
         box = ((start, *(0 for _ in shape[1:])), (count, *shape[1:]))
         part = files.read(key, box)
-        return (part if dtype is None else part.to(dtype)).float()
+        return part if dtype is None else part.to(dtype)
 
     # One layer, and next to no vocabulary: embedding and output matrix are read here, the rows that are needed.
     small = replace(model, num_layers=1, vocab_size=1, make_vocab_size_divisible_by=1, implementation="local")
@@ -124,18 +124,25 @@ def folder_logits(folder: Path, config: Mapping[str, Any], tokens: torch.Tensor)
     stored = stored_tensors(folder)
 
     def read(name: str, start: int, count: int) -> torch.Tensor:
-        return stored[name].read_rows(start, count).float()
+        return stored[name].read_rows(start, count)
 
     embedding = "model.embed_tokens.weight"
     output = "lm_head.weight" if "lm_head.weight" in stored else embedding
     hidden = _rows(embedding, tokens, read).unsqueeze(0)
+    model: Any = None
     with _quiet():
         for layer in range(config["num_hidden_layers"]):
-            model = _one_layer(stored, config, layer)
+            weights = _weights_of(stored, config, layer)
+            if model is not None and model.state_dict().keys() == weights.keys():
+                model.load_state_dict(weights)
+            else:  # the first layer; and any, if the class has the folder's weights under other names
+                model = None
+                model = _one_layer(weights, config, layer)
+            norm = model.model.norm
             if layer + 1 < config["num_hidden_layers"]:
                 model.model.norm = torch.nn.Identity()
             hidden = model.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-            del model
+            model.model.norm = norm
     return _outputs(hidden[0], config["vocab_size"], lambda start, count: read(output, start, count))
 
 
@@ -143,32 +150,44 @@ Rows = Callable[[str, int, int], torch.Tensor]
 
 
 def _rows(name: str, tokens: torch.Tensor, read: Rows) -> torch.Tensor:
-    return torch.cat([read(name, token, 1) for token in tokens.tolist()])
+    return torch.cat([read(name, token, 1) for token in tokens.tolist()]).float()
 
 
 def _outputs(hidden: torch.Tensor, vocabulary: int, read: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
     """[T, d] to logits [T, V], with some rows of the output matrix at a time."""
     step = max(1, CHUNK // hidden.size(1))
-    parts = [hidden @ read(start, min(step, vocabulary - start)).T for start in range(0, vocabulary, step)]
-    return torch.cat(parts, dim=1)
+    rows, logits = torch.empty(step, hidden.size(1)), torch.empty(vocabulary, len(hidden))
+    for start in range(0, vocabulary, step):
+        count = min(step, vocabulary - start)
+        # Into the same memory each time: new pages cost several times what converting does.
+        torch.mm(rows[:count].copy_(read(start, count)), hidden.T, out=logits[start : start + count])
+    return logits.T
 
 
-def _one_layer(stored: Mapping[str, StoredTensor], config: Mapping[str, Any], layer: int) -> Any:
-    """A model of one of a folder's layers, its last norm, and next to no vocabulary."""
-    small = copy.deepcopy(dict(config)) | {"num_hidden_layers": 1, "vocab_size": 1, "tie_word_embeddings": False}
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "layer_types", "auto_map", "dtype", "torch_dtype"):
-        small.pop(name, None)
+def _weights_of(stored: Mapping[str, StoredTensor], config: Mapping[str, Any], layer: int) -> dict[str, torch.Tensor]:
+    """One of a folder's layers as the first, the last norm, and next to no vocabulary."""
     prefix, hidden = f"model.layers.{layer}.", torch.zeros(1, config["hidden_size"])
     weights = {
-        "model.layers.0." + name.removeprefix(prefix): one.read().float()
+        "model.layers.0." + name.removeprefix(prefix): one.read()
         for name, one in stored.items()
         if name.startswith(prefix)
     }
     weights |= {"model.embed_tokens.weight": hidden, "lm_head.weight": hidden.clone()}
-    weights["model.norm.weight"] = stored["model.norm.weight"].read().float()
+    return weights | {"model.norm.weight": stored["model.norm.weight"].read()}
+
+
+def _one_layer(weights: Mapping[str, torch.Tensor], config: Mapping[str, Any], layer: int) -> Any:
+    """A model in float32 of the weights of one layer, whose number is for the message."""
+    small = copy.deepcopy(dict(config)) | {"num_hidden_layers": 1, "vocab_size": 1, "tie_word_embeddings": False}
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "layer_types", "auto_map", "dtype", "torch_dtype"):
+        small.pop(name, None)
     kind, settings = _class_of(small)
     model, loading = kind.from_pretrained(
-        None, config=settings, state_dict=weights, dtype=torch.float32, output_loading_info=True
+        None,
+        config=settings,
+        state_dict={name: one.float() for name, one in weights.items()},
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if loading.get(problem):

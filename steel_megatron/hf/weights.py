@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from steel_megatron.errors import CheckpointError
+from steel_megatron.files import begin_sync
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -211,7 +211,7 @@ class Planned:
 def write_weights(
     folder: Path, planned: Mapping[str, Planned], tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
 ) -> None:
-    """Write one safetensors file, or several with an index when one would be too large.
+    """Write one safetensors file, or several with an index when one would be too large; the caller syncs them.
 
     Args:
         folder: it must be there.
@@ -224,11 +224,13 @@ def write_weights(
         OSError: the disk is full.
     """
     shards: list[dict[str, Planned]] = [{}]
+    size = 0
     for name, one in planned.items():
-        size = sum(other.nbytes for other in shards[-1].values())
         if shards[-1] and size + one.nbytes > max_shard_bytes:
             shards.append({})
+            size = 0
         shards[-1][name] = one
+        size += one.nbytes
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     rest = iter(tensors)
     for file, shard in zip(files if len(shards) > 1 else [SINGLE], shards, strict=True):
@@ -255,6 +257,7 @@ def _write_file(path: Path, planned: Mapping[str, Planned], tensors: Iterator[tu
         end += one.nbytes
     content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     content += b" " * (-len(content) % ALIGNMENT)
+    syncing = 0
     with path.open("wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
         for name, one in planned.items():
@@ -266,5 +269,4 @@ def _write_file(path: Path, planned: Mapping[str, Planned], tensors: Iterator[tu
                 )
             file.write(cast(Any, tensor.detach().contiguous().flatten().view(torch.uint8).numpy()))
             del tensor  # or it would lie in memory next to the one after it
-        file.flush()
-        os.fsync(file.fileno())
+            syncing = begin_sync(file, syncing)

@@ -42,7 +42,7 @@ class Part:
 
 
 def write_tensors(folder: Path, parts: Sequence[Part]) -> Written:
-    """Write the tensors of a checkpoint and their index; one part is in memory at a time.
+    """Write the tensors of a checkpoint and their index; one part is in memory at a time, and nothing is synced.
 
     Args:
         folder: the checkpoint's, under its temporary name.
@@ -56,7 +56,7 @@ def write_tensors(folder: Path, parts: Sequence[Part]) -> Written:
     written = Written()
     for number, share in enumerate(_shares(parts)):
         tensors = ((indices[id(part)], part.make()) for part in share)
-        written.add(write_file(folder / f"__0_{number}.distcp", tensors))
+        written.add(write_file(folder / f"__0_{number}.distcp", tensors, sync=False))
     write_index(folder, _index(parts), written)
     return written
 

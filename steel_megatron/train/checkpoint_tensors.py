@@ -70,6 +70,7 @@ class TensorFiles:
             }
             self._places = {(one.fqn, tuple(one.offset)): place for one, place in index.storage_data.items()}
         self._maps: dict[str, np.ndarray] = {}
+        self._starts: dict[tuple[str, tuple[int, ...]], int] = {}  # of elements in the file, of each box looked at
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """A part of a tensor, whatever parts it was saved in.
@@ -109,20 +110,21 @@ class TensorFiles:
         """Copy a part of a box as it was saved; the rest of the box is not read, and no page stays mapped."""
         place, dtype, sizes = self._places[name, saved[0]], self.tensors[name].dtype, saved[1]
         path = self._folder / place.relative_path
-        with content_errors(path), path.open("rb") as file:
-            view: Any = _create_file_view(file, place.offset, place.length)
-            archive: Any = torch._C.PyTorchFileReader(view)
-            strides = tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
-            size = math.prod(sizes) * dtype.itemsize
-            inside = _within(piece, saved)
-            if stored_layout(archive) != (0, sizes, strides) or archive.get_record_size(BYTES) != size:
-                view.seek(0)
-                target.copy_(torch.load(view, map_location="cpu", weights_only=True).view(sizes)[inside])
-                return
+        inside, size = _within(piece, saved), math.prod(sizes) * dtype.itemsize
+        with content_errors(path):
+            if (name, saved[0]) not in self._starts:
+                with path.open("rb") as file:
+                    view: Any = _create_file_view(file, place.offset, place.length)
+                    archive: Any = torch._C.PyTorchFileReader(view)
+                    strides = tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
+                    if stored_layout(archive) != (0, sizes, strides) or archive.get_record_size(BYTES) != size:
+                        view.seek(0)
+                        target.copy_(torch.load(view, map_location="cpu", weights_only=True).view(sizes)[inside])
+                        return
+                    self._starts[name, saved[0]] = place.offset + archive.get_record_offset(BYTES)
             if place.relative_path not in self._maps:
                 self._maps[place.relative_path] = np.memmap(path, dtype=np.uint8, mode="r")
-            whole = self._maps[place.relative_path]
-            start = place.offset + archive.get_record_offset(BYTES)
+            whole, start = self._maps[place.relative_path], self._starts[name, saved[0]]
             # As bytes, because an element may begin at any byte of the file.
             elements = whole[start : start + size].reshape(*sizes, dtype.itemsize)
             np.copyto(target.unsqueeze(-1).view(torch.uint8).numpy(), elements[inside])

@@ -6,7 +6,6 @@ hashing and syncing release Python's lock, so training goes on meanwhile.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import pickle
@@ -33,6 +32,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.utils.serialization import config as serialization
 
 from steel_megatron.errors import CheckpointError
+from steel_megatron.files import begin_sync
 from steel_megatron.parallel.agreement import any_rank
 from steel_megatron.train.checkpoint_checksums import ALGORITHM, checksum_of, new_hash
 
@@ -44,9 +44,6 @@ CACHED_BYTES = 1 << 19
 """Hashed and then written while still in the processor's cache."""
 _CONVERTED = 1 << 22
 """Elements that are converted together, to compute with them."""
-SYNC_BYTES = 1 << 25
-"""Written before the disk is told to begin."""
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
 
 
 @dataclass
@@ -193,14 +190,19 @@ class ShardWriter:
 
 
 def write_file(
-    path: Path, tensors: Iterable[tuple[MetadataIndex, torch.Tensor]], *, read_back: bool = False
+    path: Path,
+    tensors: Iterable[tuple[MetadataIndex, torch.Tensor]],
+    *,
+    sync: bool = True,
+    read_back: bool = False,
 ) -> Written:
-    """Write tensors to one file, sync it, and say where they lie.
+    """Write tensors to one file, and say where they lie.
 
     Args:
         path: the file.
         tensors: they may be made one at a time; none is kept.
-        read_back: whether to read the file again from the disk, and compare.
+        sync: whether to wait for the disk; otherwise it has begun, and the caller syncs the file later.
+        read_back: whether to read the synced file again from the disk, and compare.
 
     Raises:
         OSError, RuntimeError: the disk is full, or the file reads back other than it was written.
@@ -216,7 +218,8 @@ def write_file(
             stream.begin_sync()
             written.places[index] = _StorageInfo(path.name, start, stream.size - start)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
         if read_back:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
     if read_back and checksum_of(path) != stream.hash.hexdigest():
@@ -276,11 +279,7 @@ class _HashingFile:
 
     def begin_sync(self) -> None:
         """Let the disk work while the next tensors are hashed; the sync at the end then has little left to do."""
-        if _sync_file_range is not None and self.size - self._syncing >= SYNC_BYTES:
-            _sync_file_range(
-                self._file.fileno(), ctypes.c_int64(self._syncing), ctypes.c_int64(self.size - self._syncing), 2
-            )
-            self._syncing = self.size
+        self._syncing = begin_sync(self._file, self._syncing)
 
 
 def alone_in_storage(tensor: torch.Tensor) -> torch.Tensor:

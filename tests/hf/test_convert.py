@@ -197,7 +197,7 @@ def test_outputs_are_replaced_only_when_asked(small_folder: Path, tmp_path: Path
     output = tmp_path / "out"
     messages = run_distributed(launched.convert_twice, 1, small_folder, output)[0]
     assert "is already there" in messages[0] and "is already there" in messages[1]
-    assert "lies inside" in messages[2] and "steel.json" in messages[3]
+    assert "lies inside" in messages[2] and "is a Hugging Face folder" in messages[3]
     assert sorted(path.name for path in output.iterdir()) == ["checkpoint", "hf"]
     exported = load_file(output / "hf/model.safetensors")
     for name, tensor in load_file(small_folder / "model.safetensors").items():

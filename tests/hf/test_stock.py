@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -321,8 +323,33 @@ def test_one_layer_at_a_time_gives_the_whole_model_s_logits(stock: Any) -> None:
     folder, _, _ = stock["llama"]
     tokens = TOKENS[0]
     whole = AutoModelForCausalLM.from_pretrained(folder)(tokens[None]).logits[0]
-    found = compare.folder_logits(folder, convert.read_config(folder), tokens)
+    with mock.patch.object(compare, "_one_layer", wraps=compare._one_layer) as made:
+        found = compare.folder_logits(folder, convert.read_config(folder), tokens)
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
+    assert made.call_count == 1  # later layers use its memory
+
+
+def test_weights_are_synced_once_after_the_logits_and_before_the_name(stock: Any, tmp_path: Path) -> None:
+    folder, _, _ = stock["llama"]
+    events: list[str] = []
+    sync, replace, compared = os.fsync, os.replace, compare.compare
+
+    def fsync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    with (
+        mock.patch.object(os, "fsync", fsync),
+        mock.patch.object(os, "replace", lambda *paths: (events.append("replace"), replace(*paths))),
+        mock.patch.object(compare, "compare", lambda *sides: (events.append("compare"), compared(*sides))[1]),
+    ):
+        saved = convert.import_hf(folder, tmp_path / "checkpoint")
+        imported, events = events, []
+        convert.export_hf(saved, tmp_path / "hf")
+    for made, found in ((saved, imported), (tmp_path / "hf", events)):
+        names = {path.name for path in made.iterdir()}
+        between = found[found.index("compare") : found.index("replace")]
+        assert names <= set(between) and all(found.count(name) == 1 for name in names)
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("1024", 1024)])
