@@ -130,9 +130,9 @@ WIDE = {"layers": 2, "hidden": 256, "heads": 4, "inner": 64, "vocabulary": 151_9
 def ours(case: Case, copied: bool = True) -> tuple[Step, dict[str, torch.Tensor]]:
     """The library's step, and its first weights by published name, if they are to be copied."""
     warnings.filterwarnings("ignore", module="megatron")  # optional packages that are not here
-    from steel_megatron.parallel.topology import initialize_alone
+    from steel_megatron.parallel.topology import initialize
 
-    topology = initialize_alone("this benchmark")
+    topology = initialize(case.run.parallel)
     from steel_megatron.hf.mapping import to_hf
     from steel_megatron.model.weights import sharded_weights
     from steel_megatron.train.engine import Engine

@@ -238,7 +238,7 @@ def test_another_base_and_other_adapters_are_refused(pool: Pool, start: Start, t
     with pytest.raises(CheckpointError, match=r"holds adapters alone, .*\(checksum .*They fit no other weights"):
         checkpoint.weight_files(info)
     shutil.rmtree(folder / STEP_3)
-    with pytest.raises(CheckpointError, match=r"holds adapters alone, .* there is no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"holds adapters alone, .* there is no folder"):
         checkpoint.weight_files(info)
 
 

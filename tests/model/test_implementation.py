@@ -12,12 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from steel_megatron.cli import main
 from steel_megatron.config import RunConfig
+from steel_megatron.data.indexed.writer import IndexedWriter
 from steel_megatron.errors import ConfigError
 from steel_megatron.platform import LOCAL, Implementation, Platform, choose_implementation, prepare
 from tests import needs
@@ -61,10 +63,18 @@ def test_a_run_is_refused_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["pretrain", "--config", str(RECIPE), "--model.implementation", "transformer_engine"]) == 2
+    for seed, name in enumerate(("train", "validation")):
+        with IndexedWriter(tmp_path / name, np.uint16) as writer:
+            writer.add_document((np.arange(2000) + seed) % 100)
+            writer.finalize({})
+    before = sorted(tmp_path.iterdir())
+    fits = ["--data.train", str(tmp_path / "train"), "--data.validation", str(tmp_path / "validation")]
+    fits += ["--data.tokenizer_path", "null"]
+    fits += ["--parallel.tensor_model_parallel_size", "1"]
+    assert main(["pretrain", "--config", str(RECIPE), "--model.implementation", "transformer_engine", *fits]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "model.implementation is transformer_engine" in lines[0]
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_parts_of_each_implementation(monkeypatch: pytest.MonkeyPatch) -> None:

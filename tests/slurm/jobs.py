@@ -57,7 +57,7 @@ class Submitted:
         """Its events of some kinds."""
         return [event for event in events.read(self.folder) if event["event"] in kinds]
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 300) -> None:
         """Return when something is so; the status can be read meanwhile."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -103,7 +103,8 @@ class Submitted:
         restarted = f"Restarts={requeues} "
         self.wait(lambda: restarted in self.cluster.run("scontrol", "--oneliner", "show", "job", self.job))
         self.cluster.wait(self.job, "PENDING", 90)
-        self.cluster.run("scontrol", "update", f"JobId={self.job}", "StartTime=now")
+        # In the second in which its credential was revoked, a node would refuse the job.
+        self.cluster.run("scontrol", "update", f"JobId={self.job}", "StartTime=now+3seconds")
 
 
 def submit(cluster: Cluster, folder: Path, layout: str, steps: int, save_interval: int, **options: object) -> Submitted:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ def live(run: RunConfig, commands: dict[int, list[list[str]]], kill_at: int = -1
         if rank == 0:
             codes.extend(main(["data", *words]) for words in commands.get(consumed, []))
         if consumed == kill_at:
+            saved = Path(run.checkpoint.directory) / "checkpoints" / f"step_{kill_at // 8 - 1:08d}"
+            while not saved.exists():  # it is written while training continues
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
         found = plain(self, consumed)
         micro = [np.concatenate([one.tokens, one.labels[:, -1:]], axis=1).tolist() for one in found]
