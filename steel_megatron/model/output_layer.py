@@ -2,7 +2,7 @@
 
 Logits of a micro batch are the largest tensor of a step: 10 GB in float32 for 8 sequences of 2,048 tokens and a
 vocabulary of 151,936. Their gradient is known as soon as they are, up to one factor, so the forward pass computes both
-for a chunk of tokens, in one buffer, and goes on to the next. The matrix's gradient is added to the sums of data
+for one chunk of tokens after the other, in the same buffer. The matrix's gradient is added to the sums of data
 parallelism (``main_grad``) where there are any, and is no tensor of its own then. Legend: N tokens, d hidden size, V
 vocabulary (padding included), R tensor-parallel processes, each with V / R rows of the matrix.
 """

@@ -81,7 +81,7 @@ def check_model(info: CheckpointInfo, model: ModelConfig, *, resumes: bool) -> N
     Args:
         info: the checkpoint.
         model: the settings that its weights are wanted for.
-        resumes: whether a run goes on, so that nothing it computes may change; weights that a new run begins with may
+        resumes: whether a run resumes, so that nothing it computes may change; weights that a new run starts from may
             be routed in another way.
     """
     check_settings(info.model, model, str(info.path), resumes=resumes)

@@ -121,7 +121,7 @@ def check_layout_of(info: CheckpointInfo, run: RunConfig, world_size: int) -> No
 
 
 def _resumes(info: CheckpointInfo, run: RunConfig) -> bool:
-    """Whether a run goes on where a checkpoint stands; else it begins with its weights."""
+    """Whether a run resumes from a checkpoint; else it starts from its weights."""
     return info.has_optimizer and (info.base is not None) == (run.lora.rank is not None)
 
 

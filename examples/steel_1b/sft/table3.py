@@ -5,7 +5,7 @@
 
 RAW holds a file or folder for each part of the recipes, by its name: infinity, wanjuan, code_feedback, webinstruct,
 openhermes, english_mcq. Every step is one of the library's commands and is printed. What is done is not repeated, and
-training resumes, so the same command goes on after an interruption. Options of ``sft train`` follow behind ``--``.
+training resumes, so the same command continues after an interruption. Options of ``sft train`` follow behind ``--``.
 """
 
 from __future__ import annotations
